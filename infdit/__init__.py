@@ -1,0 +1,20 @@
+"""Inf-DiT: upscale pictures to any resolution with a diffusion transformer whose memory is a dial."""
+
+from . import samplers
+from .checkpoint import convert, load_model
+from .config import InfDiTConfig, SamplingDefaults
+from .denoiser import Conditioning, Denoiser
+from .memory import MemoryPlan
+from .tensorfile import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "Conditioning",
+    "Denoiser",
+    "InfDiTConfig",
+    "MemoryPlan",
+    "SamplingDefaults",
+    "convert",
+    "load_model",
+    "samplers",
+]

@@ -1,0 +1,309 @@
+"""Checkpoints: a published or converted file → InfDiT, and a published file → .safetensors.
+
+On disk the tensors have the published names and shapes, so one table serves the DeepSpeed .pt, our .safetensors and
+anybody else's copy. Every source key is mapped, dropped with a reason, or an error. All sizes are read from shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import InfDiTConfig, SamplingDefaults
+from .device import default_device, default_dtype
+from .model import InfDiT
+from .samplers import SAMPLERS, karras_sigmas
+from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
+
+BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
+CLIP_PREFIX = "image_encoder."
+
+# ---- the table: published name → (parameter of InfDiT, what becomes of the tensor)
+
+_Reshape = Callable[[Tensor], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_MIXIN = r"mixins\.adaln_layer\."
+_MAP: list[tuple[str, str, _Reshape]] = [
+    (r"mixins\.patch_embed\.proj\.weight", "patch_embed.weight", lambda t: t.flatten(1)),
+    (r"mixins\.patch_embed\.proj\.bias", "patch_embed.bias", _same),
+    (_MIXIN + r"proj_lr\.weight", "lr_embed.weight", lambda t: t.flatten(1)),
+    (_MIXIN + r"proj_lr\.bias", "lr_embed.bias", _same),
+    (r"time_embed\.mlp\.([02])\.(weight|bias)", r"noise_embed.\1.\2", _same),
+    (r"cond_embed\.map_vector\.([02])\.(weight|bias)", r"vector_embed.\1.\2", _same),
+    (_MIXIN + r"adaLN_modulations\.(\d+)\.1\.(weight|bias)", r"modulations.\1.\2", _same),
+    (_MIXIN + r"q_layer_norm\.(\d+)\.(weight|bias)", r"layers.\1.qk_norm.\2", _same),
+    (r"transformer\.layers\.(\d+)\.attention\.query_key_value\.(weight|bias)", r"layers.\1.qkv.\2", _same),
+    (r"transformer\.layers\.(\d+)\.attention\.dense\.(weight|bias)", r"layers.\1.out.\2", _same),
+    (r"transformer\.layers\.(\d+)\.mlp\.dense_h_to_4h\.(weight|bias)", r"layers.\1.mlp.0.\2", _same),
+    (r"transformer\.layers\.(\d+)\.mlp\.dense_4h_to_h\.(weight|bias)", r"layers.\1.mlp.2.\2", _same),
+    (_MIXIN + r"cross_attention\.(query|key_value)\.(weight|bias)", r"layers.0.cross.\1.\2", _same),
+    (_MIXIN + r"cross_attention\.dense\.(weight|bias)", r"layers.0.cross.out.\1", _same),
+    (_MIXIN + r"cross_q_ln\.(weight|bias)", r"layers.0.cross.query_norm.\1", _same),
+    (_MIXIN + r"cross_k_ln\.(weight|bias)", r"layers.0.cross.key_norm.\1", _same),
+    (_MIXIN + r"lr_(query|key)_position_embedding", r"layers.0.cross.\1_position", lambda t: t[0]),
+    (_MIXIN + r"post_cross_attention_layernorm\.(weight|bias)", r"layers.0.mlp_norm.\1", _same),
+    (r"mixins\.final_layer\.adaLN_modulation\.1\.(weight|bias)", r"head_modulation.\1", _same),
+    (r"mixins\.final_layer\.linear\.(weight|bias)", r"head.\1", _same),
+]
+_SLOT_EMBED = "mixins.adaln_layer.re_pos_embed"  # all layers in one tensor (L, 4, H, d)
+_DROP: list[tuple[str, str]] = [
+    (_MIXIN + r"rope\.freqs_(cos|sin)", "tables of rotary angles, which are computed"),
+    (_MIXIN + r"k_layer_norm\.\d+\.(weight|bias)", "never used: q_layer_norm serves the keys too"),
+    (r"transformer\.position_embeddings(\.weight)?", "never used: positions are rotary"),
+]
+
+
+_WRONG_FILE = "give the file that the authors published, or one that `convert` wrote from it"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file whose every key is accounted for.
+
+    Attributes:
+        config, defaults: see `InfDiTConfig`, `SamplingDefaults`.
+        tensors: what the model is made of, by published name.
+        clip: the CLIP model, where the file holds one as `image_encoder.*`, by open_clip's names.
+        dropped: other keys that are not needed, with the reason.
+        metadata: the file's own.
+    """
+
+    path: Path
+    config: InfDiTConfig
+    defaults: SamplingDefaults
+    tensors: dict[str, Tensor]
+    clip: dict[str, Tensor]
+    dropped: dict[str, str]
+    metadata: dict[str, str]
+
+    def verify(self) -> bool:
+        """Check the SHA-256 of the tensor data against the file's own; False where the file states none.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        stated = self.metadata.get("sha256")
+        if stated is not None and stated != tensor_digest(self.tensors):
+            raise CheckpointError(
+                self.path, "does not match the SHA-256 of its tensors in its metadata", "download or convert it again"
+            )
+        return stated is not None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The parameters of `InfDiT` by their names there, as views of `tensors`."""
+        state = {f"layers.{i}.slot_embed": slots for i, slots in enumerate(self.tensors[_SLOT_EMBED])}
+        for name, tensor in self.tensors.items():
+            for pattern, target, reshape in _MAP:
+                if match := re.fullmatch(pattern, name):
+                    state[match.expand(target)] = reshape(tensor)
+        return state
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a published .pt, a .safetensors, or the bundled "mini"; tensors stay mapped to the file.
+
+    Raises:
+        CheckpointError: no readable file; keys that are unknown or missing, wrong shapes, weights that are not finite.
+    """
+    path = BUNDLED.get(str(path), Path(path))
+    file = read_tensors(path)
+    tensors: dict[str, Tensor] = {}
+    clip: dict[str, Tensor] = {}
+    dropped: dict[str, str] = {}
+    unknown: list[str] = []
+    for name, tensor in file.tensors.items():
+        reason = next((reason for pattern, reason in _DROP if re.fullmatch(pattern, name)), None)
+        if name.startswith(CLIP_PREFIX):
+            clip[name.removeprefix(CLIP_PREFIX).removeprefix("model.")] = tensor
+        elif reason is not None:
+            dropped[name] = reason
+        elif name == _SLOT_EMBED or any(re.fullmatch(pattern, name) for pattern, _, _ in _MAP):
+            tensors[name] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(path, f"holds keys that no Inf-DiT has: {_some(unknown)}", _WRONG_FILE)
+    checkpoint = Checkpoint(path, _config(path, file), _defaults(path, file), tensors, clip, dropped, file.metadata)
+    _check(checkpoint)
+    return checkpoint
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> InfDiT:
+    """A published .pt, a .safetensors, or "mini" → the network, ready to evaluate.
+
+    Args:
+        path: the file; "mini" is the bundled model.
+        dtype: what the network computes in; None: see `default_dtype`.
+        device: where its parameters go; None: see `default_device`. Memory grows by little more than their size there.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`; and a SHA-256 that does not match, checked once for a file.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(device)
+    checkpoint = read_checkpoint(path)
+    _verify_once(checkpoint)
+    with torch.device("meta"):
+        model = InfDiT(checkpoint.config, checkpoint.defaults)
+    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def convert(source: str | Path, target: str | Path) -> list[Path]:
+    """Write a checkpoint as .safetensors: what the model needs, its configuration, defaults and a SHA-256.
+
+    The CLIP model, where the source holds one, goes to TARGET's name with .clip.safetensors. Each file appears whole
+    or not at all; an existing one is replaced.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`; a target that cannot be written.
+    """
+    checkpoint, target = read_checkpoint(source), Path(target)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(target, "is not a name of a .safetensors file", "let the target end in .safetensors")
+    checkpoint.verify()
+    written: list[Path] = []
+    if checkpoint.clip:
+        clip = clip_path(target)
+        _save(clip, checkpoint.clip, {"source": "Inf-DiT checkpoint", "model": "ViT-L-14"})
+        written.append(clip)
+    metadata = checkpoint.metadata | {
+        "config": json.dumps(asdict(checkpoint.config)),
+        "defaults": json.dumps(asdict(checkpoint.defaults)),
+    }
+    _save(target, checkpoint.tensors, metadata)
+    return [*written, target]
+
+
+def clip_path(path: str | Path) -> Path:
+    """Where `convert` puts the CLIP model that belongs to a converted model: X.safetensors → X.clip.safetensors."""
+    return Path(path).with_suffix(".clip.safetensors")
+
+
+# ---- what a file says
+
+
+def _config(path: Path, file: TensorFile) -> InfDiTConfig:
+    """All sizes from shapes; the period of positions from the dropped rotary tables, or from our metadata."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        tensor = file.tensors.get(name)
+        if tensor is None or tensor.dim() != rank:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise CheckpointError(path, f"is no Inf-DiT checkpoint: {name} {found}", _WRONG_FILE)
+        return tuple(tensor.shape)
+
+    stated = _json(path, file, "config")
+    num_layers, _, num_heads, head_dim = shape(_SLOT_EMBED, 4)
+    patch_size = shape("mixins.patch_embed.proj.weight", 4)[-1]
+    block_tokens = shape("mixins.adaln_layer.lr_query_position_embedding", 4)[1]
+    vector = "cond_embed.map_vector.0.weight"
+    rope = "mixins.adaln_layer.rope.freqs_cos"
+    period = shape(rope, 3)[0] if rope in file.tensors else stated.get("position_period", InfDiTConfig.position_period)
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": num_heads * head_dim,
+        "num_heads": num_heads,
+        "patch_size": patch_size,
+        "block_size": math.isqrt(block_tokens) * patch_size,
+        "vector_dim": shape(vector, 2)[1] if vector in file.tensors else 0,
+        "position_period": period,
+    }
+    wrong = [f"{name} {stated[name]!r} for {size}" for name, size in sizes.items() if stated.get(name, size) != size]
+    try:
+        if wrong:
+            raise ValueError(f"the metadata contradicts the tensors: {_some(wrong)}")
+        return InfDiTConfig(**sizes)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"has sizes that make no Inf-DiT ({error})", _WRONG_FILE) from error
+
+
+def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
+    stated = _json(path, file, "defaults")
+    known = {field.name for field in fields(SamplingDefaults)}
+    try:
+        defaults = SamplingDefaults(**{name: value for name, value in stated.items() if name in known})
+        if defaults.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {defaults.sampler!r} is none of {', '.join(SAMPLERS)}")
+        karras_sigmas(defaults.steps, defaults.sigma_min, defaults.sigma_max)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"states defaults that cannot be used ({error})", "convert it again") from error
+    return defaults
+
+
+def _json(path: Path, file: TensorFile, key: str) -> dict[str, object]:
+    try:
+        stated = json.loads(file.metadata.get(key, "{}"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(path, f"has unreadable metadata in {key!r} ({error})", "convert it again") from error
+    return stated if isinstance(stated, dict) else {}
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Every parameter there, of the right shape, of floating point, finite."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in InfDiT(checkpoint.config).state_dict().items()}
+    found = checkpoint.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is one layer too many" for name in found if name not in expected]
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != expected.get(name, tuple(tensor.shape)):
+            problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {expected[name]}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype}, not floating point")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        raise CheckpointError(checkpoint.path, f"is no whole Inf-DiT checkpoint: {_some(problems)}", _WRONG_FILE)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:120] for name in names[:limit]) + more
+
+
+_verified: set[tuple[Path, int, int]] = set()
+
+
+def _verify_once(checkpoint: Checkpoint) -> None:
+    """Hashing takes longer than mapping: once for a file as it is, not at every load."""
+    stat = checkpoint.path.stat()
+    key = (checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size)
+    if key not in _verified:
+        checkpoint.verify()
+        _verified.add(key)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write beside the target, then rename: nobody ever sees half a file."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, str(temporary), metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(path, f"cannot be written ({error})", "try another folder or free some space") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""What a model is (sizes) and how it likes to be sampled (defaults), as two frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LR_FACTOR = 4  # pixels of the output per pixel of the low-resolution input: the network always sees 1:4
+LR_PATCH = 2  # side of a low-resolution token in low-resolution pixels
+
+
+@dataclass(frozen=True)
+class InfDiTConfig:
+    """Sizes of one Inf-DiT; the defaults are the published model's (Inf-DiT, section 4.1 and the released weights).
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    num_layers: int = 28
+    hidden_size: int = 1280
+    num_heads: int = 16
+    patch_size: int = 4  # pixels
+    block_size: int = 128  # pixels: the unit that attends to itself and to three neighbours
+    vector_dim: int = 768  # of the CLIP embedding; 0 without that input
+    position_period: int = 1024  # patches after which the published rotary positions start anew
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.hidden_size, self.num_heads, self.patch_size, self.position_period) < 1:
+            raise ValueError(f"every size must be at least 1: {self}")
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times a multiple of 4, "
+                "for rotary pairs of two axes"
+            )
+        if self.block_size < 1 or self.block_size % self.patch_size or self.block_size % (LR_FACTOR * LR_PATCH):
+            raise ValueError(
+                f"block_size {self.block_size} must be a multiple of patch_size {self.patch_size} and of "
+                f"{LR_FACTOR * LR_PATCH}, the pixels under one low-resolution token"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def block_side(self) -> int:
+        """Patches along one side of a block."""
+        return self.block_size // self.patch_size
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens T of a block, one per patch."""
+        return self.block_side**2
+
+    @property
+    def lr_block_size(self) -> int:
+        """Side of a block in low-resolution pixels."""
+        return self.block_size // LR_FACTOR
+
+    @property
+    def window_side(self) -> int:
+        """Low-resolution tokens along one side of the 3×3 blocks that a block sees."""
+        return 3 * self.lr_block_size // LR_PATCH
+
+    @property
+    def window_tokens(self) -> int:
+        """Low-resolution tokens that a block sees."""
+        return self.window_side**2
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model is sampled when nobody says otherwise; the defaults are the paper's (section 4.1).
+
+    steps: of the Karras schedule; sampler: a name in `samplers.SAMPLERS`; sigma_max, sigma_min: noise levels in
+    units of pixels in [-1, 1].
+    """
+
+    steps: int = 20
+    sampler: str = "heun"
+    sigma_max: float = 40.0
+    sigma_min: float = 0.002

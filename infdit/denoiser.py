@@ -1,0 +1,131 @@
+"""EDM preconditioning (Karras et al. 2022, table 1) around the sweep:
+
+    D(x; σ) = c_skip·x + c_out·F(c_in·[x, up]; ¼·ln σ, lr, clip)
+
+with σ_data = 0.5. x, the result and the arithmetic here are float32 or float64; the network has its own dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .config import LR_FACTOR
+from .grid import BlockGrid, Place
+from .memory import MemoryPlan
+from .model import InfDiT
+from .uniba import Geometry, Positions, sweep
+
+SIGMA_DATA = 0.5
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The picture that is to be upscaled, as the network sees it.
+
+    Attributes:
+        lr: (B, 3, h/4, w/4) in [-1, 1].
+        lr_upscaled: (B, 3, h, w) in [-1, 1], the same picture by bicubic; h and w whole blocks.
+        clip_embedding: (B, vector_dim), unit length; None stands for zeros.
+    """
+
+    lr: Tensor
+    lr_upscaled: Tensor
+    clip_embedding: Tensor | None = None
+
+
+class Denoiser:
+    """`denoise(x, sigma)`: the posterior mean of the picture, given x = picture + σ·noise.
+
+    Args:
+        model: the network.
+        conditioning: of B pictures, on the model's device.
+        plan: how the evaluation is cut; None: `MemoryPlan.default`.
+        positions, origin: see `uniba.Geometry`.
+        progress: called with the number of blocks after each layer of a chunk.
+
+    Raises:
+        ValueError: shapes that do not fit the model or each other.
+    """
+
+    def __init__(
+        self,
+        model: InfDiT,
+        conditioning: Conditioning,
+        plan: MemoryPlan | None = None,
+        positions: Positions = "continuous",
+        origin: tuple[int, int] = (0, 0),
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.conditioning, self.progress = model, conditioning, progress
+        self.plan = plan or MemoryPlan.default(model.config)
+        *_, h, w = conditioning.lr_upscaled.shape
+        block = model.config.block_size
+        if h % block or w % block:
+            raise ValueError(f"{h}×{w} pixels must be whole blocks of {block}: pad them first")
+        if conditioning.lr.shape[-2:] != (h // LR_FACTOR, w // LR_FACTOR):
+            raise ValueError(f"lr of {tuple(conditioning.lr.shape)} must be a quarter of {h}×{w} pixels")
+        vector = conditioning.clip_embedding
+        if vector is not None and model.config.vector_dim and vector.shape[-1] != model.config.vector_dim:
+            raise ValueError(f"clip_embedding of {vector.shape[-1]} values must have {model.config.vector_dim}")
+        grid = BlockGrid.covering(h, w, block, self.plan.sweep)
+        self.geometry = Geometry(model.config, grid, positions, origin)
+
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """D(x; σ), like x, for x (B, 3, h, w) of float32 or float64 and sigma 0-d or (B,), above 0."""
+        if x.shape != self.conditioning.lr_upscaled.shape:
+            raise ValueError(f"x of {tuple(x.shape)} must have the shape {tuple(self.conditioning.lr_upscaled.shape)}")
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
+        norm = (s**2 + SIGMA_DATA**2).sqrt()
+        c_skip, c_out, c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
+        model, up = self.model, self.conditioning.lr_upscaled
+        canvas = _Canvas(self.geometry.grid, x)
+
+        def read(places: Sequence[Place]) -> Tensor:
+            pixels = torch.cat((_cut(x, places, block), _cut(up.to(x), places, block)), 2)
+            return (c_in * pixels).to(model.dtype)  # published: c_in scales all six channels
+
+        def write(places: Sequence[Place], pixels: Tensor) -> None:
+            canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x.dtype))
+
+        block = model.config.block_size
+        modulations = model.modulate(sigma.log() / 4, self.conditioning.clip_embedding)
+        lr = self.conditioning.lr.to(model.dtype)
+        sweep(model, self.geometry, self.plan, modulations, lr, read, write, self.progress)
+        return canvas.image
+
+
+def _cut(image: Tensor, places: Sequence[Place], size: int) -> Tensor:
+    """Blocks of an image (B, c, h, w) → (B, n, c, size, size)."""
+    return torch.stack([image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in places], 1)
+
+
+class _Canvas:
+    """An image that is put together from chunks of blocks."""
+
+    def __init__(self, grid: BlockGrid, like: Tensor) -> None:
+        self._grid, self._like = grid, like
+        self._image: Tensor | None = None
+
+    @property
+    def image(self) -> Tensor:
+        assert self._image is not None, "a sweep writes every block"
+        return self._image
+
+    def paste(self, places: Sequence[Place], pixels: Tensor) -> None:
+        grid, size = self._grid, self._grid.block
+        if len(places) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
+            order = "(r c)" if grid.by_rows else "(c r)"
+            self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
+            return
+        if self._image is None:
+            self._image = torch.empty_like(self._like)
+        for (r, c), block in zip(places, pixels.unbind(1), strict=True):
+            self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block

@@ -1,0 +1,28 @@
+"""Which device and dtype to use when nobody says."""
+
+from __future__ import annotations
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one (CUDA or ROCm, then MPS), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes it natively, else float32.
+
+    Native means Ampere and later on CUDA, AMX or AVX512-BF16 on a CPU: elsewhere bf16 is emulated and slower.
+    """
+    if device.type == "cuda":
+        native = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        # private, and absent from some versions: then the answer is the safe one
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32

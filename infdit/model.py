@@ -1,0 +1,211 @@
+"""Inf-DiT's network (Yang et al., ECCV 2024, section 3): the whole of it, for any number of blocks at once.
+
+A picture is cut into blocks; tokens of a block attend to those of its own block and of its upper-left, left and
+upper neighbour (Unidirectional Block Attention). Nothing here knows how many blocks there are, in which order they
+come or where their neighbours' keys and values are kept: `uniba` hands that in as `share`.
+
+B batch, N blocks, T tokens of a block, W low-resolution tokens that it sees, H heads, D width, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
+
+EPS = 1e-6
+NOISE_CHANNELS = 192
+# (keys, values) of the blocks at hand → (keys, values) of the four blocks that each attends to, in slot order
+Share = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class InfDiT(nn.Module):
+    """The parameters of one Inf-DiT and the steps of its evaluation that need no neighbour.
+
+    Attributes:
+        config: the sizes.
+        defaults: how this model is sampled unless the user says otherwise.
+    """
+
+    def __init__(self, config: InfDiTConfig, defaults: SamplingDefaults | None = None) -> None:
+        super().__init__()
+        self.config, self.defaults = config, defaults or SamplingDefaults()
+        D, depth = config.hidden_size, config.num_layers
+        self.patch_embed = nn.Linear(6 * config.patch_size**2, D)
+        self.lr_embed = nn.Linear(3 * LR_PATCH**2, D)
+        self.noise_embed = nn.Sequential(nn.Linear(NOISE_CHANNELS, D), nn.SiLU(), nn.Linear(D, D))
+        self.vector_embed = (
+            nn.Sequential(nn.Linear(config.vector_dim, D), nn.SiLU(), nn.Linear(D, D)) if config.vector_dim else None
+        )
+        self.modulations = nn.ModuleList(nn.Linear(D, 4 * D) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(config, first=i == 0) for i in range(depth))
+        self.head_modulation = nn.Linear(D, 2 * D)
+        self.head = nn.Linear(D, 3 * config.patch_size**2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.head.weight.device
+
+    def modulate(self, c_noise: Tensor, vector: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Shifts and scales of all layers and of the head, from the noise level: once an evaluation.
+
+        Args:
+            c_noise: (B,), ¼·ln σ.
+            vector: (B, vector_dim), the CLIP embedding of the picture; None stands for zeros.
+
+        Returns:
+            For each layer (4, B, 1, 1, D): shift and scale of the attention, shift and scale of the MLP; and
+            (2, B, 1, 1, D) for the head.
+        """
+        half = NOISE_CHANNELS // 2
+        channels = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype)
+        angles = c_noise[:, None] * torch.exp(-math.log(10000) / half * channels)  # (B, 96)
+        c = self.noise_embed(torch.cat((angles.cos(), angles.sin()), -1).to(self.dtype))  # (B, D)
+        if self.vector_embed is not None:
+            if vector is None:
+                vector = c.new_zeros(len(c), self.config.vector_dim)
+            c = c + self.vector_embed(vector.to(c.dtype))
+        c = F.silu(F.silu(c))  # published: SiLU after the embedding, and once more before every modulation
+        split = "b (parts d) -> parts b 1 1 d"
+        layers = [rearrange(linear(c), split, parts=4) for linear in self.modulations]
+        return layers, rearrange(self.head_modulation(c), split, parts=2)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Blocks of pixels (B, N, 6, h, w), noisy picture ⊕ upscaled picture, → tokens (B, N, T, D)."""
+        p = self.config.patch_size
+        return self.patch_embed(rearrange(pixels, "b n c (r p) (s q) -> b n (r s) (c p q)", p=p, q=p))
+
+    def embed_lr(self, windows: Tensor, inside: Tensor) -> Tensor:
+        """Low-resolution windows (B, N, 3, w, w) of 3×3 blocks → tokens (B, N, W, D).
+
+        Args:
+            windows: the pixels; those outside the picture may be anything.
+            inside: (N, 3, 3), 1 where a block of the window lies in the picture, else 0: there the tokens are zeros,
+                without the embedding's bias.
+        """
+        side = self.config.window_side // 3
+        tokens = self.lr_embed(rearrange(windows, "b n c (r p) (s q) -> b n r s (c p q)", p=LR_PATCH, q=LR_PATCH))
+        mask = inside.to(tokens.dtype).repeat_interleave(side, 1).repeat_interleave(side, 2)
+        return (tokens * mask[..., None]).flatten(2, 3)
+
+    def unembed(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """Tokens (B, N, T, D) after the last layer → pixels (B, N, 3, h, w), the network's F."""
+        shift, scale = modulation
+        h = _norm(_norm(h))  # published: normalised twice
+        pixels = self.head(h * (1 + scale) + shift)  # (B, N, T, 4·4·3)
+        p, side = self.config.patch_size, self.config.block_side
+        return rearrange(pixels, "b n (r s) (p q c) -> b n c (r p) (s q)", r=side, p=p, q=p)
+
+
+class Layer(nn.Module):
+    """Modulated block attention, in the first layer also cross-attention to the low-resolution picture, and an MLP."""
+
+    def __init__(self, config: InfDiTConfig, first: bool) -> None:
+        super().__init__()
+        D, H, d = config.hidden_size, config.num_heads, config.head_dim
+        self.heads = H
+        self.qkv = nn.Linear(D, 3 * D)
+        # published: the weights named q_layer_norm serve queries and keys; k_layer_norm is never used
+        self.qk_norm = nn.LayerNorm(d, eps=EPS)
+        self.slot_embed = nn.Parameter(torch.empty(4, H, d))
+        self.out = nn.Linear(D, D)
+        self.cross = LRCrossAttention(config) if first else None
+        self.mlp_norm = nn.LayerNorm(D, eps=EPS, elementwise_affine=first)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+
+    def forward(
+        self, h: Tensor, modulation: Tensor, angles: Tensor, share: Share, window: Tensor | None = None
+    ) -> Tensor:
+        """One layer over N blocks.
+
+        Args:
+            h: (B, N, T, D) tokens.
+            modulation: (4, B, 1, 1, D), see `InfDiT.modulate`.
+            angles: (N, T, d/2) rotary angles of the tokens, see `rotary_angles`.
+            share: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks that each
+                attends to, (B, N, 4, T, H, d).
+            window: (B, N, W, D) low-resolution tokens, in the first layer.
+        """
+        attention_shift, attention_scale, mlp_shift, mlp_scale = modulation
+        a = _norm(h) * (1 + attention_scale) + attention_shift
+        q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
+        q, k = (rotate(self.qk_norm(x), angles) for x in (q, k))  # (B, N, T, H, d)
+        keys, values = share(k, v)  # (B, N, 4, T, H, d)
+        keys = keys + self.slot_embed[:, None]
+        h = h + self.out(_attention(q, keys.flatten(2, 3), values.flatten(2, 3)))
+        if self.cross is not None:
+            h = h + self.cross(h, window)
+        return h + self.mlp(self.mlp_norm(h) * (1 + mlp_scale) + mlp_shift)
+
+
+class LRCrossAttention(nn.Module):
+    """Each block looks at the 3×3 blocks of the low-resolution picture around it; learned positions, no rotation."""
+
+    def __init__(self, config: InfDiTConfig) -> None:
+        super().__init__()
+        D, H, d = config.hidden_size, config.num_heads, config.head_dim
+        self.heads = H
+        self.query = nn.Linear(D, D)
+        self.key_value = nn.Linear(D, 2 * D)
+        self.query_norm = nn.LayerNorm(d, eps=EPS)
+        self.key_norm = nn.LayerNorm(d, eps=EPS)
+        self.query_position = nn.Parameter(torch.empty(config.block_tokens, H, d))
+        self.key_position = nn.Parameter(torch.empty(config.window_tokens, H, d))
+        self.out = nn.Linear(D, D)
+
+    def forward(self, h: Tensor, window: Tensor) -> Tensor:
+        """Tokens (B, N, T, D) and low-resolution tokens (B, N, W, D) → what to add to the tokens, (B, N, T, D)."""
+        q = rearrange(self.query(_norm(h)), "b n t (h d) -> b n t h d", h=self.heads)
+        k, v = rearrange(self.key_value(window), "b n w (two h d) -> two b n w h d", two=2, h=self.heads)
+        q = self.query_norm(q) + self.query_position
+        k = self.key_norm(k) + self.key_position
+        return self.out(_attention(q, k, v))
+
+
+def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Angles that turn the pairs of a head: the first half by the token's row, the second by its column.
+
+    Args:
+        rows, columns: (N, side) positions in patches.
+        head_dim: d.
+        dtype: float32 or float64.
+
+    Returns:
+        (N, side·side, d/2): pos · 10000^(−4j/d) for pair j < d/4 of each half.
+    """
+    pairs = torch.arange(head_dim // 4, device=rows.device, dtype=dtype)
+    frequencies = torch.exp(-math.log(10000) * 4 / head_dim * pairs)
+    side = rows.shape[1]
+    by_row = (rows[..., None] * frequencies)[:, :, None].expand(-1, side, side, -1)
+    by_column = (columns[..., None] * frequencies)[:, None].expand(-1, side, side, -1)
+    return torch.cat((by_row, by_column), -1).flatten(1, 2)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x (…, T, H, d) by angles (…, T, d/2), in the angles' precision."""
+    a, b = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, N, T, H, d) to k and v (B, N, K, H, d), heads merged: (B, N, T, D)."""
+    batch = len(q)
+    q, k, v = (rearrange(x, "b n t h d -> (b n) h t d") for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "(b n) h t d -> b n t (h d)", b=batch)

@@ -1,0 +1,106 @@
+"""Noise schedule and samplers: pure functions over denoise(x, σ), after k-diffusion's names and callback.
+
+With D = denoise(x, σ) the probability-flow ODE is dx/dσ = (x − D)/σ (Karras et al. 2022, equation 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Callback = Callable[[dict[str, Tensor | int]], None]
+Sampler = Callable[..., Tensor]
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Karras et al. 2022, equation 5: `steps` noise levels from sigma_max to sigma_min, then 0.
+
+    Returns:
+        (steps + 1,) float32 on the CPU; one step gives [sigma_max, 0].
+
+    Raises:
+        ValueError: no step, or noise levels that do not fall.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: at least 1 is needed")
+    if not 0 < sigma_min <= sigma_max < float("inf") or rho <= 0:
+        raise ValueError(f"need 0 < sigma_min {sigma_min} ≤ sigma_max {sigma_max}, finite, and rho {rho} above 0")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = (high + ramp * (low - high)) ** rho
+    return torch.cat((sigmas, sigmas.new_zeros(1))).float()
+
+
+def _steps(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(i, σ_i, σ_{i+1}) as float64 scalars on the CPU: they scale a picture of any dtype and device."""
+    return ((i, *pair) for i, pair in enumerate(pairwise(sigmas.to("cpu", torch.float64))))
+
+
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Euler's method: n evaluations for n steps.
+
+    Args (of all samplers):
+        denoise: D(x, σ), σ 0-d.
+        x: (B, 3, h, w), picture + σ_0·noise.
+        sigmas: (n + 1,) falling noise levels, the last usually 0.
+        callback: called after the first evaluation of each step with x, i, sigma, sigma_hat, denoised.
+    """
+    for i, sigma, following in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        _report(callback, x, i, sigma, denoised)
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Heun's method, the paper's (Karras et al. 2022, algorithm 1): 2n − 1 evaluations, as the step to 0 is Euler's."""
+    for i, sigma, following in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        _report(callback, x, i, sigma, denoised)
+        slope = (x - denoised) / sigma
+        euler = x + slope * (following - sigma)
+        if following > 0:
+            slope = (slope + (euler - denoise(euler, following)) / following) / 2
+            euler = x + slope * (following - sigma)
+        x = euler
+    return x
+
+
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2, data prediction; k-diffusion's form): n evaluations.
+
+    In λ = −ln σ with h = λ_{i+1} − λ_i and r = h_last/h the exponential integrator's step is
+    x ← σ_{i+1}/σ_i·x − (e^(−h) − 1)·((1 + 1/2r)·D_i − 1/2r·D_{i−1}); the first and the step to 0 are of first order.
+    """
+    last: Tensor | None = None
+    h_last = torch.tensor(0.0)
+    for i, sigma, following in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        _report(callback, x, i, sigma, denoised)
+        h = (sigma / following).log()
+        target = denoised
+        if last is not None and following > 0:
+            weight = h / (2 * h_last)
+            target = (1 + weight) * denoised - weight * last
+        ratio = following / sigma  # e^(−h)
+        x = ratio * x + (1 - ratio) * target
+        last, h_last = denoised, h
+    return x
+
+
+def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> None:
+    if callback is not None:
+        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+
+
+SAMPLERS: dict[str, Sampler] = {"heun": sample_heun, "euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}
+
+
+def evaluations(sampler: str, sigmas: Tensor) -> int:
+    """How often a sampler calls `denoise` over these noise levels."""
+    steps = len(sigmas) - 1
+    return steps + int((sigmas[1:] > 0).sum()) if sampler == "heun" else steps
