@@ -6,6 +6,7 @@ from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .memory import MemoryPlan
 from .tensorfile import CheckpointError
+from .upscale import upscale
 
 __all__ = [
     "CheckpointError",
@@ -17,4 +18,5 @@ __all__ = [
     "convert",
     "load_model",
     "samplers",
+    "upscale",
 ]

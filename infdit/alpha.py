@@ -1,0 +1,37 @@
+"""Transparency: the colour under it, and its own enlargement."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
+    """Give pixels that are fully transparent the colour of what is visible around them.
+
+    Their stored colour is arbitrary, mostly black, and would bleed into visible edges as a dark fringe when the
+    picture is enlarged. A pyramid of alpha-weighted means is built and read back where alpha is 0 (push-pull).
+
+    Args:
+        rgb: (B, 3, h, w); alpha: (B, 1, h, w) in 0..1.
+    """
+    if not (alpha == 0).any() or alpha.max() == 0:
+        return rgb
+    means, weights = [rgb * alpha], [alpha]
+    while max(means[-1].shape[-2:]) > 1:
+        means, weights = ([*xs, F.avg_pool2d(xs[-1], 2, ceil_mode=True)] for xs in (means, weights))
+    colour = means[-1] / weights[-1]
+    for mean, weight in zip(means[-2::-1], weights[-2::-1], strict=True):
+        coarse = F.interpolate(colour, size=mean.shape[-2:], mode="bilinear", align_corners=False)
+        colour = torch.where(weight > 0, mean / weight, coarse)
+    return torch.where(alpha > 0, rgb, colour)
+
+
+def upscale_alpha(alpha: Tensor, size: tuple[int, int]) -> Tensor:
+    """Lanczos to (height, width): alpha (B, 1, h, w) in 0..1 in and out."""
+    planes = [Image.fromarray(plane.numpy()) for plane in alpha[:, 0].float().cpu()]  # mode F: float32
+    resized = [np.array(plane.resize((size[1], size[0]), Image.Resampling.LANCZOS)) for plane in planes]
+    return torch.from_numpy(np.stack(resized))[:, None].clamp(0, 1)

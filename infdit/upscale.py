@@ -1,0 +1,197 @@
+"""Image in, image out: sizes, conditioning, noise, sampling, cropping."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alpha import fill_transparent, upscale_alpha
+from .config import SamplingDefaults
+from .denoiser import Conditioning, Denoiser
+from .grid import BlockGrid
+from .memory import MemoryPlan
+from .model import InfDiT
+from .resample import conditioning_pictures
+from .samplers import SAMPLERS, evaluations, karras_sigmas
+
+log = logging.getLogger(__name__)
+
+MAX_SCALE = 4  # what Inf-DiT was trained for
+PREVIEW_SIDE = 512  # pixels
+RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
+
+Preview = Callable[[], Tensor]
+Progress = Callable[[int, int, "Preview | None"], None]
+_told: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
+
+
+@torch.no_grad()
+def upscale(
+    model: InfDiT,
+    image: Tensor,
+    scale: float = 4.0,
+    steps: int | None = None,
+    sampler: str | None = None,
+    sigma_max: float | None = None,
+    seed: int = 0,
+    plan: MemoryPlan | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    denoise: float = 1.0,
+    clip_embedding: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Upscale pictures with Inf-DiT, on the device that the model is on.
+
+    Args:
+        model: see `load_model`.
+        image: (B, h, w, 3) or (B, h, w, 4) in 0..1, floating point, of any size from 1×1; a fourth channel is
+            straight alpha, which is enlarged by Lanczos.
+        scale: above 1, at most 4. The sides of the result are rounded half up.
+        steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`.
+        seed: 0..2^64 − 1, of the noise: one float32 draw of `torch.randn` on the CPU for all pictures at the size of
+            whole blocks, as ComfyUI's RandomNoise.
+        plan: how evaluations are cut; the picture does not depend on it beyond rounding.
+        size: (height, width) of the result in place of `scale`; from once to 4 times each side.
+        denoise: 0..1, an artist's strength: how far up the schedule sampling begins. 0 is bicubic.
+        clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
+        progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
+            evaluations × pictures. After each step preview is a function that makes the denoised picture as
+            (h, w, 3) uint8, at most 512 pixels a side. An exception that progress raises ends the run at once.
+
+    Returns:
+        (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
+
+    Raises:
+        ValueError: input that cannot be upscaled, in one sentence.
+    """
+    _check_image(image)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
+    height, width = _target_size(image.shape[1], image.shape[2], scale, size)
+    sampler = sampler or model.defaults.sampler
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
+    sigmas = schedule(model.defaults, steps, sigma_max, denoise)
+    plan = plan or MemoryPlan.default(model.config)
+    grid = BlockGrid.covering(height, width, model.config.block_size, plan.sweep)
+    vectors = _clip_vectors(model, clip_embedding, len(image))
+    units = evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks * len(image)
+    meter = _Meter(progress, units, (height, width))
+    noise = torch.Generator().manual_seed(seed)
+
+    results: list[Tensor] = []
+    for i in range(len(image)):
+        pixels = image[i : i + 1].detach().float().cpu().movedim(-1, 1).clamp(0, 1)  # (1, 3 or 4, h, w)
+        rgb, alpha = pixels[:, :3], pixels[:, 3:]
+        if alpha.shape[1]:
+            rgb = fill_transparent(rgb, alpha)
+        padded = (grid.height, grid.width)
+        lr, up = (x.to(model.device) for x in conditioning_pictures(rgb * 2 - 1, (height, width), padded))
+        conditioning = Conditioning(lr, up, None if vectors is None else vectors[i : i + 1])
+        # drawn even where it is not used: picture i has the same noise whatever the settings
+        x = torch.randn((1, 3, *padded), generator=noise).to(model.device).mul_(float(sigmas[0])).add_(up)
+        denoiser = Denoiser(model, conditioning, plan, progress=meter.advance)
+        y = SAMPLERS[sampler](denoiser, x, sigmas, callback=meter.step)
+        result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp(0, 1)
+        if alpha.shape[1]:
+            result = torch.cat((result, upscale_alpha(alpha, (height, width))), 1)
+        results.append(result.movedim(1, -1))
+    return torch.cat(results)
+
+
+def schedule(
+    defaults: SamplingDefaults, steps: int | None = None, sigma_max: float | None = None, denoise: float = 1.0
+) -> Tensor:
+    """Noise levels of a run: a Karras schedule that begins a fraction `denoise` of the way from sigma_min to sigma_max.
+
+    The way is measured as the schedule itself is spaced, in σ^(1/ρ). denoise = 0 has no step at all.
+
+    Returns:
+        (steps + 1,) float32, the last 0.
+    """
+    if not 0 <= denoise <= 1:
+        raise ValueError(f"denoise {denoise} must be between 0 (bicubic) and 1 (full strength)")
+    sigma_max = defaults.sigma_max if sigma_max is None else sigma_max
+    steps = defaults.steps if steps is None else steps
+    low, high = defaults.sigma_min ** (1 / RHO), max(sigma_max, 0) ** (1 / RHO)
+    if denoise in (0, 1):
+        return karras_sigmas(steps, defaults.sigma_min, sigma_max, RHO)[0 if denoise else -1 :]
+    return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** RHO, RHO)
+
+
+class _Meter:
+    """Turns "n blocks done" and "a step is done" into progress(done, total, preview)."""
+
+    def __init__(self, progress: Progress | None, total: int, size: tuple[int, int]) -> None:
+        self._progress, self._total, self._size = progress, total, size
+        self._done = 0
+
+    def advance(self, blocks: int) -> None:
+        self._done += blocks
+        if self._progress is not None:
+            self._progress(self._done, self._total, None)
+
+    def step(self, state: dict[str, Tensor | int]) -> None:
+        if self._progress is not None:
+            denoised = state["denoised"]
+            assert isinstance(denoised, Tensor), "k-diffusion's callback"
+            self._progress(self._done, self._total, lambda: _preview(denoised, self._size))
+
+
+def _preview(denoised: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    shrink = min(1.0, PREVIEW_SIDE / max(size))
+    small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    picture = F.interpolate(denoised[:1, :, :height, :width].float(), size=small, mode="bilinear", antialias=True)
+    return ((picture[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1).cpu()
+
+
+def _check_image(image: Tensor) -> None:
+    if image.dim() != 4 or image.shape[-1] not in (3, 4) or not image.is_floating_point():
+        raise ValueError(
+            f"image of shape {tuple(image.shape)} and {image.dtype} must be (batch, height, width, 3 or 4) "
+            "of floating point in 0..1"
+        )
+    if 0 in image.shape:
+        raise ValueError(f"image of shape {tuple(image.shape)} is empty: give at least one picture of one pixel")
+    if not torch.isfinite(image).all():
+        raise ValueError("image holds values that are not finite: an earlier step of the workflow made NaN or inf")
+
+
+def _target_size(height: int, width: int, scale: float, size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        if not 1 < scale <= MAX_SCALE:
+            raise ValueError(f"scale {scale} must be above 1 and at most {MAX_SCALE}: for more, upscale twice")
+        return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
+    for name, side, target in (("height", height, size[0]), ("width", width, size[1])):
+        if not side <= target <= MAX_SCALE * side:
+            raise ValueError(
+                f"{name} {target} must be between the picture's {side} and {MAX_SCALE} times it, {MAX_SCALE * side}: "
+                "for more, upscale twice"
+            )
+    if tuple(size) == (height, width):
+        raise ValueError(f"size {width}×{height} is what the picture already has: at least one side must grow")
+    return size
+
+
+def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> Tensor | None:
+    width = model.config.vector_dim
+    if not width:
+        if embedding is not None:
+            log.warning("this model has no CLIP input: clip_embedding is ignored")
+        return None
+    if embedding is None:
+        if model not in _told:
+            _told.add(model)
+            log.warning("no CLIP embedding for a model that was trained with one: it runs with zeros in its place")
+        return None
+    if embedding.dim() != 2 or embedding.shape[0] not in (1, batch) or embedding.shape[1] != width:
+        raise ValueError(f"clip_embedding of shape {tuple(embedding.shape)} must be ({batch} or 1, {width})")
+    return embedding.to(model.device).expand(batch, -1)
