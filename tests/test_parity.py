@@ -1,0 +1,65 @@
+"""The published code's outputs, stored in float32, are reproduced through the published file and its conversion."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import infdit
+from infdit.resample import conditioning_pictures
+
+PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
+STORED = load_file(DATA / "tiny.safetensors")
+CASES = sorted({name.split(".")[0] for name in STORED})
+PLANS = [None, infdit.MemoryPlan(1, 1), infdit.MemoryPlan(2, 3, sweep="rows"), infdit.MemoryPlan(28, 2, sweep="columns")]
+
+
+@pytest.fixture(scope="module", params=["published", "converted"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> infdit.model.InfDiT:
+    path = PUBLISHED
+    if request.param == "converted":
+        path = tmp_path_factory.mktemp("converted") / "tiny.safetensors"
+        infdit.convert(PUBLISHED, path)
+    return infdit.load_model(path, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_stored_outputs(model: infdit.model.InfDiT, case: str, plan: infdit.MemoryPlan | None) -> None:
+    stored = {name.removeprefix(case + "."): t for name, t in STORED.items() if name.startswith(case + ".")}
+    conditioning = infdit.Conditioning(stored["lr"], stored["lr_upscaled"], stored["clip_embedding"])
+    denoise = infdit.Denoiser(model, conditioning, plan, positions="wrapped")
+    checked = 0
+    for name, expected in stored.items():
+        if name.startswith("denoised.sigma"):
+            sigma = float(name.removeprefix("denoised.sigma"))
+            result = denoise(stored["lr_upscaled"] + sigma * stored["noise"], torch.tensor(sigma))
+            torch.testing.assert_close(result, expected, atol=2e-5, rtol=0)
+        elif name.startswith("sampled.heun"):
+            sigmas = infdit.samplers.karras_sigmas(int(name.removeprefix("sampled.heun")), 0.002, 40.0)
+            x = stored["lr_upscaled"] + 40 * stored["noise"]
+            result = infdit.samplers.SAMPLERS["heun"](denoise, x, sigmas)
+            torch.testing.assert_close(result, expected, atol=1e-3, rtol=0)
+        else:
+            continue
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conditioning_pictures_are_the_published_ones(case: str) -> None:
+    up = STORED[case + ".lr_upscaled"]
+    lr, upscaled = conditioning_pictures(STORED[case + ".image"], tuple(up.shape[-2:]), tuple(up.shape[-2:]))
+    torch.testing.assert_close(lr, STORED[case + ".lr"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(upscaled, up, atol=1e-6, rtol=0)
+
+
+def test_both_scales_and_wrapped_positions_are_covered() -> None:
+    with safe_open(DATA / "tiny.safetensors", "pt") as file:
+        cases = [json.loads(text) for name, text in file.metadata().items() if name.startswith("case")]
+    assert {case["scale"] for case in cases} == {2, 4}
+    assert max(case["w"] * case["scale"] for case in cases) > 512 < max(case["h"] * case["scale"] for case in cases)

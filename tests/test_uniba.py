@@ -1,0 +1,183 @@
+"""Every schedule of the sweep equals the dense transcription; the ring is as small as it is said to be."""
+
+import itertools
+from collections.abc import Iterator
+from unittest import mock
+
+import dense
+import pytest
+import torch
+from conftest import MakeModel
+
+from infdit import Conditioning, Denoiser, MemoryPlan, uniba
+from infdit.model import InfDiT
+
+SIZES = {"layers": 3, "hidden": 16, "heads": 2, "block": 16, "vector_dim": 8}
+BLOCK, SIDE = 16, 4
+PERIOD = 2 * SIDE  # two blocks: grids of up to five blocks cross it twice
+EXACT = {"atol": 1e-10, "rtol": 0}
+GRIDS = sorted({*itertools.product(range(1, 6), range(1, 4)), *itertools.product(range(1, 4), range(1, 6))})
+
+
+def random_inputs(rows: int, columns: int, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, Conditioning, torch.Tensor]:
+    """x, what it is conditioned on, and a noise level for each picture; all float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    h, w = rows * BLOCK, columns * BLOCK
+    conditioning = Conditioning(randn(batch, 3, h // 4, w // 4), randn(batch, 3, h, w), randn(batch, 8))
+    return randn(batch, 3, h, w), conditioning, torch.linspace(0.3, 2.0, batch, dtype=torch.float64)
+
+
+def reference(
+    weights: dict[str, torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, c: Conditioning, **options: object
+) -> torch.Tensor:
+    return dense.denoise(
+        weights, x, sigma, c.lr, c.lr_upscaled, c.clip_embedding, block=BLOCK, period=PERIOD, **options
+    )
+
+
+def plans(blocks: int) -> Iterator[MemoryPlan]:
+    for group, chunk, sweep in itertools.product((1, 2, 3, 9), (*range(1, blocks + 1), 99), ("rows", "columns")):
+        yield MemoryPlan(group, chunk, sweep)
+
+
+@pytest.mark.parametrize("positions", ["wrapped", "continuous"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_schedule_equals_the_dense_transcription(grid: tuple[int, int], positions: str, make_model: MakeModel) -> None:
+    model, weights = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(*grid)
+    expected = reference(weights, x, sigma, conditioning, positions=positions)
+    for plan in plans(grid[0] * grid[1]):
+        result = Denoiser(model, conditioning, plan, positions=positions)(x, sigma)
+        torch.testing.assert_close(result, expected, msg=lambda m, plan=plan: f"{plan}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize("positions", ["wrapped", "continuous"])
+def test_origin_of_a_crop(positions: str, make_model: MakeModel) -> None:
+    model, weights = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(3, 2)
+    here = reference(weights, x, sigma, conditioning, positions=positions)
+    for origin in ((0, 3), (5, 0), (SIDE, 7 * SIDE), (13, 102)):
+        expected = reference(weights, x, sigma, conditioning, positions=positions, origin=origin)
+        assert (expected - here).abs().max() > 1e-6
+        for plan in (MemoryPlan(), MemoryPlan(1, 1)):
+            result = Denoiser(model, conditioning, plan, positions=positions, origin=origin)(x, sigma)
+            torch.testing.assert_close(result, expected, **EXACT)
+
+
+def test_positions_differ_only_behind_the_period(make_model: MakeModel) -> None:
+    model, _ = make_model(period=PERIOD, **SIZES)
+    for grid in ((1, 4), (4, 1)):
+        x, conditioning, sigma = random_inputs(*grid)
+        wrapped, continuous = (Denoiser(model, conditioning, positions=p)(x, sigma) for p in ("wrapped", "continuous"))
+        axis = 3 if grid[0] == 1 else 2
+        before, behind = ((wrapped - continuous).abs().narrow(axis, start, 2 * BLOCK).max() for start in (0, 2 * BLOCK))
+        assert before < 1e-12
+        assert behind > 1e-4
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (0, 2), (2, 4)])
+def test_a_picture_moved_by_periods_is_the_same_away_from_borders(shift: tuple[int, int], make_model: MakeModel) -> None:
+    """Only the continuous form can do this: a block must not know at which side of a seam it lies."""
+    depth, rows, columns = SIZES["layers"], 8, 8
+    model, _ = make_model(period=PERIOD, **SIZES)
+    x, c, sigma = random_inputs(rows, columns, batch=1)
+    small = Denoiser(model, c)(x, sigma)
+    large_x, large_c, _ = random_inputs(rows + shift[0], columns + shift[1], batch=1, seed=2)
+    for large, own, size in ((large_x, x, BLOCK), (large_c.lr_upscaled, c.lr_upscaled, BLOCK), (large_c.lr, c.lr, BLOCK // 4)):
+        large[..., shift[0] * size :, shift[1] * size :] = own
+    moved = Denoiser(model, Conditioning(large_c.lr, large_c.lr_upscaled, c.clip_embedding))(large_x, sigma)
+    moved = moved[..., shift[0] * BLOCK :, shift[1] * BLOCK :]
+    inner = (slice(None), slice(None), slice((depth + 1) * BLOCK, None), slice((depth + 1) * BLOCK, None))
+    torch.testing.assert_close(moved[inner], small[inner], **EXACT)
+    assert (moved - small).abs().max() > 1e-3, "blocks near the border see what was there before"
+
+
+def test_the_ring_holds_a_line_a_block_and_a_chunk(make_model: MakeModel) -> None:
+    model, _ = make_model(period=PERIOD, **SIZES)
+    rings: list[uniba.KVRing] = []
+
+    class Recorded(uniba.KVRing):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            rings.append(self)
+
+    with mock.patch.object(uniba, "KVRing", Recorded):
+        for (rows, columns), chunk, sweep in itertools.product([(7, 3), (3, 7), (5, 5)], (1, 2, 5), ("rows", "columns", "auto")):
+            x, conditioning, sigma = random_inputs(rows, columns, batch=1)
+            rings.clear()
+            Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep))(x, sigma)
+            line = {"rows": columns, "columns": rows, "auto": min(rows, columns)}[sweep]
+            held = [tensor.shape[1] for ring in rings for tensor in (ring._keys, ring._values)]
+            assert len(rings) == 3
+            assert max(held) <= line + 1 + chunk
+
+
+def test_gradients_with_one_chunk(make_model: MakeModel) -> None:
+    """Of the whole network, against central differences along a random direction."""
+    model, _ = make_model(period=PERIOD, **SIZES)
+    model.requires_grad_(True)
+    x, conditioning, sigma = random_inputs(2, 3, batch=1)
+    denoise = Denoiser(model, conditioning, MemoryPlan(28, 99))
+
+    def loss() -> torch.Tensor:
+        return denoise(x, sigma).square().mean()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), directions, strict=True))
+    losses = []
+    step = 1e-5
+    with torch.no_grad():
+        for sign in (1, -1):
+            for p, d in zip(model.parameters(), directions, strict=True):
+                p.add_(d, alpha=step * (1 if sign == 1 else -2))
+            losses.append(loss())
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_at_real_width(dtype: torch.dtype, make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"layers": 2, "hidden": 1280, "heads": 16, "block": 32, "vector_dim": 0}
+    model, _ = make_model(period=1024, dtype=torch.float32, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    lr, up, x = (torch.randn((1, 3, s, s), generator=generator).clamp(-1, 1) for s in (16, 64, 64))
+    for sigma in (0.002, 1.0, 40.0):
+        noisy = up + sigma * x
+        exact = Denoiser(model, Conditioning(lr, up))(noisy, sigma)
+        low = Denoiser(_copy(model, dtype), Conditioning(lr, up))(noisy, sigma)
+        deviation = (low - exact).abs()
+        with capsys.disabled():
+            print(f"\n{dtype} at width 1280, σ {sigma}: deviation max {deviation.max():.4f}, mean {deviation.mean():.5f}", end="")
+        assert torch.isfinite(low).all()
+        assert low.dtype == torch.float32
+        # D carries F at c_out ≤ 0.5; two layers of rounding to 8 bits of mantissa stay within a few percent of it
+        assert deviation.mean() < 0.02
+
+
+def _copy(model: InfDiT, dtype: torch.dtype) -> InfDiT:
+    with torch.device("meta"):
+        copy = InfDiT(model.config)
+    copy.load_state_dict({name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, assign=True)
+    return copy
+
+
+def test_wrong_shapes_are_refused(make_model: MakeModel) -> None:
+    model, _ = make_model(**SIZES)
+    x, c, sigma = random_inputs(2, 2)
+    with pytest.raises(ValueError, match="whole blocks"):
+        Denoiser(model, Conditioning(c.lr, c.lr_upscaled[..., :-4]))
+    with pytest.raises(ValueError, match="quarter"):
+        Denoiser(model, Conditioning(c.lr[..., 1:], c.lr_upscaled))
+    with pytest.raises(ValueError, match="must have 8"):
+        Denoiser(model, Conditioning(c.lr, c.lr_upscaled, torch.zeros(2, 9)))
+    with pytest.raises(ValueError, match="shape"):
+        Denoiser(model, c)(x[..., BLOCK:], sigma)
+    with pytest.raises(ValueError, match="positions"):
+        Denoiser(model, c, positions="unwrapped")
+    with pytest.raises(ValueError, match="at least 1"):
+        MemoryPlan(group=0)
