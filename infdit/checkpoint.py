@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .clip import CONVERTED
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
 from .model import InfDiT
@@ -186,7 +187,7 @@ def convert(source: str | Path, target: str | Path) -> list[Path]:
     written: list[Path] = []
     if checkpoint.clip:
         clip = clip_path(target)
-        _save(clip, checkpoint.clip, {"source": "Inf-DiT checkpoint", "model": "ViT-L-14"})
+        _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"})
         written.append(clip)
     metadata = checkpoint.metadata | {
         "config": json.dumps(asdict(checkpoint.config)),

@@ -74,7 +74,7 @@ def upscale(
     _check_image(image)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
-    height, width = _target_size(image.shape[1], image.shape[2], scale, size)
+    height, width = target_size(image.shape[1], image.shape[2], scale, size)
     sampler = sampler or model.defaults.sampler
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
@@ -165,7 +165,12 @@ def _check_image(image: Tensor) -> None:
         raise ValueError("image holds values that are not finite: an earlier step of the workflow made NaN or inf")
 
 
-def _target_size(height: int, width: int, scale: float, size: tuple[int, int] | None) -> tuple[int, int]:
+def target_size(height: int, width: int, scale: float, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) that a picture of height × width becomes; sides are rounded half up.
+
+    Raises:
+        ValueError: a scale or size outside what the model can do.
+    """
     if size is None:
         if not 1 < scale <= MAX_SCALE:
             raise ValueError(f"scale {scale} must be above 1 and at most {MAX_SCALE}: for more, upscale twice")

@@ -106,7 +106,7 @@ def test_the_ring_holds_a_line_a_block_and_a_chunk(make_model: MakeModel) -> Non
             rings.append(self)
 
     with mock.patch.object(uniba, "KVRing", Recorded):
-        for (rows, columns), chunk, sweep in itertools.product([(7, 3), (3, 7), (5, 5)], (1, 2, 5), ("rows", "columns", "auto")):
+        for (rows, columns), chunk, sweep in itertools.product([(6, 2), (2, 6)], (1, 3), ("rows", "columns", "auto")):
             x, conditioning, sigma = random_inputs(rows, columns, batch=1)
             rings.clear()
             Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep))(x, sigma)
@@ -140,23 +140,20 @@ def test_gradients_with_one_chunk(make_model: MakeModel) -> None:
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_at_real_width(dtype: torch.dtype, make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"layers": 2, "hidden": 1280, "heads": 16, "block": 32, "vector_dim": 0}
-    model, _ = make_model(period=1024, dtype=torch.float32, **sizes)
+def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=32, vector_dim=0)
     generator = torch.Generator().manual_seed(0)
     lr, up, x = (torch.randn((1, 3, s, s), generator=generator).clamp(-1, 1) for s in (16, 64, 64))
-    for sigma in (0.002, 1.0, 40.0):
+    for dtype, sigma in itertools.product((torch.bfloat16, torch.float16), (0.002, 1.0, 40.0)):
         noisy = up + sigma * x
-        exact = Denoiser(model, Conditioning(lr, up))(noisy, sigma)
-        low = Denoiser(_copy(model, dtype), Conditioning(lr, up))(noisy, sigma)
+        exact, low = (Denoiser(m, Conditioning(lr, up))(noisy, sigma) for m in (model, _copy(model, dtype)))
         deviation = (low - exact).abs()
         with capsys.disabled():
-            print(f"\n{dtype} at width 1280, σ {sigma}: deviation max {deviation.max():.4f}, mean {deviation.mean():.5f}", end="")
+            print(f"\n{dtype}, width 1280, σ {sigma}: deviates by {deviation.max():.4f}, mean {deviation.mean():.5f}", end="")
         assert torch.isfinite(low).all()
         assert low.dtype == torch.float32
-        # D carries F at c_out ≤ 0.5; two layers of rounding to 8 bits of mantissa stay within a few percent of it
-        assert deviation.mean() < 0.02
+        # c_out is at most 0.5 and F about 1; roundings of relative size 2^-9 add up over some 30 operations a layer
+        assert deviation.mean() < 0.5 * 2**-9 * 60**0.5
 
 
 def _copy(model: InfDiT, dtype: torch.dtype) -> InfDiT:

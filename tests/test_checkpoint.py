@@ -1,0 +1,374 @@
+"""Files that are right are read in full, files that are wrong are refused in a sentence, and none is ever run."""
+
+import json
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import dense
+import pytest
+import torch
+from conftest import DATA
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import infdit
+from infdit import CheckpointError, InfDiTConfig
+from infdit.checkpoint import read_checkpoint
+from infdit.tensorfile import read_tensors, tensor_digest
+
+PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
+TINY = InfDiTConfig(3, 64, 4, 4, 32, 32, 128)
+
+
+def rewrite_zip(source: Path, target: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            content = change(member.filename, old.read(member))
+            if content is not None:
+                new.writestr(member.filename, content)
+    return target
+
+
+def with_program(target: Path, program: bytes) -> Path:
+    """The published file with another pickle."""
+    return rewrite_zip(PUBLISHED, target, lambda name, old: program if name.endswith("data.pkl") else old)
+
+
+# ---- what is right
+
+
+def test_published_file_is_read_like_torch_reads_it() -> None:
+    expected = torch.load(PUBLISHED, weights_only=False)["module"]  # our own file
+    found = read_tensors(PUBLISHED).tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_every_key_is_accounted_for() -> None:
+    checkpoint = read_checkpoint(PUBLISHED)
+    everything = set(read_tensors(PUBLISHED).tensors)
+    assert set(checkpoint.tensors) | set(checkpoint.dropped) == everything
+    assert not set(checkpoint.tensors) & set(checkpoint.dropped)
+    assert all(re.search(r"rope\.|k_layer_norm|position_embeddings", name) for name in checkpoint.dropped)
+    assert checkpoint.config == TINY
+    parameters = dict(infdit.load_model(PUBLISHED).named_parameters())
+    assert sum(p.numel() for p in parameters.values()) == sum(t.numel() for t in checkpoint.tensors.values())
+
+
+def test_parameters_of_the_published_size() -> None:
+    """INFDIT.md section 1, less the k_layer_norm that is never used: 28 layers of weight and bias of 80."""
+    with torch.device("meta"):
+        model = infdit.model.InfDiT(InfDiTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 753_435_248 - 28 * 2 * 80
+
+
+def test_convert_and_back(tmp_path: Path) -> None:
+    target = tmp_path / "tiny.safetensors"
+    assert infdit.convert(PUBLISHED, target) == [target]
+    with safe_open(target, "pt") as file:
+        metadata = file.metadata()
+    assert InfDiTConfig(**json.loads(metadata["config"])) == TINY
+    assert json.loads(metadata["defaults"]) == {"steps": 20, "sampler": "heun", "sigma_max": 40.0, "sigma_min": 0.002}
+    assert metadata["sha256"] == tensor_digest(load_file(target))
+    old, new = infdit.load_model(PUBLISHED, torch.float32), infdit.load_model(target, torch.float32)
+    assert new.config == TINY
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    assert read_checkpoint(target).verify()
+    assert not read_checkpoint(PUBLISHED).verify()
+    again = tmp_path / "again.safetensors"
+    infdit.convert(target, again)
+    with safe_open(again, "pt") as file:
+        assert file.metadata() == metadata
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.safetensors", "tiny.safetensors"]
+
+
+def test_clip_inside_the_checkpoint_goes_beside_it(tmp_path: Path) -> None:
+    state = torch.load(PUBLISHED, weights_only=False)
+    clip = {"visual.proj": torch.ones(4, 3), "logit_scale": torch.tensor(2.0)}
+    state["module"] |= {f"image_encoder.model.{name}": tensor for name, tensor in clip.items()}
+    source = tmp_path / "with_clip.pt"
+    torch.save(state, source)
+    written = infdit.convert(source, tmp_path / "x.safetensors")
+    assert [path.name for path in written] == ["x.clip.safetensors", "x.safetensors"]
+    found = load_file(written[0])
+    assert found.keys() == clip.keys()
+    assert all(torch.equal(found[name], clip[name]) for name in clip)
+    assert infdit.load_model(source).config == TINY
+
+
+def test_dtype_device_and_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    defaults = {"steps": 3, "sampler": "euler", "sigma_max": 5.0, "sigma_min": 0.01}
+    save_file(dense.random_weights(0, dtype=torch.float16), path, {"defaults": json.dumps(defaults)})
+    model = infdit.load_model(path, dtype=torch.float32, device="cpu")
+    assert (model.dtype, model.device, model.training) == (torch.float32, torch.device("cpu"), False)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.defaults == infdit.SamplingDefaults(**defaults)
+    assert model.config.position_period == 1024
+    assert infdit.load_model("mini").config.vector_dim == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_maps_the_file_instead_of_reading_it(tmp_path: Path) -> None:
+    """With 170 MB of weights the process grows by little memory of its own (pages of the file are not), either format."""
+    weights = dense.random_weights(0, layers=10, hidden=512, heads=8, vector_dim=0, dtype=torch.float32)
+    save_file(weights, tmp_path / "m.safetensors", {})
+    torch.save({"module": weights}, tmp_path / "m.pt")
+    size = sum(t.numel() * t.itemsize for t in weights.values())
+    script = """
+import sys, torch, infdit
+infdit.load_model("mini")
+private = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
+before = private()
+model = infdit.load_model(sys.argv[1], torch.float32, "cpu")
+print(private() - before)
+"""
+    for name in ("m.safetensors", "m.pt"):
+        run = subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True)
+        assert int(run.stdout) < size / 5, name
+
+
+# ---- what is wrong
+
+
+class Bomb:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        import os
+
+        return os.system, (f"touch {self.proof}",)
+
+
+def test_code_in_a_checkpoint_does_not_run_and_does_no_harm(tmp_path: Path) -> None:
+    proof = tmp_path / "was here"
+    state = torch.load(PUBLISHED, weights_only=False)
+    torch.save({"a": Bomb(proof), "hyper": OrderedDict(b=Bomb(proof)), **state}, tmp_path / "bomb.pt")
+    assert infdit.load_model(tmp_path / "bomb.pt").config == TINY
+    assert not proof.exists()
+
+
+def test_code_in_place_of_a_weight(tmp_path: Path) -> None:
+    proof = tmp_path / "was here"
+    state = torch.load(PUBLISHED, weights_only=False)
+    state["module"]["time_embed.mlp.0.bias"] = Bomb(proof)
+    torch.save(state, tmp_path / "bomb.pt")
+    with pytest.raises(CheckpointError, match="time_embed.mlp.0.bias"):
+        infdit.load_model(tmp_path / "bomb.pt")
+    assert not proof.exists()
+
+
+def test_modules_named_in_a_checkpoint_are_not_imported(tmp_path: Path) -> None:
+    program = b"\x80\x02}U\x01ac" + b"this\nzen\n" + b"s."
+    path = with_program(tmp_path / "import.pt", program)
+    run = subprocess.run(
+        [sys.executable, "-c", f"import infdit, sys\ntry: infdit.load_model({str(path)!r})\nexcept infdit.CheckpointError: print('this' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout == "False\n"
+
+
+def persistent(key: str, count: int = 4) -> bytes:
+    return b"(U\x07storagectorch\nFloatStorage\nU" + bytes([len(key)]) + key.encode() + b"U\x03cpuK" + bytes([count]) + b"tQ"
+
+
+def tensor_program(storage: bytes, offset: bytes, size: bytes, stride: bytes) -> bytes:
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n("
+    return b"\x80\x02}U\x01a" + rebuild + storage + offset + size + stride + b"\x89}tRs."
+
+
+NO_TUPLE, FOUR, ONE = b")", b"K\x04\x85", b"K\x01\x85"
+HOSTILE = {
+    "reaches beyond its storage": tensor_program(persistent("0"), b"K\x00", b"J\xff\xff\xff\x7f\x85", ONE),
+    "starts beyond its storage": tensor_program(persistent("0"), b"J\xff\xff\xff\x7f", FOUR, ONE),
+    "negative stride": tensor_program(persistent("0"), b"K\x04", FOUR, b"J\xff\xff\xff\xff\x85"),
+    "size without stride": tensor_program(persistent("0"), b"K\x00", FOUR, NO_TUPLE),
+    "size is text": tensor_program(persistent("0"), b"K\x00", b"U\x01x", ONE),
+    "no such storage": tensor_program(persistent("999"), b"K\x00", FOUR, ONE),
+    "storage outside the archive": tensor_program(persistent("../version"), b"K\x00", FOUR, ONE),
+    "persistent id of another kind": b"\x80\x02}U\x01aU\x04evilQs.",
+    "memo index that would take 64 GB": b"\x80\x02}r\xff\xff\xff\xff.",
+    "memo index as text": b"\x80\x02}p4294967295\n.",
+    "empty stack": b"\x80\x02.",
+    "cut off": b"\x80\x02}U\x01a",
+    "noise": bytes(range(256)),
+    "nothing": b"",
+    "not a dict": b"\x80\x02K\x01.",
+    "a call of text": b"\x80\x02U\x01x)R.",
+    "keys that are no text": b"\x80\x02}K\x01" + tensor_program(persistent("0"), b"K\x00", FOUR, ONE)[6:],
+    "long text": b"\x80\x02X\xff\xff\xff\x7f.",
+    "bytearray of 2^60": b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".",
+    "frame of 2^62": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"}.",
+    "extension code": b"\x80\x02\x82\x01.",
+    "deep nesting": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+}
+
+
+@pytest.mark.parametrize("program", HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_pickles(program: bytes, tmp_path: Path) -> None:
+    path = with_program(tmp_path / "hostile.pt", program)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        infdit.load_model(path)
+
+
+def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
+    """A campaign of flipped bytes in the pickle: read, or refused as damaged; nothing else."""
+    with zipfile.ZipFile(PUBLISHED) as archive:
+        program = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        damaged = bytearray(program)
+        for _ in range(3):
+            at, value = torch.randint(0, 2**31, (2,), generator=generator).tolist()
+            damaged[at % len(program)] = value % 256
+        try:
+            read_checkpoint(with_program(tmp_path / "damaged.pt", bytes(damaged)))
+        except CheckpointError as error:
+            assert len(str(error)) < 2000
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    content = PUBLISHED.read_bytes()
+    path = tmp_path / "bad.pt"
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    safetensors = tmp_path / "good.safetensors"
+    infdit.convert(PUBLISHED, safetensors)
+    good = safetensors.read_bytes()
+    cases = {
+        "truncated": content[: len(content) // 2],
+        "a few bytes": content[:100],
+        "empty": b"",
+        "html of a share page": b"<!DOCTYPE html><html>log in</html>",
+        "one bit": bytes(flipped),
+        "safetensors truncated": good[:-1],
+        "safetensors header only": good[:50],
+        "safetensors huge header": struct.pack("<Q", 2**60) + good[8:],
+        "old torch": pickle.dumps({"a": 1}, protocol=2),
+        "a zip of something else": (tmp_path / "x.zip").name.encode(),
+    }
+    for name, damaged in cases.items():
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"bad\.pt: .+; .+\.$"):
+            print(name, infdit.load_model(path))
+
+
+def test_zip_without_a_checkpoint_and_compressed_storages(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "docs.pt", "w") as archive:
+        archive.writestr("word/document.xml", "<x/>")
+    with pytest.raises(CheckpointError, match=r"data\.pkl"):
+        infdit.load_model(tmp_path / "docs.pt")
+    with zipfile.ZipFile(PUBLISHED) as old, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(CheckpointError, match="compressed"):
+        infdit.load_model(tmp_path / "deflated.pt")
+    big = rewrite_zip(PUBLISHED, tmp_path / "big.pt", lambda n, c: b"big" if n.endswith("byteorder") else c)
+    with pytest.raises(CheckpointError, match="big-endian"):
+        infdit.load_model(big)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be opened.*check the path"):
+        infdit.load_model(tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        infdit.load_model(tmp_path)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "unknown key": (lambda w: w.update({"lora.up": torch.ones(1)}), "lora.up"),
+    "missing bias": (lambda w: w.pop("time_embed.mlp.2.bias"), "noise_embed.2.bias is missing"),
+    "missing table": (lambda w: w.pop("mixins.adaln_layer.re_pos_embed"), "re_pos_embed is missing"),
+    "missing layer": (lambda w: [w.pop(k) for k in list(w) if "layers.2." in k], r"layers\.2\.\S+ is missing"),
+    "wrong shape": (
+        lambda w: w.update({"mixins.final_layer.linear.bias": torch.ones(47)}),
+        r"head.bias has shape \(47,\) instead of \(48,\)",
+    ),
+    "integers": (
+        lambda w: w.update({"mixins.final_layer.linear.bias": torch.ones(48, dtype=torch.int64)}),
+        "int64, not floating point",
+    ),
+    "NaN": (lambda w: w["time_embed.mlp.0.weight"].fill_(float("nan")), "not finite"),
+    "infinity": (lambda w: w["mixins.adaln_layer.re_pos_embed"][2, 3].fill_(float("inf")), "slot_embed.*not finite"),
+    "one layer too many": (
+        lambda w: w.update({"mixins.adaln_layer.q_layer_norm.3.bias": torch.ones(8)}),
+        "layers.3.qk_norm.bias is one layer too many",
+    ),
+    "odd number of tokens": (
+        lambda w: w.update({"mixins.adaln_layer.lr_query_position_embedding": torch.ones(1, 65, 2, 8)}),
+        "query_position has shape",
+    ),
+    "odd heads": (
+        lambda w: w.update({"mixins.adaln_layer.re_pos_embed": torch.ones(3, 4, 2, 9)}),
+        "multiple of 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=list(WRONG))
+def test_wrong_tensors_are_named(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
+    weights = dense.random_weights(0, dtype=torch.float32)
+    change(weights)
+    path = tmp_path / "wrong.safetensors"
+    save_file(weights, path, {})
+    with pytest.raises(CheckpointError, match=message):
+        infdit.load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"config": '{"num_layers": 4}'}, "contradicts"),
+        ({"config": '{"position_period": "x"}'}, "sizes that make no Inf-DiT"),
+        ({"config": '{"position_period": 0}'}, "at least 1"),
+        ({"config": "{"}, "unreadable metadata"),
+        ({"defaults": '{"sampler": "magic"}'}, "magic"),
+        ({"defaults": '{"steps": 0}'}, "at least 1"),
+        ({"defaults": '{"steps": "many"}'}, "defaults"),
+        ({"defaults": '{"sigma_max": -1}'}, "sigma_max"),
+    ],
+)
+def test_wrong_metadata(metadata: dict[str, str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.safetensors"
+    save_file(dense.random_weights(0, dtype=torch.float32), path, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        infdit.load_model(path)
+
+
+def test_a_changed_weight_does_not_match_the_digest(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    infdit.convert(PUBLISHED, path)
+    infdit.load_model(path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        infdit.load_model(path)
+
+
+def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(tensors: object, path: str, metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "tiny.safetensors"
+    shutil.copy(PUBLISHED, target)
+    before = target.read_bytes()
+    monkeypatch.setattr(infdit.checkpoint, "save_file", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        infdit.convert(PUBLISHED, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
+    assert target.read_bytes() == before
+    with pytest.raises(CheckpointError, match="end in .safetensors"):
+        infdit.convert(PUBLISHED, tmp_path / "x.ckpt")

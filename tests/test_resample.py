@@ -1,0 +1,63 @@
+"""The aligned resampler against torch's antialiased bicubic, and against straight lines."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from infdit.resample import conditioning_pictures
+
+MULTIPLES_OF_4 = [((7, 9), (28, 36)), ((10, 10), (12, 36)), ((33, 5), (40, 20)), ((1, 1), (4, 4)), ((100, 50), (132, 200)), ((1, 40), (4, 60))]
+
+
+def padded(size: tuple[int, int], block: int = 32) -> tuple[int, int]:
+    return tuple(-(-side // block) * block for side in size)
+
+
+@pytest.mark.parametrize(("source", "target"), MULTIPLES_OF_4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_torch_where_the_target_is_a_multiple_of_4(source: tuple, target: tuple, dtype: torch.dtype) -> None:
+    image = torch.rand((2, 3, *source), generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
+    lr, up = conditioning_pictures(image, target, padded(target))
+    h, w = target
+    options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    # torch rounds its weights to the picture's dtype
+    tolerance = {"atol": 3e-5 if dtype == torch.float32 else 1e-12, "rtol": 0}
+    torch.testing.assert_close(up[..., :h, :w], F.interpolate(image, (h, w), **options).clamp(-1, 1), **tolerance)
+    torch.testing.assert_close(lr[..., : h // 4, : w // 4], F.interpolate(image, (h // 4, w // 4), **options), **tolerance)
+
+
+@pytest.mark.parametrize(("source", "target"), [(50, 77), (50, 101), (64, 65), (30, 119), (41, 163), (97, 98), (33, 131)])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_ramp_is_the_same_through_up_and_lr(source: int, target: int, axis: int) -> None:
+    """Away from the edges, where every kernel loses its outer half, both lie on the ramp itself."""
+    ramp = (torch.arange(source, dtype=torch.float64) + 0.5) / source  # in fractions of the picture
+    image = ramp.view([1, 1, -1, 1] if axis == 2 else [1, 1, 1, -1]).expand(1, 3, source, source)
+    lr, up = conditioning_pictures(image, (target, target), padded((target, target)))
+    lr, up = (x.select(5 - axis, x.shape[5 - axis] // 4)[0, 0] * target for x in (lr, up))  # in target pixels
+    edge = 2 * max(4 * source // target + 1, 4) * target // source + 1  # twice the widest kernel
+    centres = torch.arange(len(up), dtype=torch.float64) + 0.5
+    inner = slice(edge, target - edge)
+    if target - edge > edge:
+        torch.testing.assert_close(up[inner], centres[inner], atol=0.05, rtol=0)
+    means = up.unflatten(0, (-1, 4)).mean(1)
+    inner = slice(4, (target - 12) // 4)
+    assert len(means[inner]) > 5
+    torch.testing.assert_close(lr[inner], means[inner], atol=0.05, rtol=0)
+    outside = slice(target // 4 + 5, None)  # the edge repeated
+    torch.testing.assert_close(lr[outside], means[outside], atol=0.05, rtol=0)
+
+
+def test_padding_repeats_the_edge() -> None:
+    image = torch.rand((1, 3, 5, 6), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    lr, up = conditioning_pictures(image, (9, 11), (32, 32))
+    corner = image[:, :, -1, -1]
+    torch.testing.assert_close(lr[..., -1, -1], corner)
+    torch.testing.assert_close(up[..., -1, -1], corner)
+
+
+def test_constant_pictures_stay_constant_and_up_is_clipped() -> None:
+    for value in (-1.0, 0.3, 1.0):
+        for picture in conditioning_pictures(torch.full((1, 3, 3, 17), value), (7, 40), (32, 64)):
+            torch.testing.assert_close(picture, torch.full_like(picture, value), atol=1e-6, rtol=0)
+    step = torch.tensor([-1.0, -1, -1, 1, 1, 1]).expand(1, 3, 6, 6)
+    assert conditioning_pictures(step, (24, 24), (32, 32))[1].abs().max() == 1

@@ -1,0 +1,277 @@
+"""upscale(): sizes, noise, batches, alpha, progress, refusals; its plumbing against the parts put together by hand."""
+
+import gc
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MakeModel
+from PIL import Image
+
+import infdit
+from infdit import MemoryPlan, upscale
+from infdit.alpha import fill_transparent
+from infdit.model import InfDiT
+from infdit.upscale import schedule
+
+FAST = {"steps": 1, "sampler": "euler", "sigma_max": 2.0}
+
+
+@pytest.fixture(scope="module")
+def mini() -> InfDiT:
+    return infdit.load_model("mini", dtype=torch.float32, device="cpu")
+
+
+def picture(h: int, w: int, channels: int = 3, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Smooth colours with some texture."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((batch, channels, 4, 4), generator=generator)
+    smooth = F.interpolate(coarse, (h, w), mode="bilinear").movedim(1, -1)
+    return (smooth + 0.1 * torch.rand((batch, h, w, channels), generator=generator)).clamp(0, 1)
+
+
+def test_equals_its_parts_put_together_by_hand(mini: InfDiT) -> None:
+    image = picture(24, 16)
+    up = F.interpolate(image.movedim(-1, 1) * 2 - 1, scale_factor=4.0, mode="bicubic", antialias=True).clamp(-1, 1)
+    conditioning = infdit.Conditioning(image.movedim(-1, 1) * 2 - 1, up)
+    noise = torch.randn((1, 3, 96, 64), generator=torch.Generator().manual_seed(7))
+    sigmas = infdit.samplers.karras_sigmas(3, mini.defaults.sigma_min, 5.0)
+    y = infdit.samplers.SAMPLERS["heun"](infdit.Denoiser(mini, conditioning), up + sigmas[0] * noise, sigmas)
+    expected = (y.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+    result = upscale(mini, image, 4.0, steps=3, sampler="heun", sigma_max=5.0, seed=7)
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=0)
+
+
+def test_defaults_are_the_models(mini: InfDiT) -> None:
+    d = mini.defaults
+    image = picture(8, 8)
+    assert torch.equal(upscale(mini, image), upscale(mini, image, 4.0, steps=d.steps, sampler=d.sampler, sigma_max=d.sigma_max))
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "scale"),
+    [(1, 1, 4.0), (1, 1, 1.5), (1, 97, 4.0), (130, 1, 3.0), (3, 5, 1.01), (7, 9, 2.5), (33, 31, 4.0), (20, 30, 1.3333)],
+)
+def test_exact_sizes_of_any_input(mini: InfDiT, h: int, w: int, scale: float) -> None:
+    result = upscale(mini, picture(h, w), scale, **FAST)
+    assert result.shape == (1, math.floor(h * scale + 0.5), math.floor(w * scale + 0.5), 3)
+    assert result.dtype == torch.float32
+    assert result.min() >= 0
+    assert result.max() <= 1
+
+
+def test_size_per_axis(mini: InfDiT) -> None:
+    image = picture(20, 30)
+    result = upscale(mini, image, size=(75, 31), **FAST)
+    assert result.shape == (1, 75, 31, 3)
+    assert torch.equal(upscale(mini, image, size=(80, 120), **FAST), upscale(mini, image, 4.0, **FAST))
+    small = F.interpolate(result.movedim(-1, 1), (20, 30), mode="bicubic", antialias=True).movedim(1, -1)
+    assert (small - image).abs().mean() < 0.04, "the same picture, stretched"
+
+
+def test_odd_sizes_are_not_shifted(mini: InfDiT) -> None:
+    """A picture cropped to an odd size gives the same pixels, away from the new edge."""
+    image = picture(40, 40)
+    whole, part = upscale(mini, image, 3.0, **FAST), upscale(mini, image[:, :33, :31], 3.0, **FAST)
+    inner = slice(0, 48)  # a block and a half before the edge: windows of the low-resolution picture reach that far
+    # the noise is another, for it is drawn at the size of the grid
+    assert (whole[:, inner, inner] - part[:, inner, inner]).abs().mean() < 0.03
+    edge = (whole[:, :99, :93] - part).abs()
+    assert edge[:, -3:].mean() < 0.08
+    assert edge[:, :, -3:].mean() < 0.08
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(1, 1), MemoryPlan(4, 7, "rows"), MemoryPlan(2, 999, "columns"), MemoryPlan(99, 1)], ids=str)
+def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT, plan: MemoryPlan) -> None:
+    image = picture(30, 45)
+    options = {"steps": 3, "sampler": "dpmpp_2m", "sigma_max": 5.0}
+    difference = (upscale(mini, image, plan=plan, **options) - upscale(mini, image, **options)).abs().max()
+    assert difference < 1e-4  # 1/255 is promised; float32 rounding through three steps
+
+
+def test_noise_is_one_draw_for_the_batch_as_in_comfyui(mini: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    original = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(original(*a, **k)) or drawn[-1].clone())
+    upscale(mini, picture(10, 20, batch=3), 4.0, seed=2**63 + 5, **FAST)
+    expected = original((3, 3, 64, 96), generator=torch.manual_seed(2**63 + 5), device="cpu")
+    assert torch.equal(torch.cat(drawn), expected)
+
+
+def test_batches_are_single_pictures(mini: InfDiT) -> None:
+    image = picture(16, 24, batch=2)
+    both = upscale(mini, image, 4.0, **FAST)
+    assert torch.equal(both[:1], upscale(mini, image[:1], 4.0, **FAST))
+    assert not torch.equal(both[1:], upscale(mini, image[1:], 4.0, **FAST)), "each has its own noise"
+    assert both.shape == (2, 64, 96, 3)
+
+
+def test_denoise_shortens_the_schedule() -> None:
+    defaults = infdit.SamplingDefaults()
+    assert torch.equal(schedule(defaults), infdit.samplers.karras_sigmas(20, 0.002, 40.0))
+    half = schedule(defaults, denoise=0.5)
+    expected = ((0.002 ** (1 / 7) + 40 ** (1 / 7)) / 2) ** 7  # half-way as Karras measures it
+    assert half[0].item() == pytest.approx(expected, rel=1e-6)
+    assert len(half) == 21
+    assert schedule(defaults, denoise=0).tolist() == [0]
+    assert schedule(defaults, steps=4, sigma_max=3.0)[0] == 3
+
+
+def test_denoise_0_is_bicubic(mini: InfDiT) -> None:
+    image = picture(9, 11)
+    bicubic = F.interpolate(image.movedim(-1, 1), scale_factor=4.0, mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(upscale(mini, image, denoise=0.0), bicubic.movedim(1, -1), atol=1e-5, rtol=0)
+
+
+# ---- alpha
+
+
+def test_alpha_is_lanczos_and_colour_has_no_fringe(mini: InfDiT) -> None:
+    """A red disc on transparent black: every visible pixel of the result is red."""
+    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    alpha = (((rows - 12) ** 2 + (columns - 12) ** 2) < 64).float()
+    image = torch.stack((alpha * 0.9, alpha * 0.1, alpha * 0.1, alpha), -1)[None]
+    result = upscale(mini, image, 4.0, **FAST)
+    lanczos = np.array(Image.fromarray(alpha.numpy()).resize((96, 96), Image.Resampling.LANCZOS)).clip(0, 1)
+    np.testing.assert_allclose(result[0, ..., 3].numpy(), lanczos, atol=1e-6)
+    visible = result[0][result[0, ..., 3] > 0.02]
+    assert (visible[:, 0] - 0.9).abs().max() < 0.1
+    assert visible[:, 1:3].max() < 0.2
+    dark = upscale(mini, image[..., :3], 4.0, **FAST)[0][result[0, ..., 3] > 0.02]
+    assert (dark[:, 0] - 0.9).abs().max() > 0.3, "left as it is, black bleeds in"
+
+
+def test_fill_transparent() -> None:
+    rgb, alpha = torch.zeros(1, 3, 5, 7), torch.zeros(1, 1, 5, 7)
+    rgb[..., 2, 1], alpha[..., 2, 1] = 0.6, 0.25
+    torch.testing.assert_close(fill_transparent(rgb, alpha), torch.full_like(rgb, 0.6))
+    rgb[:, 0, 2, 5], alpha[..., 2, 5] = 1.0, 1.0
+    filled = fill_transparent(rgb, alpha)
+    assert torch.equal(filled[..., 2, 1], rgb[..., 2, 1])
+    assert filled[0, 0].min() >= 0.59
+    assert filled[0, 1].max() <= 0.61
+    nothing = torch.zeros(1, 3, 4, 4)
+    assert torch.equal(fill_transparent(nothing, torch.zeros(1, 1, 4, 4)), nothing)
+
+
+# ---- CLIP
+
+
+def test_clip_embedding(make_model: MakeModel, caplog: pytest.LogCaptureFixture, mini: InfDiT) -> None:
+    model, _ = make_model(dtype=torch.float32, vector_dim=8)
+    image = picture(8, 8, batch=2)
+    with caplog.at_level("WARNING"):
+        without = upscale(model, image, **FAST)
+        upscale(model, image, **FAST)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CLIP embedding for a model that was trained with one: it runs with zeros in its place"
+    ]
+    assert torch.equal(upscale(model, image, clip_embedding=torch.zeros(1, 8), **FAST), without)
+    vectors = F.normalize(torch.randn((2, 8), generator=torch.Generator().manual_seed(0)), dim=1)
+    result = upscale(model, image, clip_embedding=vectors, **FAST)
+    assert (result - without).abs().max() > 1e-3
+    assert torch.equal(upscale(model, image, clip_embedding=vectors[:1], **FAST)[0], result[0])
+    with pytest.raises(ValueError, match=r"must be \(2 or 1, 8\)"):
+        upscale(model, image, clip_embedding=torch.zeros(3, 8))
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        upscale(mini, picture(4, 4), clip_embedding=torch.zeros(1, 768), **FAST)
+    assert "no CLIP input" in caplog.text
+
+
+# ---- progress
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [("heun", 5), ("euler", 3)])
+def test_progress(mini: InfDiT, sampler: str, evaluations: int) -> None:
+    calls, previews = [], []
+
+    def progress(done: int, total: int, preview: object) -> None:
+        calls.append((done, total))
+        if preview is not None:
+            previews.append(preview())
+
+    upscale(mini, picture(20, 150, batch=2), 4.0, steps=3, sampler=sampler, progress=progress, plan=MemoryPlan(6, 8))
+    blocks = 3 * 19
+    total = evaluations * mini.config.num_layers * blocks * 2
+    assert {t for _, t in calls} == {total}
+    dones = [done for done, _ in calls]
+    assert dones == sorted(dones)
+    assert dones[0] == 8, "between the layers of the first chunk"
+    assert dones[-1] == total
+    assert len(previews) == 3 * 2
+    assert previews[0].shape == (68, 512, 3)
+    assert previews[0].dtype == torch.uint8
+
+
+def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: InfDiT) -> None:
+    class Stop(Exception):
+        pass
+
+    calls = 0
+
+    def progress(done: int, total: int, preview: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Stop
+
+    held: list[weakref.ref] = []
+    original = infdit.uniba.KVRing.share
+
+    def share(self: object, visit: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
+        held.extend((weakref.ref(k), weakref.ref(v)))
+        return original(self, visit, k, v)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infdit.uniba.KVRing, "share", share)
+        with pytest.raises(Stop):
+            upscale(mini, picture(20, 150), 4.0, progress=progress, plan=MemoryPlan(6, 8), **FAST)
+    assert calls == 4
+    assert len(held) == 2 * 4
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 1.0}, "above 1 and at most 4"),
+        ({"scale": 4.01}, "upscale twice"),
+        ({"scale": float("nan")}, "above 1"),
+        ({"size": (33, 8)}, "height 33"),
+        ({"size": (32, 7)}, "width 7"),
+        ({"size": (8, 8)}, "already has"),
+        ({"sampler": "ddim"}, "heun, euler, dpmpp_2m"),
+        ({"steps": 0}, "at least 1"),
+        ({"sigma_max": -1.0}, "sigma_max"),
+        ({"denoise": 1.5}, "between 0"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"image": torch.zeros(8, 8, 3)}, "must be"),
+        ({"image": torch.zeros(1, 8, 8, 2)}, "must be"),
+        ({"image": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}, "floating point"),
+        ({"image": torch.zeros(0, 8, 8, 3)}, "empty"),
+        ({"image": torch.zeros(1, 0, 8, 3)}, "empty"),
+        ({"image": torch.full((1, 8, 8, 3), float("nan"))}, "not finite"),
+    ],
+    ids=str,
+)
+def test_refusals_are_one_sentence(mini: InfDiT, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        upscale(mini, **{"image": picture(8, 8)} | change)
+    assert "\n" not in str(error.value)
+
+
+def test_inputs_are_not_changed_and_half_precision_is_taken(mini: InfDiT) -> None:
+    image = picture(8, 8, channels=4).half()
+    image[0, :4, :, 3] = 0
+    before = image.clone()
+    assert upscale(mini, image, **FAST).dtype == torch.float32
+    assert torch.equal(image, before)
