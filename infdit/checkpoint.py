@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -253,7 +254,7 @@ def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
     return defaults
 
 
-def _json(path: Path, file: TensorFile, key: str) -> dict[str, object]:
+def _json(path: Path, file: TensorFile, key: str) -> dict[str, Any]:
     try:
         stated = json.loads(file.metadata.get(key, "{}"))
     except json.JSONDecodeError as error:

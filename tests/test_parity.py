@@ -1,7 +1,6 @@
 """The published code's outputs, stored in float32, are reproduced through the published file and its conversion."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,12 @@ from infdit.resample import conditioning_pictures
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 STORED = load_file(DATA / "tiny.safetensors")
 CASES = sorted({name.split(".")[0] for name in STORED})
-PLANS = [None, infdit.MemoryPlan(1, 1), infdit.MemoryPlan(2, 3, sweep="rows"), infdit.MemoryPlan(28, 2, sweep="columns")]
+PLANS = [
+    None,
+    infdit.MemoryPlan(1, 1),
+    infdit.MemoryPlan(2, 3, sweep="rows"),
+    infdit.MemoryPlan(28, 2, sweep="columns"),
+]
 
 
 @pytest.fixture(scope="module", params=["published", "converted"])

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from infdit.resample import conditioning_pictures
 
-MULTIPLES_OF_4 = [((7, 9), (28, 36)), ((10, 10), (12, 36)), ((33, 5), (40, 20)), ((1, 1), (4, 4)), ((100, 50), (132, 200)), ((1, 40), (4, 60))]
+MULTIPLES_OF_4 = [
+    ((7, 9), (28, 36)),
+    ((10, 10), (12, 36)),
+    ((33, 5), (40, 20)),
+    ((1, 1), (4, 4)),
+    ((100, 50), (132, 200)),
+    ((1, 40), (4, 60)),
+]
 
 
 def padded(size: tuple[int, int], block: int = 32) -> tuple[int, int]:
@@ -23,10 +30,14 @@ def test_equals_torch_where_the_target_is_a_multiple_of_4(source: tuple, target:
     # torch rounds its weights to the picture's dtype
     tolerance = {"atol": 3e-5 if dtype == torch.float32 else 1e-12, "rtol": 0}
     torch.testing.assert_close(up[..., :h, :w], F.interpolate(image, (h, w), **options).clamp(-1, 1), **tolerance)
-    torch.testing.assert_close(lr[..., : h // 4, : w // 4], F.interpolate(image, (h // 4, w // 4), **options), **tolerance)
+    torch.testing.assert_close(
+        lr[..., : h // 4, : w // 4], F.interpolate(image, (h // 4, w // 4), **options), **tolerance
+    )
 
 
-@pytest.mark.parametrize(("source", "target"), [(50, 77), (50, 101), (64, 65), (30, 119), (41, 163), (97, 98), (33, 131)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(50, 77), (50, 101), (64, 65), (30, 119), (41, 163), (97, 98), (33, 131)]
+)
 @pytest.mark.parametrize("axis", [2, 3])
 def test_a_ramp_is_the_same_through_up_and_lr(source: int, target: int, axis: int) -> None:
     """Away from the edges, where every kernel loses its outer half, both lie on the ramp itself."""

@@ -1,6 +1,7 @@
 """Samplers against the closed-form flow of Gaussian data, and against arithmetic written out by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_second_order(name: str) -> None:
         sigmas = karras_sigmas(n, 0.002, 40.0)
         y = SAMPLERS[name](gaussian_denoiser, 40 * x, sigmas[:-1])  # down to 0.002: the step to 0 is of first order
         errors.append((y - exact_flow(40 * x, float(sigmas[0]), float(sigmas[-2]))).abs().item())
-    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    ratios = [a / b for a, b in pairwise(errors)]
     assert all(3.5 < ratio < 5 for ratio in ratios), ratios
 
 
@@ -39,14 +40,16 @@ def test_euler_is_of_first_order() -> None:
         sigmas = karras_sigmas(n, 0.002, 40.0)
         y = SAMPLERS["euler"](gaussian_denoiser, torch.full((1,), 40.0, dtype=torch.float64), sigmas[:-1])
         errors.append((y - exact_flow(torch.tensor(40.0), 40.0, 0.002)).abs().item())
-    assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(1.7 < a / b < 2.3 for a, b in pairwise(errors)), errors
 
 
 def test_dpmpp_2m_by_hand_on_three_unequal_steps() -> None:
     sigmas = [8.0, 2.0, 1.0, 0.4, 0.0]
     answers = [3.0, -1.0, 0.5, 2.0]  # what the denoiser says, whatever it is asked
     remaining = iter(answers)
-    y = SAMPLERS["dpmpp_2m"](lambda x, sigma: torch.full_like(x, next(remaining)), torch.tensor([5.0]).double(), torch.tensor(sigmas))
+    y = SAMPLERS["dpmpp_2m"](
+        lambda x, sigma: torch.full_like(x, next(remaining)), torch.tensor([5.0]).double(), torch.tensor(sigmas)
+    )
     x1 = 2 / 8 * 5 + (1 - 2 / 8) * 3  # first order
     r = math.log(8 / 2) / math.log(2 / 1)  # h_last/h
     x2 = 1 / 2 * x1 + (1 - 1 / 2) * ((1 + 1 / (2 * r)) * -1 - 1 / (2 * r) * 3)
@@ -56,7 +59,9 @@ def test_dpmpp_2m_by_hand_on_three_unequal_steps() -> None:
     assert x3 != x4
     assert y.item() == pytest.approx(x4, abs=1e-12)
     remaining = iter(answers)
-    y = SAMPLERS["dpmpp_2m"](lambda x, sigma: torch.full_like(x, next(remaining)), torch.tensor([5.0]).double(), torch.tensor(sigmas[:-1]))
+    y = SAMPLERS["dpmpp_2m"](
+        lambda x, sigma: torch.full_like(x, next(remaining)), torch.tensor([5.0]).double(), torch.tensor(sigmas[:-1])
+    )
     assert y.item() == pytest.approx(x3, abs=1e-7)  # float32 noise levels
 
 
@@ -91,7 +96,11 @@ def test_evaluations_and_callback(name: str, per_20: int) -> None:
 
         sigmas = karras_sigmas(n, 0.002, 40.0)
         y = SAMPLERS[name](denoise, torch.ones(1, 3, 4, 4), sigmas, callback=states.append)
-        assert len(calls) == evaluations(name, sigmas) == {1: 1, 2: per_20 // 20 + (2 if name == "heun" else 1), 20: per_20}[n]
+        assert (
+            len(calls)
+            == evaluations(name, sigmas)
+            == {1: 1, 2: per_20 // 20 + (2 if name == "heun" else 1), 20: per_20}[n]
+        )
         assert [state["i"] for state in states] == list(range(n))
         assert {"x", "i", "sigma", "sigma_hat", "denoised"} == set(states[0])
         assert y.dtype == torch.float32
@@ -112,4 +121,6 @@ def test_karras_schedule() -> None:
 def test_sampler_in_half_precision_state_is_not_promoted() -> None:
     for name, sample in SAMPLERS.items():
         for dtype in (torch.float32, torch.float64):
-            assert sample(gaussian_denoiser, torch.ones(1, dtype=dtype), karras_sigmas(4, 0.01, 5.0)).dtype == dtype, name
+            assert sample(gaussian_denoiser, torch.ones(1, dtype=dtype), karras_sigmas(4, 0.01, 5.0)).dtype == dtype, (
+                name
+            )

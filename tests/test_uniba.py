@@ -19,7 +19,9 @@ EXACT = {"atol": 1e-10, "rtol": 0}
 GRIDS = sorted({*itertools.product(range(1, 6), range(1, 4)), *itertools.product(range(1, 4), range(1, 6))})
 
 
-def random_inputs(rows: int, columns: int, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, Conditioning, torch.Tensor]:
+def random_inputs(
+    rows: int, columns: int, batch: int = 2, seed: int = 1
+) -> tuple[torch.Tensor, Conditioning, torch.Tensor]:
     """x, what it is conditioned on, and a noise level for each picture; all float64."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,7 +48,9 @@ def plans(blocks: int) -> Iterator[MemoryPlan]:
 
 @pytest.mark.parametrize("positions", ["wrapped", "continuous"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_every_schedule_equals_the_dense_transcription(grid: tuple[int, int], positions: str, make_model: MakeModel) -> None:
+def test_every_schedule_equals_the_dense_transcription(
+    grid: tuple[int, int], positions: str, make_model: MakeModel
+) -> None:
     model, weights = make_model(period=PERIOD, **SIZES)
     x, conditioning, sigma = random_inputs(*grid)
     expected = reference(weights, x, sigma, conditioning, positions=positions)
@@ -80,14 +84,20 @@ def test_positions_differ_only_behind_the_period(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("shift", [(2, 0), (0, 2), (2, 4)])
-def test_a_picture_moved_by_periods_is_the_same_away_from_borders(shift: tuple[int, int], make_model: MakeModel) -> None:
+def test_a_picture_moved_by_periods_is_the_same_away_from_borders(
+    shift: tuple[int, int], make_model: MakeModel
+) -> None:
     """Only the continuous form can do this: a block must not know at which side of a seam it lies."""
     depth, rows, columns = SIZES["layers"], 8, 8
     model, _ = make_model(period=PERIOD, **SIZES)
     x, c, sigma = random_inputs(rows, columns, batch=1)
     small = Denoiser(model, c)(x, sigma)
     large_x, large_c, _ = random_inputs(rows + shift[0], columns + shift[1], batch=1, seed=2)
-    for large, own, size in ((large_x, x, BLOCK), (large_c.lr_upscaled, c.lr_upscaled, BLOCK), (large_c.lr, c.lr, BLOCK // 4)):
+    for large, own, size in (
+        (large_x, x, BLOCK),
+        (large_c.lr_upscaled, c.lr_upscaled, BLOCK),
+        (large_c.lr, c.lr, BLOCK // 4),
+    ):
         large[..., shift[0] * size :, shift[1] * size :] = own
     moved = Denoiser(model, Conditioning(large_c.lr, large_c.lr_upscaled, c.clip_embedding))(large_x, sigma)
     moved = moved[..., shift[0] * BLOCK :, shift[1] * BLOCK :]
@@ -149,7 +159,10 @@ def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.Captu
         exact, low = (Denoiser(m, Conditioning(lr, up))(noisy, sigma) for m in (model, _copy(model, dtype)))
         deviation = (low - exact).abs()
         with capsys.disabled():
-            print(f"\n{dtype}, width 1280, σ {sigma}: deviates by {deviation.max():.4f}, mean {deviation.mean():.5f}", end="")
+            print(
+                f"\n{dtype}, width 1280, σ {sigma}: deviates by {deviation.max():.4f}, mean {deviation.mean():.5f}",
+                end="",
+            )
         assert torch.isfinite(low).all()
         assert low.dtype == torch.float32
         # c_out is at most 0.5 and F about 1; roundings of relative size 2^-9 add up over some 30 operations a layer

@@ -48,7 +48,9 @@ def test_equals_its_parts_put_together_by_hand(mini: InfDiT) -> None:
 def test_defaults_are_the_models(mini: InfDiT) -> None:
     d = mini.defaults
     image = picture(8, 8)
-    assert torch.equal(upscale(mini, image), upscale(mini, image, 4.0, steps=d.steps, sampler=d.sampler, sigma_max=d.sigma_max))
+    assert torch.equal(
+        upscale(mini, image), upscale(mini, image, 4.0, steps=d.steps, sampler=d.sampler, sigma_max=d.sigma_max)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,9 @@ def test_odd_sizes_are_not_shifted(mini: InfDiT) -> None:
     assert edge[:, :, -3:].mean() < 0.08
 
 
-@pytest.mark.parametrize("plan", [MemoryPlan(1, 1), MemoryPlan(4, 7, "rows"), MemoryPlan(2, 999, "columns"), MemoryPlan(99, 1)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [MemoryPlan(1, 1), MemoryPlan(4, 7, "rows"), MemoryPlan(2, 999, "columns"), MemoryPlan(99, 1)], ids=str
+)
 def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT, plan: MemoryPlan) -> None:
     image = picture(30, 45)
     options = {"steps": 3, "sampler": "dpmpp_2m", "sigma_max": 5.0}
@@ -208,7 +212,7 @@ def test_progress(mini: InfDiT, sampler: str, evaluations: int) -> None:
 
 
 def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: InfDiT) -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     calls = 0
@@ -217,7 +221,7 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
         nonlocal calls
         calls += 1
         if calls == 4:
-            raise Stop
+            raise StopError
 
     held: list[weakref.ref] = []
     original = infdit.uniba.KVRing.share
@@ -228,7 +232,7 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infdit.uniba.KVRing, "share", share)
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             upscale(mini, picture(20, 150), 4.0, progress=progress, plan=MemoryPlan(6, 8), **FAST)
     assert calls == 4
     assert len(held) == 2 * 4

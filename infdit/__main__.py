@@ -1,0 +1,248 @@
+"""The shell: `python -m infdit upscale | convert | info`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .checkpoint import clip_path, convert, load_model, read_checkpoint
+from .clip import CLIPImageEncoder, OpenCLIPMissingError, load_clip
+from .config import InfDiTConfig
+from .device import default_device
+from .model import InfDiT
+from .picture import PictureError, check_target, find_pictures, read_picture, write_picture
+from .samplers import SAMPLERS
+from .tensorfile import CheckpointError
+from .upscale import MAX_SCALE, Preview, target_size, upscale
+
+BAD_INPUT = 2  # exit status
+INTERRUPTED = 130
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line in place of argparse's usage and message."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
+        print(f"infdit: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"infdit: the device is out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("infdit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="infdit", description="Upscale pictures to any resolution with Inf-DiT.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    p = commands.add_parser("upscale", help="upscale pictures", description="Upscale pictures by up to 4.")
+    p.set_defaults(command=_upscale)
+    p.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture, or folder of pictures")
+    p.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="picture; for several, a folder")
+    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, default=4.0, metavar="X", help=f"above 1, at most {MAX_SCALE} (default 4)")
+    size.add_argument("--size", type=_size, metavar="WxH", help="size of the result in pixels")
+    p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    p.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
+    p.add_argument("--force", action="store_true", help="replace existing results")
+
+    p = commands.add_parser("convert", help="published .pt → .safetensors", description=convert.__doc__)
+    p.set_defaults(command=_convert)
+    p.add_argument("source", type=Path, metavar="SRC")
+    p.add_argument("target", type=Path, metavar="DST")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+
+    p = commands.add_parser("info", help="what a checkpoint is")
+    p.set_defaults(command=_info)
+    p.add_argument("model", metavar="FILE", help="published .pt, .safetensors, or mini")
+    p.add_argument("--verify", action="store_true", help="check the SHA-256 of the tensors")
+    return parser
+
+
+# ---- upscale
+
+
+def _upscale(options: argparse.Namespace) -> int:
+    jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
+    device = _device(options.device)
+    model = load_model(options.model, DTYPES[options.dtype], device)
+    encoder = _clip(options, model, device)
+    failed = 0
+    with logging_redirect_tqdm():
+        for source, target in jobs:
+            try:
+                _upscale_one(source, target, model, encoder, options)
+            except ValueError as error:
+                if len(jobs) == 1:
+                    raise
+                failed += 1  # the others are not lost
+                print(f"infdit: {source}: {error}", file=sys.stderr)
+    return BAD_INPUT if failed else 0
+
+
+def _upscale_one(
+    source: Path, target: Path, model: InfDiT, encoder: CLIPImageEncoder | None, options: argparse.Namespace
+) -> None:
+    picture = read_picture(source)
+    height, width = picture.pixels.shape[:2]
+    size = target_size(height, width, options.scale, options.size)
+    image = picture.pixels[None]
+    check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
+    vector = None if encoder is None else encoder(image[..., :3].movedim(-1, 1) * 2 - 1)
+    with closing(_Bar(source.name)) as bar:
+        result = upscale(
+            model,
+            image,
+            steps=options.steps,
+            sampler=options.sampler,
+            seed=options.seed,
+            size=size,
+            denoise=options.denoise,
+            clip_embedding=vector,
+            progress=bar,
+        )
+    write_picture(target, replace(picture, pixels=result[0]))
+    print(f"{target}: {size[1]}×{size[0]}")
+
+
+class _Bar:
+    """The progress of one picture, with time left; nothing is shown of a picture that is refused at once."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._bar = name, None
+
+    def __call__(self, done: int, total: int, preview: Preview | None) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc=self._name, total=total, bar_format=_BAR)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:
+    """(source, target) pairs, refused as a whole before anything is done if one of them would destroy a file."""
+    several = len(sources) > 1 or inputs[0].is_dir() or output.is_dir()
+    if several:
+        if output.exists() and not output.is_dir():
+            raise PictureError(f"{output} is a file: for several pictures give a folder")
+        jobs = [(source, output / f"{source.stem}.png") for source in sources]
+    else:
+        jobs = [(sources[0], output)]
+    taken: dict[Path, Path] = {}
+    originals = {source.resolve() for source in sources}
+    for source, target in jobs:
+        other = taken.setdefault(target.resolve(), source)
+        if other is not source:
+            raise PictureError(f"{other} and {source} would both become {target}: rename one or run them apart")
+        if target.resolve() in originals:
+            raise PictureError(f"{target} is an input and is never overwritten: choose another OUT")
+        if target.exists() and not force:
+            raise PictureError(f"{target} exists: choose another OUT, or replace it with --force")
+    if several:
+        output.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def _clip(options: argparse.Namespace, model: InfDiT, device: torch.device) -> CLIPImageEncoder | None:
+    """The encoder named, or the one that `convert` put beside the model, if the model listens to it."""
+    if not model.config.vector_dim:
+        if options.clip is not None:
+            logging.getLogger(__name__).warning("this model has no CLIP input: --clip is ignored")
+        return None
+    beside = clip_path(options.model)
+    path = options.clip or (beside if beside.exists() else None)
+    return None if path is None else load_clip(path, model.dtype, device)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WxH → (height, width)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT in pixels, like 4096x2304")
+    return int(height), int(width)
+
+
+# ---- convert, info
+
+
+def _convert(options: argparse.Namespace) -> int:
+    existing = [path for path in (options.target, clip_path(options.target)) if path.exists()]
+    if existing and not options.force:
+        raise CheckpointError(existing[0], "exists already", "choose another name, or replace it with --force")
+    for path in convert(options.source, options.target):
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    checkpoint = read_checkpoint(options.model)
+    config: InfDiTConfig = checkpoint.config
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    lines = {
+        "file": checkpoint.path,
+        "parameters": f"{parameters:,} ({', '.join(dtypes)})",
+        "layers": f"{config.num_layers} of width {config.hidden_size}, {config.num_heads} heads of {config.head_dim}",
+        "block": f"{config.block_size} px, patches of {config.patch_size} px, positions repeat after "
+        f"{config.position_period} patches",
+        "CLIP input": f"{config.vector_dim} values" if config.vector_dim else "none",
+        "CLIP model": f"{len(checkpoint.clip)} tensors in the same file" if checkpoint.clip else "not in this file",
+        "defaults": checkpoint.defaults,
+        "provenance": checkpoint.metadata.get("provenance", "not stated"),
+        "not used": "; ".join(sorted(set(checkpoint.dropped.values()))) or "nothing",
+    }
+    for name, text in lines.items():
+        print(f"{name:12}{text}")
+    if options.verify:
+        print(f"{'SHA-256':12}{'matches' if checkpoint.verify() else 'none in this file: ' + _CANNOT_VERIFY}")
+    return 0
+
+
+_CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The nodes: schemas whose `execute` only adapts ComfyUI's values to `infdit` and back."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import InfDiTModelLoader, register_model_folder
+from .upscale import InfDiTUpscale
+
+
+class InfDiTExtension(ComfyExtension):
+    """What this pack adds to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [InfDiTModelLoader, InfDiTUpscale]
+
+
+async def comfy_entrypoint() -> InfDiTExtension:
+    """ComfyUI calls this once, after the user's extra model paths are known."""
+    register_model_folder()
+    return InfDiTExtension()

@@ -1,0 +1,182 @@
+"""python -m infdit as a person types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DATA
+from PIL import Image
+
+from infdit.__main__ import main
+
+PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
+
+
+def make_picture(path: Path, size: tuple[int, int] = (12, 9), mode: str = "RGB", **options: object) -> Path:
+    rng = np.random.default_rng(0)
+    channels = len(mode)
+    pixels = rng.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode).save(path, **options)
+    return path
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        return exit_.code
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What went to stderr, which must be one line (the bar apart, which overwrites itself)."""
+    captured = capsys.readouterr().err.split("\r")[-1].strip("\n")
+    assert captured
+    assert "\n" not in captured, captured
+    assert "Traceback" not in captured
+    return captured
+
+
+def test_one_picture(tmp_path: Path) -> None:
+    source, target = make_picture(tmp_path / "in.png"), tmp_path / "out.png"
+    command = [sys.executable, "-m", "infdit", "upscale", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
+    assert str(target) in done.stdout
+    with Image.open(target) as image:
+        assert (image.size, image.mode) == ((48, 36), "RGB")
+
+
+def test_options(tmp_path: Path) -> None:
+    source = make_picture(tmp_path / "in.webp", mode="RGBA", lossless=True)
+    assert run("upscale", source, "-o", tmp_path / "a.webp", "--size", "30x18", "--steps", 2, "--sampler", "heun") == 0
+    with Image.open(tmp_path / "a.webp") as image:
+        assert (image.size, image.mode) == ((30, 18), "RGBA")
+    for name, seed in (("1", 1), ("2", 2), ("again", 1)):
+        options = ("--seed", seed, "--denoise", 0.8, "--scale", 1.5, "--device", "cpu", "--dtype", "fp32")
+        assert run("upscale", source, "-o", tmp_path / f"{name}.png", *options) == 0
+    first, other, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("1", "2", "again"))
+    assert first == again != other
+
+
+def test_folder_with_one_broken_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("b.jpg", "a.png"):
+        make_picture(folder / name)
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no picture")
+    status = run("upscale", folder, "-o", tmp_path / "out", "--scale", 2)
+    assert status == 2
+    assert "c.png" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_picture(tmp_path / "in.png")
+    before = source.read_bytes()
+    assert run("upscale", source, "-o", source, "--force") == 2
+    assert "is an input" in one_line(capsys)
+    assert run("upscale", source, "-o", tmp_path, "--force") == 2
+    assert "is an input" in one_line(capsys)
+    other = tmp_path / "other.png"
+    other.write_bytes(b"precious")
+    assert run("upscale", source, "-o", other) == 2
+    assert "--force" in one_line(capsys)
+    assert (source.read_bytes(), other.read_bytes()) == (before, b"precious")
+    assert run("upscale", source, "-o", other, "--force") == 0
+    assert other.read_bytes() != b"precious"
+
+
+def test_two_inputs_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [make_picture(tmp_path / name) for name in ("x.png", "x.bmp")]
+    assert run("upscale", *sources, "-o", tmp_path / "out") == 2
+    assert "both become" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+BAD = {
+    "no input": (["nowhere.png", "-o", "out.png"], "no such file"),
+    "no picture": (["text.png", "-o", "out.png"], "text.png"),
+    "no output folder": (["in.png", "-o", "no/such/out.png"], "folder"),
+    "unknown ending": (["in.png", "-o", "out.xyz"], ".png"),
+    "scale": (["in.png", "-o", "out.png", "--scale", "5"], "at most 4"),
+    "size": (["in.png", "-o", "out.png", "--size", "10"], "WIDTHxHEIGHT"),
+    "size too small": (["in.png", "-o", "out.png", "--size", "5x5"], "height 5"),
+    "both": (["in.png", "-o", "out.png", "--size", "24x18", "--scale", "2"], "not allowed"),
+    "model": (["in.png", "-o", "out.png", "--model", "no.pt"], "no.pt"),
+    "steps": (["in.png", "-o", "out.png", "--steps", "0"], "at least 1"),
+    "sampler": (["in.png", "-o", "out.png", "--sampler", "ddim"], "heun"),
+    "seed": (["in.png", "-o", "out.png", "--seed", "-1"], "seed"),
+    "device": (["in.png", "-o", "out.png", "--device", "tpu9"], "tpu9"),
+    "denoise": (["in.png", "-o", "out.png", "--denoise", "2"], "between 0"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=list(BAD))
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_picture(tmp_path / "in.png")
+    (tmp_path / "text.png").write_text("hello")
+    assert run("upscale", *arguments) == 2
+    assert message in one_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "text.png"]
+
+
+def test_convert_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "tiny.safetensors"
+    assert run("convert", PUBLISHED, target) == 0
+    assert run("info", target, "--verify") == 0
+    text = capsys.readouterr().out
+    assert "3 of width 64, 4 heads of 16" in text
+    assert "matches" in text
+    assert run("info", PUBLISHED, "--verify") == 0
+    assert "checksums of its zip" in capsys.readouterr().out
+    before = target.read_bytes()
+    assert run("convert", PUBLISHED, target) == 2
+    assert "--force" in one_line(capsys)
+    assert target.read_bytes() == before
+    assert run("info", "mini") == 0
+    changed = bytearray(before)
+    changed[-1] ^= 1
+    target.write_bytes(changed)
+    assert run("info", target, "--verify") == 2
+    capsys.readouterr()
+    assert run("info", tmp_path / "none") == 2
+    assert "cannot be opened" in one_line(capsys)
+
+
+def test_interrupt_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infdit.__main__.upscale", interrupted)
+    source = make_picture(tmp_path / "in.png")
+    assert run("upscale", source, "-o", tmp_path / "out.png") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_icc_profile_and_grey_are_carried_over(tmp_path: Path) -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    source = make_picture(tmp_path / "in.png", icc_profile=profile)
+    assert run("upscale", source, "-o", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.info["icc_profile"] == profile
+    grey = make_picture(tmp_path / "grey.png", mode="L")
+    assert run("upscale", grey, "-o", tmp_path / "grey4.png") == 0
+    with Image.open(tmp_path / "grey4.png") as image:
+        assert (image.mode, image.size) == ("L", (48, 36))

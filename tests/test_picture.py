@@ -1,0 +1,856 @@
+"""Picture files against bytes put together here by the format's own rules, and colours computed by hand."""
+
+import io
+import logging
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import OPEN_INFO
+
+from infdit.picture import SUFFIXES, Picture, PictureError, find_pictures, read_picture, write_picture
+
+ONE_LEVEL = 1 / 255 + 1e-6
+EXACT = 1e-6
+Value = int | tuple[int, ...]
+
+
+# ---------------------------------------------------------------- files made by hand
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, rows: Sequence[bytes], depth: int, colour: int, **chunks: bytes) -> bytes:
+    """rows: packed bytes of each row; chunks before IDAT, by name."""
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header)
+    body += b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    body += chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def u16(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def iccp(profile: bytes) -> bytes:
+    return b"x\0\0" + zlib.compress(profile)
+
+
+def exif(orientation: int) -> bytes:
+    return b"MM\0*\0\0\0\x08" + struct.pack(">HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+def tiff(tags: Mapping[int, Value], data: bytes, pages: int = 1) -> bytes:
+    """Little-endian; tags: {number: value or values}, shorts and longs; every page has the same data."""
+    tags = {273: 8, 278: tags[257], 279: len(data), **tags}
+    start, head, tail = 8 + len(data), b"", b""
+    for page in range(pages):
+        entries, extra, room = b"", b"", start + len(tail) + 2 + 12 * len(tags) + 4
+        for tag, value in sorted(tags.items()):
+            values = value if isinstance(value, tuple) else (value,)
+            packed = struct.pack(f"<{len(values)}I", *values)
+            if len(values) > 1:
+                packed, extra = struct.pack("<I", room + len(extra)), extra + packed
+            entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+        following = 0 if page == pages - 1 else room + len(extra)
+        tail += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following) + extra
+    head = b"II*\0" + struct.pack("<I", start)
+    return head + data + tail
+
+
+def tiff_of(
+    width: int, height: int, bits: Value, photometric: int, data: bytes, pages: int = 1, **more: Value
+) -> bytes:
+    named = {"planar": 284, "extra": 338, "format": 339, "palette": 320}
+    samples = len(bits) if isinstance(bits, tuple) else 1
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: samples}
+    return tiff(tags | {named[name]: value for name, value in more.items()}, data, pages)
+
+
+def icc(kind: str, space: str, pcs: str, **tags: bytes) -> bytes:
+    """A version 2 profile; kind, space and pcs are four letters."""
+    common = {
+        "desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78),
+        "cprt": b"text" + bytes(4) + b"x\0",
+        "wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061),
+    } | tags
+    table, data, start = b"", b"", 128 + 4 + 12 * len(common)
+    for name, tag in common.items():
+        table += name.encode() + struct.pack(">II", start + len(data), len(tag))
+        data += tag + bytes(-len(tag) % 4)
+    head = struct.pack(">I4sI", start + len(data), bytes(4), 0x02400000) + (kind + space + pcs).encode()
+    head += struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
+    head += struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return head + struct.pack(">I", len(common)) + table + data
+
+
+def lut(inputs: int, table: bytes) -> bytes:
+    """mft1: a table of the corners of a cube, the last input changing fastest, between identity curves."""
+    outputs, identity = len(table) >> inputs, bytes(range(256))
+    matrix = struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65536)
+    return b"mft1" + bytes(4) + bytes([inputs, outputs, 2, 0]) + matrix + identity * inputs + table + identity * outputs
+
+
+def cmyk_profile() -> bytes:
+    """Cyan is a neutral L* = 128/2.55, full black only L* = 20, anything else white; the paper is yellowish."""
+    lightness = [51 if index & 1 else 128 if index & 8 else 255 for index in range(16)]
+    seen = lut(4, b"".join(bytes([value, 128, 128]) for value in lightness))
+    printed = lut(3, b"".join(bytes([0, 0, 0, 0 if index & 4 else 255]) for index in range(8)))
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 60000, 62000, 40000)
+    return icc("prtr", "CMYK", "Lab ", A2B0=seen, B2A0=printed, wtpt=white)
+
+
+def grey_profile() -> bytes:
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    return icc("mntr", "GRAY", "XYZ ", kTRC=curve)
+
+
+def rgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def linear_rgb_profile() -> bytes:
+    """sRGB's primaries, adapted to D50, without its curve."""
+    linear = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    columns = {"rXYZ": (28579, 14581, 912), "gXYZ": (25249, 46981, 6362), "bXYZ": (9376, 3974, 46787)}
+    tags = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *value) for name, value in columns.items()}
+    return icc("mntr", "RGB ", "XYZ ", **tags, rTRC=linear, gTRC=linear, bTRC=linear)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, None, **options)
+    return path
+
+
+def stored(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo[BaseException], *words: str) -> None:
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text and ". " not in text and "; " in text, text
+    for word in words:
+        assert word in text, text
+
+
+# ---------------------------------------------------------------- reading, kind by kind
+
+W, K = (255, 255, 255), (0, 0, 0)
+DEEP_RGB = u16(0x1234, 0xFFFF, 0x8000, 0, 0x00FF, 0xFF00)  # low bytes count for nothing
+DEEP_SEEN = [(0x12, 255, 0x80), (0, 0, 255)]
+DEEP_LITTLE = struct.pack("<6H", *struct.unpack(">6H", DEEP_RGB))
+PALETTE = bytes([10, 20, 30, 200, 100, 50])
+PALETTE_16 = sum(((a * 257, b * 257, *[0] * 254) for a, b in zip(PALETTE[:3], PALETTE[3:], strict=True)), ())
+
+# name: (file, the two pixels of its one row in 0..255, grey, levels of tolerance, words of the one warning)
+FILES = {
+    "png 1": (png(2, [b"\x40"], 1, 0), [K, W], True, 0, None),
+    "png 1 key": (png(2, [b"\x40"], 1, 0, tRNS=u16(1)), [(*K, 255), (*W, 0)], True, 0, None),
+    "png L": (png(2, [b"\x07\xc8"], 8, 0), [(7,) * 3, (200,) * 3], True, 0, None),
+    "png L key": (png(2, [b"\x07\xc8"], 8, 0, tRNS=u16(200)), [(7, 7, 7, 255), (200, 200, 200, 0)], True, 0, None),
+    "png L2 key": (png(2, [b"\x60"], 2, 0, tRNS=u16(2)), [(85, 85, 85, 255), (170, 170, 170, 0)], True, 0, None),
+    "png L4 key": (png(2, [b"\x3c"], 4, 0, tRNS=u16(3)), [(51, 51, 51, 0), (204, 204, 204, 255)], True, 0, None),
+    "png I;16": (png(2, [u16(300, 65535)], 16, 0), [(300 / 257,) * 3, W], True, 0, None),
+    "png I;16 key": (
+        png(2, [u16(300, 301)], 16, 0, tRNS=u16(300)),
+        [(*(300 / 257,) * 3, 0), (*(301 / 257,) * 3, 255)],
+        True,
+        0,
+        None,
+    ),
+    "png LA": (png(2, [b"\x07\xff\xc8\x33"], 8, 4), [(7, 7, 7, 255), (200, 200, 200, 51)], True, 0, None),
+    "png LA 16": (
+        png(2, [u16(0x0712, 0xFFFF, 0xC8FF, 0x3300)], 16, 4),
+        [(7, 7, 7, 255), (200, 200, 200, 51)],
+        True,
+        0,
+        "16 bits",
+    ),
+    "png RGB": (png(2, [b"\1\2\3\xfa\xfb\xfc"], 8, 2), [(1, 2, 3), (250, 251, 252)], False, 0, None),
+    "png RGB key": (
+        png(2, [b"\1\2\3\1\2\4"], 8, 2, tRNS=u16(1, 2, 4)),
+        [(1, 2, 3, 255), (1, 2, 4, 0)],
+        False,
+        0,
+        None,
+    ),
+    "png RGB 16": (png(2, [DEEP_RGB], 16, 2), DEEP_SEEN, False, 0, "16 bits"),
+    "png RGB 16 key": (
+        png(2, [DEEP_RGB], 16, 2, tRNS=DEEP_RGB[:6]),
+        [(*DEEP_SEEN[0], 0), (*DEEP_SEEN[1], 255)],
+        False,
+        0,
+        "16 bits",
+    ),
+    "png RGBA": (png(2, [b"\1\2\3\0\4\5\6\x80"], 8, 6), [(1, 2, 3, 0), (4, 5, 6, 128)], False, 0, None),
+    "png RGBA 16": (
+        png(2, [u16(0x0101, 0x02FF, 0x0300, 0, 0x0400, 0x0500, 0x0600, 0x8080)], 16, 6),
+        [(1, 2, 3, 0), (4, 5, 6, 128)],
+        False,
+        0,
+        "16 bits",
+    ),
+    "png P": (png(2, [b"\1\0"], 8, 3, PLTE=PALETTE), [(200, 100, 50), (10, 20, 30)], False, 0, None),
+    "png P one clear": (
+        png(2, [b"\1\0"], 8, 3, PLTE=PALETTE, tRNS=b"\0"),
+        [(200, 100, 50, 255), (10, 20, 30, 0)],
+        False,
+        0,
+        None,
+    ),
+    "png P half clear": (
+        png(2, [b"\x40"], 1, 3, PLTE=PALETTE, tRNS=b"\x64\xc8"),
+        [(10, 20, 30, 100), (200, 100, 50, 200)],
+        False,
+        0,
+        None,
+    ),
+    "tiff 1 white 0": (tiff_of(2, 1, 1, 0, b"\x40"), [W, K], True, 0, None),
+    "tiff I;16": (tiff_of(2, 1, 16, 1, b"\x2c\1\xff\xff"), [(300 / 257,) * 3, W], True, 0, None),
+    "tiff I;16 white 0": (tiff_of(2, 1, 16, 0, b"\x2c\1\xff\xff"), [((65535 - 300) / 257,) * 3, K], True, 0, None),
+    "tiff 12 bits": (tiff_of(2, 1, 12, 1, b"\xff\xf8\0\0"), [W, (2048 * 255 / 4095,) * 3], True, 0, None),
+    "tiff I": (tiff_of(2, 1, 32, 1, struct.pack("<II", 300, 65535)), [(300 / 257,) * 3, W], True, 0, "integers"),
+    "tiff RGB 16": (tiff_of(2, 1, (16,) * 3, 2, DEEP_LITTLE), DEEP_SEEN, False, 0, "16 bits"),
+    "tiff planes": (
+        tiff(
+            {256: 2, 257: 1, 258: (8,) * 3, 259: 1, 262: 2, 277: 3, 284: 2, 273: (8, 10, 12), 279: (2, 2, 2)},
+            b"\1\4\2\5\3\6",
+        ),
+        [(1, 2, 3), (4, 5, 6)],
+        False,
+        0,
+        None,
+    ),
+    "tiff RGBa": (
+        tiff_of(2, 1, (8,) * 4, 2, b"\x40\x20\0\x80\1\2\3\xff", extra=1),
+        [(128, 64, 0, 128), (1, 2, 3, 255)],
+        False,
+        1,
+        None,
+    ),
+    "tiff La": (
+        tiff_of(2, 1, (8, 8), 1, b"\x40\x80\xc8\xff", extra=1),
+        [(128, 128, 128, 128), (200, 200, 200, 255)],
+        True,
+        1,
+        None,
+    ),
+    "tiff PA": (
+        tiff_of(2, 1, (8, 8), 3, b"\0\x33\1\xff", extra=2, palette=PALETTE_16),
+        [(10, 20, 30, 51), (200, 100, 50, 255)],
+        False,
+        0,
+        None,
+    ),
+    # (255 - C)(255 - K) / 255
+    "tiff CMYK": (
+        tiff_of(2, 1, (8,) * 4, 5, b"\xff\0\x66\0\0\x33\0\x80"),
+        [(0, 255, 153), (127, 102, 127)],
+        False,
+        1,
+        None,
+    ),
+    "tiff CMYK 16": (
+        tiff_of(2, 1, (16,) * 4, 5, struct.pack("<8H", 65535, 0, 0x66FF, 0, 0, 0, 0, 0)),
+        [(0, 255, 153), W],
+        False,
+        1,
+        "16 bits",
+    ),
+    # by the definitions of CIELAB and sRGB, white D50 (Bradford): L*a*b* = 50.2, 0, 0 and 60, 20, -30
+    "tiff LAB": (
+        tiff_of(2, 1, (8,) * 3, 8, struct.pack("BbbBbb", 128, 0, 0, 153, 20, -30)),
+        [(119.4,) * 3, (159.5, 133.4, 197.9)],
+        False,
+        1,
+        None,
+    ),
+    "tiff two pages": (tiff_of(2, 1, 8, 1, b"\7\x09", pages=2), [(7,) * 3, (9,) * 3], True, 0, "first"),
+    "ppm 16": (b"P6 2 1 65535\n" + DEEP_RGB, DEEP_SEEN, False, 1, "16 bits"),
+    "pgm 16": (b"P5 2 1 65535\n" + u16(300, 65535), [(300 / 257,) * 3, W], True, 0, None),
+    "pgm 10 bits": (b"P5 2 1 1023\n" + u16(1023, 341), [W, (85,) * 3], True, 0, None),
+    "pbm": (b"P4 2 1\n\x40", [W, K], True, 0, None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reads_every_kind(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, expected, grey, levels, warning = FILES[name]
+    if name == "tiff La" and ("La", "La") not in OPEN_INFO.values():
+        pytest.skip("this Pillow refuses it")
+    seen = read_picture(stored(tmp_path / "x.bin", data))
+    assert seen.pixels.dtype == torch.float32 and seen.pixels.is_contiguous()
+    assert seen.pixels.shape == (1, 2, len(expected[0]))
+    assert seen.grey == grey and (seen.icc_profile is None or name == "tiff LAB")
+    torch.testing.assert_close(
+        seen.pixels, torch.tensor([expected], dtype=torch.float32) / 255, atol=levels * ONE_LEVEL + EXACT, rtol=0
+    )
+    said = complaints(caplog)
+    assert len(said) == (warning is not None) and all(warning in text and "x.bin" in text for text in said)
+    assert find_pictures([tmp_path / "x.bin"]) == [tmp_path / "x.bin"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "YCbCr", "CMYK"])
+def test_reads_jpeg(mode: str, tmp_path: Path) -> None:
+    """A flat picture survives JPEG within a few levels; CMYK is stored inverted (Adobe) and read back right."""
+    colour = {"L": 90, "RGB": (200, 100, 50), "YCbCr": (124, 86, 182), "CMYK": (0, 127, 191, 55)}[mode]
+    shown = (90, 90, 90) if mode == "L" else (200, 100, 50)
+    path = saved(tmp_path / "x.jpg", Image.new(mode, (16, 8), colour), quality=95)
+    seen = read_picture(path)
+    assert seen.grey == (mode == "L")
+    assert (seen.pixels * 255 - torch.tensor(shown)).abs().max() <= 4
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_reads_compressed_tiff(compression: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
+    path = saved(tmp_path / "x.tif", Image.fromarray(values), compression=compression)
+    assert np.array_equal(read_picture(path).pixels.numpy(), values.astype(np.float32) / 255)
+
+
+def test_white_is_zero_16_bits_compressed_and_big_endian(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[300, 65535]], np.uint16))
+    path = saved(tmp_path / "x.tif", image, compression="tiff_lzw")
+    assert read_picture(path).pixels[0, :, 0].tolist() == pytest.approx([300 / 65535, 1])
+    big = b"MM\0*\0\0\0\x0c" + u16(300, 65535)
+    tags = [(256, 2), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 4)]
+    big += struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHIHH", t, 3, 1, v, 0) for t, v in tags) + bytes(4)
+    assert read_picture(stored(path, big)).pixels[0, :, 0].tolist() == pytest.approx([300 / 65535, 1])
+
+
+# The EXIF rule: which side of the visual picture the stored row 0 and column 0 are.
+UPRIGHT = [[10, 80, 120], [160, 200, 240]]
+(A, B, C), (D, E, F) = UPRIGHT
+STORED = {
+    1: [[A, B, C], [D, E, F]],  # top, left
+    2: [[C, B, A], [F, E, D]],  # top, right
+    3: [[F, E, D], [C, B, A]],  # bottom, right
+    4: [[D, E, F], [A, B, C]],  # bottom, left
+    5: [[A, D], [B, E], [C, F]],  # left, top
+    6: [[C, F], [B, E], [A, D]],  # right, top
+    7: [[F, C], [E, B], [D, A]],  # right, bottom
+    8: [[D, A], [E, B], [F, C]],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".tif", ".lzw.tif", ".16.png"])
+def test_reads_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
+    grey = np.array(STORED[orientation], np.uint8)
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".16.png":
+        rows = [u16(*[int(v) * 257 for v in row]) for row in grey]
+        stored(path, png(grey.shape[1], rows, 16, 0, eXIf=exif(orientation)))
+    elif suffix == ".png":
+        stored(path, png(grey.shape[1], [bytes(row) for row in grey], 8, 0, eXIf=exif(orientation)))
+    elif path.suffix == ".tif":
+        lzw = {"compression": "tiff_lzw"} if suffix == ".lzw.tif" else {}
+        saved(path, Image.fromarray(grey), tiffinfo={274: orientation}, **lzw)
+    else:
+        big = Image.fromarray(np.kron(grey, np.ones((8, 8), np.uint8)))
+        saved(path, big.convert("RGB"), exif=b"Exif\0\0" + exif(orientation), quality=100)
+    seen = read_picture(path).pixels[..., 1] * 255
+    if suffix in (".webp", ".jpg"):
+        seen = seen[4::8, 4::8]
+    torch.testing.assert_close(seen, torch.tensor(UPRIGHT, dtype=torch.float32), atol=4.0, rtol=0)
+
+
+def test_unreadable_exif_is_upright(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = stored(tmp_path / "x.png", png(2, [b"\7\x09"], 8, 0, eXIf=b"nonsense in here"))
+    assert read_picture(path).pixels[0, :, 0].tolist() == pytest.approx([7 / 255, 9 / 255])
+    assert any("EXIF" in text for text in complaints(caplog))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
+def test_first_frame(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("RGB", (4, 3), colour) for colour in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
+    options = {"lossless": True} if suffix == ".webp" else {}
+    path = saved(tmp_path / f"x{suffix}", frames[0], save_all=True, append_images=frames[1:], **options)
+    assert (read_picture(path).pixels[..., :3] == torch.tensor([1.0, 0, 0])).all()
+    assert len(complaints(caplog)) == 1 and "first" in complaints(caplog)[0]
+
+
+def test_gif_with_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    seen = read_picture(saved(tmp_path / "x.gif", image, transparency=1))
+    assert (seen.pixels * 255).round().tolist() == [[[10, 20, 30, 255], [200, 100, 50, 0]]]
+
+
+# ---------------------------------------------------------------- colour profiles
+
+
+def test_profiles_of_the_same_space_are_carried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grey, colour = grey_profile(), rgb_profile()
+    files = {"grey": png(1, [b"\7"], 8, 0, iCCP=iccp(grey)), "rgb": png(1, [b"\1\2\3"], 8, 2, iCCP=iccp(colour))}
+    files["palette"] = png(1, [b"\0"], 8, 3, PLTE=PALETTE, iCCP=iccp(colour))
+    files["deep"] = png(1, [u16(700)], 16, 0, iCCP=iccp(grey))
+    for name, data in files.items():
+        seen = read_picture(stored(tmp_path / f"{name}.png", data))
+        assert seen.icc_profile == (grey if seen.grey else colour), name
+        for suffix in (".png", ".jpg", ".tif", ".webp"):
+            if seen.grey and suffix == ".webp":
+                continue
+            write_picture(tmp_path / f"out{suffix}", seen)
+            assert Image.open(tmp_path / f"out{suffix}").info["icc_profile"] == seen.icc_profile
+            assert Image.open(tmp_path / f"out{suffix}").mode == ("L" if seen.grey else "RGB")
+    assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("kind", ["rgb in grey", "grey in rgb", "cmyk in rgb", "noise", "cut", "header only"])
+def test_other_profiles_are_left_out(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    colour = rgb_profile()
+    profile = {
+        "rgb in grey": colour,
+        "grey in rgb": grey_profile(),
+        "cmyk in rgb": cmyk_profile(),
+        "noise": np.random.default_rng(0).bytes(500),
+        "cut": colour[:200],
+        "header only": colour[:100],
+    }[kind]
+    data = png(1, [b"\7"], 8, 0, iCCP=iccp(profile)) if kind == "rgb in grey" else None
+    path = stored(tmp_path / "x.png", data or png(1, [b"\1\2\3"], 8, 2, iCCP=iccp(profile)))
+    assert read_picture(path).icc_profile is None
+    assert len(complaints(caplog)) == 1 and "ICC" in complaints(caplog)[0]
+    write_picture(path, Picture(torch.zeros(1, 1, 3), profile, kind == "rgb in grey"))
+    assert "icc_profile" not in Image.open(path).info
+    assert len(complaints(caplog)) == 2
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".jpg"])
+def test_cmyk_through_its_profile(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Relative to the paper, with the profile's black moved to black: Y' = (Y - Yk) / (1 - Yk).
+
+    Yk = 0.0299 (L* = 20), cyan Y = 0.1858 (L* = 50.2): Y' = 0.1607, sRGB 111.7; plain conversion has (0, 255, 255).
+    """
+    path = tmp_path / f"x{suffix}"
+    image = Image.new("CMYK", (24, 8), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 0), (8, 0, 16, 8))
+    image.paste((0, 0, 0, 255), (16, 0, 24, 8))
+    saved(path, image, icc_profile=cmyk_profile(), **({"quality": 100} if suffix == ".jpg" else {}))
+    seen = read_picture(path)
+    expected = torch.tensor([[255.0] * 3, [111.7] * 3, [0.0] * 3])
+    torch.testing.assert_close(seen.pixels[4, 4::8] * 255, expected, atol=2.0, rtol=0)
+    assert seen.icc_profile is not None and seen.icc_profile[16:20] == b"RGB " and not seen.grey
+    assert seen.icc_profile[24:36] == u16(2000, 1, 1, 0, 0, 0)  # not the time of reading
+    write_picture(tmp_path / "out.png", seen)
+    assert "sRGB" in ImageCms.getProfileDescription(io.BytesIO(Image.open(tmp_path / "out.png").info["icc_profile"]))
+    assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("profile", [b"no profile", rgb_profile()])
+def test_cmyk_with_a_useless_profile(profile: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved(tmp_path / "x.tif", Image.new("CMYK", (1, 1), (255, 0, 0, 0)), icc_profile=profile)
+    seen = read_picture(path)
+    assert seen.icc_profile is None and seen.pixels.tolist() == [[[0.0, 1.0, 1.0]]]
+    assert len(complaints(caplog)) == 1
+
+
+def test_without_little_cms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [
+        saved(tmp_path / "cmyk.tif", Image.new("CMYK", (1, 1), (255, 0, 0, 0)), icc_profile=cmyk_profile()),
+        saved(tmp_path / "rgb.png", Image.new("RGB", (1, 1), (0, 255, 255)), icc_profile=rgb_profile()),
+    ]
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("the _imagingcms C module is not installed")
+
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
+    monkeypatch.setattr(ImageCms, "createProfile", missing)
+    for path in paths:
+        seen = read_picture(path)
+        assert seen.icc_profile is None and seen.pixels.tolist() == [[[0.0, 1.0, 1.0]]]
+    assert len(complaints(caplog)) == 2
+
+
+def test_formats_without_a_place_for_the_profile_get_srgb(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Linear light 0.5 is 0.7354 in sRGB: 12.92·x below, 1.055·x^(1/2.4) - 0.055 above."""
+    expected = 187.5
+    grey = Picture(torch.full((2, 2, 3), 0.5), grey_profile(), True)
+    clear = Picture(torch.cat([grey.pixels, torch.full((2, 2, 1), 0.2)], 2), grey_profile(), True)
+    colour = Picture(torch.full((2, 2, 3), 0.5), linear_rgb_profile(), False)
+    for name, given, mode, has_profile in [
+        ("grey.bmp", grey, "L", False),
+        ("colour.bmp", colour, "RGB", False),
+        ("grey.webp", grey, "RGB", True),
+        ("clear.webp", clear, "RGBA", True),
+    ]:
+        write_picture(tmp_path / name, given)
+        image = Image.open(tmp_path / name)
+        assert image.mode == mode and ("icc_profile" in image.info) == has_profile
+        assert np.asarray(image)[0, 0].ravel()[0] == pytest.approx(expected, abs=1.6)
+        assert mode != "RGBA" or np.asarray(image)[0, 0, 3] == 51
+        assert read_picture(tmp_path / name).grey == (mode == "L")
+    write_picture(tmp_path / "same.webp", colour)
+    assert Image.open(tmp_path / "same.webp").info["icc_profile"] == colour.icc_profile
+    assert complaints(caplog) == []
+
+
+# ---------------------------------------------------------------- files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("0.png", b"", ["the file is empty"]),
+        ("text.png", b"this is my picture, honestly\n" * 9, ["no picture", "PNG"]),
+        ("one.png", b"P", ["no picture"]),
+        ("magic.png", b"\x89PNG\r\n\x1a\n", ["damaged"]),
+        ("float.tif", tiff_of(1, 1, 32, 1, bytes(4), format=3), ["float"]),
+        ("floats.tif", tiff_of(1, 1, (32,) * 3, 2, bytes(12), format=(3, 3, 3)), ["cannot be read"]),
+        ("wide.tif", tiff_of(2, 1, 32, 1, struct.pack("<II", 3, 65536)), ["65536", "65535"]),
+        ("unsigned.tif", tiff_of(2, 1, 32, 1, struct.pack("<II", 3, 2**32 - 1)), ["-1", "65535"]),
+        ("signed.tif", tiff_of(2, 1, 16, 1, struct.pack("<hh", 3, -7), format=2), ["-7", "65535"]),
+        (
+            "planes.tif",
+            tiff(
+                {256: 1, 257: 1, 258: (16,) * 3, 259: 1, 262: 2, 277: 3, 284: 2, 273: (8, 10, 12), 279: (2, 2, 2)},
+                bytes(6),
+            ),
+            ["planes"],
+        ),
+        ("huge.png", png(100000, [], 8, 2)[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 100000, 99999, 8, 2, 0, 0, 0))
+         + png(1, [bytes(3)], 8, 2)[33:], ["9,999,900,000", f"{4 * (Image.MAX_IMAGE_PIXELS or 0):,}"]),
+        ("flat.png", png(0, [b""], 8, 2), ["damaged"]),
+        ("crc.png", png(1, [b"\7"], 8, 0).replace(b"\1\x08\0", b"\1\x10\0", 1), ["damaged"]),
+    ],
+)
+def test_refuses(name: str, data: bytes, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(PictureError) as error:
+        read_picture(stored(tmp_path / name, data))
+    assert_one_sentence(error, str(tmp_path / name), *words)
+
+
+def test_refuses_missing_and_folder(tmp_path: Path) -> None:
+    for path, word in [(tmp_path / "no.png", "no such file"), (tmp_path, "no file"), (tmp_path / ("x" * 300), "")]:
+        with pytest.raises(PictureError) as error:
+            read_picture(path)
+        assert_one_sentence(error, word)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about the damage
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".lzw.tif", ".bmp", ".gif", ".ppm"])
+def test_a_cut_file_is_refused_or_read_whole(suffix: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(2).integers(0, 256, (30, 40, 3), np.uint8)
+    path = tmp_path / f"x{suffix}"
+    saved(path, Image.fromarray(values), **({"compression": "tiff_lzw"} if suffix == ".lzw.tif" else {}))
+    data, whole = path.read_bytes(), read_picture(path).pixels
+    refused = 0
+    for length in sorted({*range(0, 40, 3), *range(40, len(data), len(data) // 40), len(data) // 2}):
+        stored(path, data[:length])
+        try:
+            assert torch.equal(read_picture(path).pixels, whole), length
+        except PictureError:
+            refused += 1
+    assert refused >= 30
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", ".ppm"])
+def test_scrambled_bytes_never_end_otherwise(suffix: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    path = tmp_path / f"x{suffix}"
+    saved(path, Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)))
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own remarks about the damage
+        for _ in range(120):
+            scrambled = data.copy()
+            places = rng.integers(4, min(len(data), 300), rng.integers(1, 6))
+            scrambled[places] = rng.integers(0, 256, len(places))
+            try:
+                seen = read_picture(stored(path, scrambled.tobytes())).pixels
+                assert seen.isfinite().all() and seen.min() >= 0 and seen.max() <= 1
+            except PictureError:
+                pass
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}, {"tiffinfo": {274: 6}}])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_tiff_up_to_four_times_pillows_limit(
+    mode: str, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(4).integers(0, 256, (20, 18, 4), np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(values[..., :3]).convert(mode) if mode != "RGBA" else Image.fromarray(values)
+    path = saved(tmp_path / "x.tif", image, **options)
+    expected = read_picture(path).pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(read_picture(path).pixels, expected)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp", ".gif", ".ppm", ".webp"])
+def test_pixel_limit(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 200 if suffix == ".webp" else 400  # newer WebP plugins refuse beyond twice the setting by themselves
+    allowed, beyond = tmp_path / f"allowed{suffix}", tmp_path / f"beyond{suffix}"
+    saved(allowed, Image.new("RGB", (20, limit // 20)))
+    saved(beyond, Image.new("RGB", (20, 21)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_picture(allowed).pixels.shape[:2] == (limit // 20, 20)
+        with pytest.raises(PictureError) as error:
+            read_picture(beyond)
+    assert_one_sentence(error, "420", "00 ")
+    assert suffix == ".webp" or "400" in str(error.value)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_picture(beyond).pixels.shape[:2] == (21, 20)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def random_picture(seed: int, channels: int, grey: bool, height: int = 33, width: int = 21) -> Picture:
+    pixels = torch.rand(height, width, channels, generator=torch.Generator().manual_seed(seed))
+    if grey:
+        pixels[..., 1:3] = pixels[..., :1]
+    return Picture(pixels, None, grey)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".tif", ".tiff", ".webp", ".bmp"])
+def test_round_trip(suffix: str, channels: int, grey: bool, tmp_path: Path) -> None:
+    for seed in range(3):
+        given = random_picture(seed, channels, grey, height=300 if seed == 0 else 7)
+        write_picture(tmp_path / f"x{suffix}", given)
+        seen = read_picture(tmp_path / f"x{suffix}")
+        expected = given.pixels
+        if suffix == ".bmp" and channels == 4:
+            expected = expected[..., :3] * expected[..., 3:] + 1 - expected[..., 3:]
+        assert seen.pixels.shape == expected.shape
+        assert (seen.pixels - expected).abs().max() <= 1 / 510 + 1e-6
+        assert seen.grey == (grey and suffix != ".webp") and seen.icc_profile is None
+
+
+def test_files_are_what_they_are_called(tmp_path: Path) -> None:
+    modes = {
+        ".png": ("PNG", ["RGB", "RGBA", "L", "LA"]),
+        ".tif": ("TIFF", ["RGB", "RGBA", "L", "LA"]),
+        ".webp": ("WEBP", ["RGB", "RGBA", "RGB", "RGBA"]),
+        ".jpg": ("JPEG", ["RGB", "RGB", "L", "L"]),
+        ".jpeg": ("JPEG", ["RGB", "RGB", "L", "L"]),
+        ".bmp": ("BMP", ["RGB", "RGB", "L", "L"]),
+    }
+    for suffix, (name, expected) in modes.items():
+        for mode, (grey, channels) in zip(expected, [(0, 3), (0, 4), (1, 3), (1, 4)], strict=True):
+            write_picture(tmp_path / f"x{suffix}", random_picture(0, channels, bool(grey)))
+            image = Image.open(tmp_path / f"x{suffix}")
+            assert (image.format, image.mode) == (name, mode)
+
+
+def test_rounds_half_up_and_clamps(tmp_path: Path) -> None:
+    values = [-3.0, -0.001, 0.4 / 255, 0.6 / 255, 126.5 / 255, 127.5 / 255, 254.4 / 255, 254.6 / 255, 1.001, 7.0]
+    expected = [0, 0, 0, 1, 127, 128, 254, 255, 255, 255]
+    write_picture(tmp_path / "x.png", Picture(torch.tensor(values)[None, :, None].expand(1, 10, 3), None, False))
+    assert np.asarray(Image.open(tmp_path / "x.png"))[0, :, 1].tolist() == expected
+    write_picture(tmp_path / "x.png", Picture(torch.tensor([[[0.0, 0.2, 1.0]]]), None, True))
+    assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[102]]  # the mean
+
+
+def test_jpeg_quality_and_sampling(tmp_path: Path) -> None:
+    given = random_picture(5, 3, False, 32, 32)
+    write_picture(tmp_path / "x.jpg", given)
+    image = Image.open(tmp_path / "x.jpg")
+    assert isinstance(image, JpegImageFile)
+    # the standard's first luminance step is 16; quality 95 scales it by (200 - 2·95)/100
+    assert image.quantization[0][0] == 2 and image.layer[0][1:3] == (1, 1)
+    rough = tmp_path / "rough.jpg"
+    Image.fromarray((given.pixels.numpy() * 255).astype(np.uint8)).save(rough, quality=95, subsampling=2)
+    error = [(read_picture(path).pixels - given.pixels).abs().mean() for path in (tmp_path / "x.jpg", rough)]
+    assert error[0] < error[1] / 3
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
+def test_transparency_is_laid_over_white(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = torch.zeros(8, 16, 4)  # two of JPEG's blocks
+    pixels[..., 0], pixels[..., 3], pixels[:, :8, 3] = 1.0, 0.4, 1.0
+    write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
+    torch.testing.assert_close(
+        read_picture(tmp_path / f"x{suffix}").pixels[4, 12], torch.tensor([1.0, 0.6, 0.6]), atol=2 * ONE_LEVEL, rtol=0
+    )
+    assert len(complaints(caplog)) == 1 and "white" in complaints(caplog)[0]
+    pixels[..., 3] = 1.0
+    write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
+    assert len(complaints(caplog)) == 1  # nothing is lost where nothing is clear
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0, 0), (299, 1, 3)])
+def test_refuses_values_that_are_no_numbers(
+    suffix: str, value: float, place: tuple[int, int, int], tmp_path: Path
+) -> None:
+    given = random_picture(0, 4, False, 300, 2)
+    given.pixels[place] = value
+    with pytest.raises(PictureError) as error:
+        write_picture(tmp_path / f"x{suffix}", given)
+    assert_one_sentence(error, "finite")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "limit"), [(".jpg", 65500), (".jpeg", 65500), (".webp", 16383)]
+)
+@pytest.mark.parametrize("turn", [False, True])
+def test_side_limits(suffix: str, limit: int, turn: bool, tmp_path: Path) -> None:
+    for side in (limit, limit + 1):
+        pixels = torch.zeros(1, side, 3) if turn else torch.zeros(side, 1, 3)
+        path = tmp_path / f"{side}{suffix}"
+        if side == limit:
+            write_picture(path, Picture(pixels, None, False))
+            assert max(Image.open(path).size) == limit
+        else:
+            with pytest.raises(PictureError) as error:
+                write_picture(path, Picture(pixels, None, False))
+            assert_one_sentence(error, str(limit), "save as .png")
+            assert not path.exists()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".bmp"])
+def test_four_gibibytes(suffix: str, tmp_path: Path) -> None:
+    pixels = torch.zeros(1, 1, 3).expand(40000, 40000, 3)  # no memory behind it
+    with pytest.raises(PictureError) as error:
+        write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
+    assert_one_sentence(error, "4 GiB", "save as .png")
+
+
+def test_refuses_targets(tmp_path: Path) -> None:
+    given = random_picture(0, 3, False)
+    (tmp_path / "folder.png").mkdir()
+    for name, words in {
+        "x.gif": [".gif", ".png .jpg .jpeg .webp .tif .tiff .bmp"],
+        "x": ["no ending", ".png"],
+        "nowhere/x.png": ["folder"],
+        "folder.png": ["folder"],
+    }.items():
+        with pytest.raises(PictureError) as error:
+            write_picture(tmp_path / name, given)
+        assert_one_sentence(error, str(tmp_path / name), *words)
+    for pixels in (torch.zeros(3, 4), torch.zeros(3, 4, 2), torch.zeros(0, 4, 3), torch.zeros(2, 2, 3).byte()):
+        with pytest.raises(PictureError) as error:
+            write_picture(tmp_path / "x.png", Picture(pixels, None, False))
+        assert_one_sentence(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("old", [None, b"what was there"])
+def test_all_or_nothing(
+    failure: BaseException, old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.png"
+    if old:
+        stored(path, old)
+
+    def save(_self: Image.Image, file: IO[bytes], **_: object) -> None:
+        file.write(b"half a picture")
+        raise failure
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else PictureError) as error:
+        write_picture(path, random_picture(0, 3, False))
+    if isinstance(failure, OSError):
+        assert_one_sentence(error, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == (["x.png"] if old else [])
+    assert not old or path.read_bytes() == old
+
+
+def test_target_is_replaced_whole_and_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stored(tmp_path / "x.png", b"what was there")
+    moved, replace = [], Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        moved.append((self, path.read_bytes()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    write_picture(path, random_picture(0, 3, False))
+    [(part, before)] = moved
+    assert part.parent == tmp_path and before == b"what was there"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and Image.open(path).size == (21, 33)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_picture(tmp_path / "x.png", random_picture(0, 3, False))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x.png").stat().st_mode & 0o777 == 0o640
+
+
+def test_long_names_and_other_dtypes(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".png")
+    given = random_picture(0, 3, False)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        write_picture(path, Picture(given.pixels.to(dtype).requires_grad_(), None, False))
+        assert (read_picture(path).pixels - given.pixels).abs().max() < 1 / 100
+
+
+def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
+    image = saved(tmp_path / "x.tif", Image.new("CMYK", (3, 3), (9, 8, 7, 6)), icc_profile=cmyk_profile())
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / name, read_picture(image))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_finds_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = png(1, [b"\7"], 8, 0)
+    folder = tmp_path / "in"
+    (folder / "deeper.png").mkdir(parents=True)
+    stored(folder / "deeper.png" / "below.png", data)
+    for name in ("b.PNG", "a.jpg", "c.webp", "notes.txt", ".hidden.png", "._c.webp"):
+        stored(folder / name, data)
+    alone = stored(tmp_path / "no_suffix", data)
+    expected = [folder / "a.jpg", folder / "b.PNG", folder / "c.webp"]
+    assert find_pictures([folder]) == expected
+    assert find_pictures([alone, folder, alone, folder / "b.PNG"]) == [alone, *expected]
+    assert find_pictures(iter([folder / "c.webp", folder])) == [folder / "c.webp", *expected[:2]]
+    assert find_pictures([]) == []
+    monkeypatch.chdir(tmp_path)
+    assert find_pictures([Path("in/a.jpg"), folder / "a.jpg"]) == [Path("in/a.jpg")]
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in SUFFIXES)
+    assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"} <= SUFFIXES
+
+
+def test_finding_refuses(tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    stored(tmp_path / "bare" / "notes.txt", b"words")
+    for name, word in {"bare": ".png", "missing.png": "no such", "bare/notes.txt": "no picture"}.items():
+        with pytest.raises(PictureError) as error:
+            find_pictures([tmp_path / name])
+        assert_one_sentence(error, str(tmp_path / name), word)
+
+
+def test_nothing_is_set_for_the_process(tmp_path: Path) -> None:
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[:]
+    write_picture(tmp_path / "x.png", random_picture(0, 3, False))
+    read_picture(tmp_path / "x.png")
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[:])
