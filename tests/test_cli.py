@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import DATA
 from PIL import Image
 
@@ -153,6 +154,33 @@ def test_convert_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert run("info", tmp_path / "none") == 2
     assert "cannot be opened" in one_line(capsys)
+
+
+def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of the picture reaches the network; the CLIP model itself is tested in test_clip.py."""
+    seen: list[tuple[Path, tuple[int, ...], float]] = []
+
+    def load(path: Path, *_: object) -> object:
+        def encode(image: torch.Tensor) -> torch.Tensor:
+            seen.append((Path(path).name, tuple(image.shape), float(image.min())))
+            return torch.ones(1, 32)
+
+        return encode
+
+    monkeypatch.setattr("infdit.__main__.load_clip", load)
+    source, model = make_picture(tmp_path / "in.png"), tmp_path / "tiny.safetensors"
+    assert run("convert", PUBLISHED, model) == 0
+    options = ("--model", model, "--steps", 2, "--dtype", "fp32")
+    assert run("upscale", source, "-o", tmp_path / "without.png", *options) == 0
+    assert seen == []
+    assert run("upscale", source, "-o", tmp_path / "named.png", *options, "--clip", "vit.bin") == 0
+    (tmp_path / "tiny.clip.safetensors").write_bytes(b"")
+    assert run("upscale", source, "-o", tmp_path / "beside.png", *options) == 0
+    assert [name for name, _, _ in seen] == ["vit.bin", "tiny.clip.safetensors"]
+    assert seen[0][1] == (1, 3, 9, 12)
+    assert -1 <= seen[0][2] < -0.9
+    without, named, beside = ((tmp_path / f"{n}.png").read_bytes() for n in ("without", "named", "beside"))
+    assert named == beside != without
 
 
 def test_interrupt_leaves_nothing(
