@@ -96,7 +96,7 @@ class Denoiser:
             canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x.dtype))
 
         block = model.config.block_size
-        modulations = model.modulate(sigma.log() / 4, self.conditioning.clip_embedding)
+        modulations = model.modulations_for(sigma.log() / 4, self.conditioning.clip_embedding)
         lr = self.conditioning.lr.to(model.dtype)
         sweep(model, self.geometry, self.plan, modulations, lr, read, write, self.progress)
         return canvas.image

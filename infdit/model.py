@@ -58,7 +58,7 @@ class InfDiT(nn.Module):
         """Where the parameters are."""
         return self.head.weight.device
 
-    def modulate(self, c_noise: Tensor, vector: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def modulations_for(self, c_noise: Tensor, vector: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Shifts and scales of all layers and of the head, from the noise level: once an evaluation.
 
         Args:
@@ -103,7 +103,7 @@ class InfDiT(nn.Module):
         """Tokens (B, N, T, D) after the last layer → pixels (B, N, 3, h, w), the network's F."""
         shift, scale = modulation
         h = _norm(_norm(h))  # published: normalised twice
-        pixels = self.head(h * (1 + scale) + shift)  # (B, N, T, 4·4·3)
+        pixels = self.head(modulate(h, shift, scale))  # (B, N, T, 4·4·3)
         p, side = self.config.patch_size, self.config.block_side
         return rearrange(pixels, "b n (r s) (p q c) -> b n c (r p) (s q)", r=side, p=p, q=p)
 
@@ -131,22 +131,26 @@ class Layer(nn.Module):
 
         Args:
             h: (B, N, T, D) tokens.
-            modulation: (4, B, 1, 1, D), see `InfDiT.modulate`.
+            modulation: (4, B, 1, 1, D), see `InfDiT.modulations_for`.
             angles: (N, T, d/2) rotary angles of the tokens, see `rotary_angles`.
             share: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks that each
-                attends to, (B, N, 4, T, H, d).
+                attends to, (B, N, 4, T, H, d), which may be changed in place.
             window: (B, N, W, D) low-resolution tokens, in the first layer.
         """
         attention_shift, attention_scale, mlp_shift, mlp_scale = modulation
-        a = _norm(h) * (1 + attention_scale) + attention_shift
-        q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
-        q, k = (rotate(self.qk_norm(x), angles) for x in (q, k))  # (B, N, T, H, d)
-        keys, values = share(k, v)  # (B, N, 4, T, H, d)
-        keys = keys + self.slot_embed[:, None]
-        h = h + self.out(_attention(q, keys.flatten(2, 3), values.flatten(2, 3)))
+        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), angles, share)
         if self.cross is not None:
             h = h + self.cross(h, window)
-        return h + self.mlp(self.mlp_norm(h) * (1 + mlp_scale) + mlp_shift)
+        return h + self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale))
+
+    def attend(self, a: Tensor, angles: Tensor, share: Share) -> Tensor:
+        """Block attention of modulated tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
+        q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
+        q, k = rotate(self.qk_norm(q), angles), rotate(self.qk_norm(k), angles)  # (B, N, T, H, d)
+        keys, values = share(k, v)  # (B, N, 4, T, H, d)
+        del k, v  # kept as keys and values; nothing else of them is needed while the attention runs
+        keys.add_(self.slot_embed[:, None])
+        return self.out(_attention(q, keys.flatten(2, 3), values.flatten(2, 3)))
 
 
 class LRCrossAttention(nn.Module):
@@ -197,6 +201,11 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     a, b = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def _norm(x: Tensor) -> Tensor:

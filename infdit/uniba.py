@@ -92,7 +92,7 @@ class Visit:
         places: their rows and columns.
         angles: (n, T, d/2) rotary angles of their tokens.
         own: (n,) the indices as a tensor; neighbours: (n·4,) those of the blocks that they attend to.
-        turns: (n, 4, 1, d/2) rotary angles that move neighbours' keys into the readers' frames, or None.
+        turns: for slots whose keys lie in another frame than their reader's, (n, 1, d/2) angles that move them there.
     """
 
     def __init__(self, geometry: Geometry, blocks: range, device: torch.device, dtype: torch.dtype) -> None:
@@ -104,11 +104,11 @@ class Visit:
         self.angles = rotary_angles(integers(rows), integers(columns), head_dim, dtype)
         self.own = integers(list(blocks))
         self.neighbours = integers([n for i in blocks for n in grid.neighbours(i)])
-        shifts = [shift for i in blocks for shift in geometry.frame_shifts(i)]
-        self.turns = None
-        if any(shift != (0, 0) for shift in shifts):
-            shift = integers(shifts)[..., None]  # (n·4, 2, 1)
-            self.turns = rotary_angles(shift[:, 0], shift[:, 1], head_dim, dtype).unflatten(0, (-1, 4))
+        self.turns: dict[int, Tensor] = {}
+        for slot, shifts in enumerate(zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)):
+            if any(shift != (0, 0) for shift in shifts):
+                shift_rows, shift_columns = integers(shifts)[..., None].unbind(1)  # (n, 1) each
+                self.turns[slot] = rotary_angles(shift_rows, shift_columns, head_dim, dtype)
 
 
 class KVRing:
@@ -116,23 +116,25 @@ class KVRing:
 
     def __init__(self, grid: BlockGrid, chunk: int) -> None:
         self.size = min(grid.line + 1 + chunk, grid.blocks)
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def share(self, visit: Visit, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values (B, n, T, H, d) of a chunk; give those that it attends to, (B, n, 4, T, H, d)."""
         if len(visit.blocks) == self.size:  # the whole grid at once: nothing to remember, and differentiable
-            self._keys, self._values = k, v
+            keys, values = k, v
         else:
-            if self._keys is None or self._values is None:
+            if self.kept is None:
                 shape = (k.shape[0], self.size, *k.shape[2:])
-                self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
+                self.kept = k.new_empty(shape), v.new_empty(shape)
+            keys, values = self.kept
             slots = visit.own % self.size
-            self._keys.index_copy_(1, slots, k)
-            self._values.index_copy_(1, slots, v)
+            keys.index_copy_(1, slots, k)
+            values.index_copy_(1, slots, v)
         slots = visit.neighbours % self.size
-        keys, values = (x.index_select(1, slots).unflatten(1, (-1, 4)) for x in (self._keys, self._values))
-        return (keys if visit.turns is None else rotate(keys, visit.turns)), values
+        keys, values = (x.index_select(1, slots).unflatten(1, (-1, 4)) for x in (keys, values))
+        for slot, turn in visit.turns.items():
+            keys[:, :, slot] = rotate(keys[:, :, slot], turn)
+        return keys, values
 
 
 def sweep(
@@ -151,7 +153,7 @@ def sweep(
         model: the weights.
         geometry: grid and positions.
         plan: layers in groups, blocks in chunks.
-        modulations: of the layers and of the head, see `InfDiT.modulate`.
+        modulations: of the layers and of the head, see `InfDiT.modulations_for`.
         lr: (B, 3, H/4, W/4) the low-resolution picture in the network's dtype.
         read: gives the input of the blocks at hand; write: takes their result.
         progress: told the number of blocks after each layer; an exception that it raises ends the sweep.

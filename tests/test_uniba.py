@@ -121,7 +121,7 @@ def test_the_ring_holds_a_line_a_block_and_a_chunk(make_model: MakeModel) -> Non
             rings.clear()
             Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep))(x, sigma)
             line = {"rows": columns, "columns": rows, "auto": min(rows, columns)}[sweep]
-            held = [tensor.shape[1] for ring in rings for tensor in (ring._keys, ring._values)]
+            held = [tensor.shape[1] for ring in rings for tensor in ring.kept]
             assert len(rings) == 3
             assert max(held) <= line + 1 + chunk
 
