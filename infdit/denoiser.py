@@ -19,7 +19,8 @@ from .config import LR_FACTOR
 from .grid import BlockGrid, Place
 from .memory import MemoryPlan
 from .model import InfDiT
-from .uniba import Geometry, Positions, sweep
+from .tiers import Lane
+from .uniba import Geometry, Positions, callables, cut_windows, place, sweep
 
 SIGMA_DATA = 0.5
 log = logging.getLogger(__name__)
@@ -45,10 +46,11 @@ class Denoiser:
 
     Args:
         model: the network.
-        conditioning: of B pictures, on the model's device.
-        plan: how the evaluation is cut; None: `MemoryPlan.default`.
+        conditioning: of B pictures; they and x are on the device, or on the CPU if the plan has images on the host.
+        plan: how the evaluation is cut and what is kept where; None: `MemoryPlan.default`.
         positions, origin: see `uniba.Geometry`.
         progress: called with the number of blocks after each layer of a chunk.
+        device: that computes; None: where the model is.
 
     Raises:
         ValueError: shapes that do not fit the model or each other.
@@ -62,9 +64,12 @@ class Denoiser:
         positions: Positions = "continuous",
         origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.model, self.conditioning, self.progress = model, conditioning, progress
+        self.conditioning, self.progress = conditioning, progress
         self.plan = plan or MemoryPlan.default(model.config)
+        self.lane = Lane(device or model.device)
+        self.model = place(model, self.plan, self.lane.device)
         *_, h, w = conditioning.lr_upscaled.shape
         block = model.config.block_size
         if h % block or w % block:
@@ -85,21 +90,30 @@ class Denoiser:
         s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
         norm = (s**2 + SIGMA_DATA**2).sqrt()
         c_skip, c_out, c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
-        model, up = self.model, self.conditioning.lr_upscaled
+        up, lr = self.conditioning.lr_upscaled, self.conditioning.lr
+        block, dtype = self.geometry.grid.block, self.model.dtype
         canvas = _Canvas(self.geometry.grid, x)
 
-        def read(places: Sequence[Place]) -> Tensor:
-            pixels = torch.cat((_cut(x, places, block), _cut(up.to(x), places, block)), 2)
-            return (c_in * pixels).to(model.dtype)  # published: c_in scales all six channels
+        def read(places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
+            pixels = torch.cat((_cut(x, places, block), _cut(up, places, block).to(x.dtype)), 2)
+            windows, inside = cut_windows(lr, self.geometry, places)
+            # published: c_in scales all six channels
+            return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype)), inside
 
         def write(places: Sequence[Place], pixels: Tensor) -> None:
-            canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x.dtype))
+            canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x))
 
-        block = model.config.block_size
-        modulations = model.modulations_for(sigma.log() / 4, self.conditioning.clip_embedding)
-        lr = self.conditioning.lr.to(model.dtype)
-        sweep(model, self.geometry, self.plan, modulations, lr, read, write, self.progress)
+        sweep(self.model, self.geometry, self.plan, self.lane, self._modulations(sigma), read, write, self.progress)
         return canvas.image
+
+    def _modulations(self, sigma: Tensor) -> tuple[list[Tensor], Tensor]:
+        linears = callables(([linear] for linear in self.model.modulations), self.plan, self.lane)
+        vector = self.conditioning.clip_embedding
+        c_noise = (sigma.log() / 4).to(self.lane.device)
+        return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if self.plan.images == "device" else self.lane.fetch([tensor]).wait()[0]
 
 
 def _cut(image: Tensor, places: Sequence[Place], size: int) -> Tensor:

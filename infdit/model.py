@@ -10,7 +10,7 @@ B batch, N blocks, T tokens of a block, W low-resolution tokens that it sees, H 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,15 @@ class InfDiT(nn.Module):
         """Where the parameters are."""
         return self.head.weight.device
 
-    def modulations_for(self, c_noise: Tensor, vector: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def modulations_for(
+        self, c_noise: Tensor, vector: Tensor | None, linears: Iterable[Callable[[Tensor], Tensor]]
+    ) -> tuple[list[Tensor], Tensor]:
         """Shifts and scales of all layers and of the head, from the noise level: once an evaluation.
 
         Args:
             c_noise: (B,), ¼·ln σ.
             vector: (B, vector_dim), the CLIP embedding of the picture; None stands for zeros.
+            linears: `self.modulations`, or what computes them from weights that are elsewhere.
 
         Returns:
             For each layer (4, B, 1, 1, D): shift and scale of the attention, shift and scale of the MLP; and
@@ -75,10 +78,10 @@ class InfDiT(nn.Module):
         c = self.noise_embed(torch.cat((angles.cos(), angles.sin()), -1).to(self.dtype))  # (B, D)
         if self.vector_embed is not None:
             given = torch.zeros(len(c), self.config.vector_dim, device=c.device) if vector is None else vector
-            c = c + self.vector_embed(given.to(c.dtype))
+            c = c + self.vector_embed(given.to(c))
         c = F.silu(F.silu(c))  # published: SiLU after the embedding, and once more before every modulation
         split = "b (parts d) -> parts b 1 1 d"
-        layers = [rearrange(linear(c), split, parts=4) for linear in self.modulations]
+        layers = [rearrange(linear(c), split, parts=4) for linear in linears]
         return layers, rearrange(self.head_modulation(c), split, parts=2)
 
     def embed(self, pixels: Tensor) -> Tensor:

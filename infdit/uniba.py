@@ -11,22 +11,28 @@ the hidden states of all blocks are kept. The result is the same for every group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .config import InfDiTConfig
 from .grid import BlockGrid, Place
 from .memory import MemoryPlan
 from .model import InfDiT, rotary_angles, rotate
+from .tiers import Fetch, Lane, Tier
 
 Positions = Literal["continuous", "wrapped"]
-Read = Callable[[Sequence[Place]], Tensor]  # blocks at (row, column) → their pixels (B, n, 6, h, w)
+# blocks at (row, column) → their pixels (B, n, 6, h, w), windows of the low-resolution picture (B, n, 3, w, w), and
+# which blocks of the windows lie in the picture (n, 3, 3)
+Read = Callable[[Sequence[Place]], tuple[Tensor, Tensor, Tensor]]
+Call = Callable[..., Tensor]
 Write = Callable[[Sequence[Place], Tensor], None]  # blocks at (row, column) and their pixels (B, n, 3, h, w)
 
 
@@ -137,12 +143,84 @@ class KVRing:
         return keys, values
 
 
+class HiddenStates:
+    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and fetched ahead."""
+
+    def __init__(self, lane: Lane, place: Tier) -> None:
+        self._lane, self._place = lane, place
+        self._kept: dict[range, Tensor] = {}
+        self._ahead: dict[range, Fetch] = {}
+
+    def put(self, blocks: range, h: Tensor) -> None:
+        """Keep the tokens (B, n, T, D) of a chunk until the next group."""
+        if self._place == "device":
+            self._kept[blocks] = h
+            return
+        if blocks not in self._kept:
+            self._kept[blocks] = self._lane.host_empty(h.shape, h.dtype)
+        self._lane.store(h, self._kept[blocks])
+
+    def take(self, blocks: range, following: range | None) -> Tensor:
+        """The tokens of a chunk; those of the following one set off meanwhile."""
+        if self._place == "device":
+            return self._kept.pop(blocks)
+        self._prefetch(blocks)
+        (h,) = self._ahead.pop(blocks).wait()
+        if following is not None:
+            self._prefetch(following)
+        return h
+
+    def _prefetch(self, blocks: range) -> None:
+        if blocks not in self._ahead:
+            self._ahead[blocks] = self._lane.fetch([self._kept[blocks]])
+
+
+def place(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
+    """The model with its parameters where a plan wants them: all on the device, or layers and modulations on the host.
+
+    Parameters that are there already are shared; if all are, this is the model itself.
+    """
+
+    def wanted(name: str, tensor: Tensor) -> Tensor:
+        if plan.weights == "resident" or not name.startswith(("layers.", "modulations.")):
+            return tensor.to(device)
+        host = tensor.to("cpu")
+        return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
+
+    parameters = dict(model.named_parameters())
+    state = {name: wanted(name, parameter) for name, parameter in parameters.items()}
+    if all(state[name] is parameter for name, parameter in parameters.items()):
+        return model
+    with torch.device("meta"):
+        placed = InfDiT(model.config, model.defaults)
+    placed.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
+    return placed.requires_grad_(False).eval()
+
+
+def callables(groups: Iterable[Sequence[nn.Module]], plan: MemoryPlan, lane: Lane) -> Iterator[list[Call]]:
+    """Modules by groups, ready to be called on the device: as they are, or with weights fetched one group ahead."""
+    if plan.weights == "resident":
+        yield from (list(group) for group in groups)
+        return
+    ahead: deque[list[tuple[nn.Module, Fetch]]] = deque()
+    for group in groups:
+        ahead.append([(module, lane.fetch(list(module.parameters()))) for module in group])
+        if len(ahead) == 2:
+            yield [partial(_call_with, module, fetch.wait()) for module, fetch in ahead.popleft()]
+    yield [partial(_call_with, module, fetch.wait()) for module, fetch in ahead.popleft()]
+
+
+def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> Tensor:
+    names = (name for name, _ in module.named_parameters())
+    return functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+
+
 def sweep(
     model: InfDiT,
     geometry: Geometry,
     plan: MemoryPlan,
+    lane: Lane,
     modulations: tuple[Sequence[Tensor], Tensor],
-    lr: Tensor,
     read: Read,
     write: Write,
     progress: Callable[[int], None] | None = None,
@@ -150,38 +228,40 @@ def sweep(
     """One evaluation of the network over a whole grid of blocks.
 
     Args:
-        model: the weights.
+        model: the weights; those of `layers` on the host if the plan streams them, all others on the lane's device.
         geometry: grid and positions.
-        plan: layers in groups, blocks in chunks.
+        plan: layers in groups, blocks in chunks, what is kept where.
         modulations: of the layers and of the head, see `InfDiT.modulations_for`.
-        lr: (B, 3, H/4, W/4) the low-resolution picture in the network's dtype.
-        read: gives the input of the blocks at hand; write: takes their result.
+        read: gives the input of the blocks at hand; write: takes their result; both on the device.
         progress: told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
     layer_modulations, head_modulation = modulations
     grid, depth = geometry.grid, len(model.layers)
     angle_dtype = torch.promote_types(model.dtype, torch.float32)
-    states: dict[range, Tensor] = {}  # hidden states between groups
-    for first in range(0, depth, plan.group):
-        group = range(first, min(first + plan.group, depth))
+    states = HiddenStates(lane, plan.hidden)
+    chunks = list(grid.chunks(plan.chunk))
+    groups = [range(first, min(first + plan.group, depth)) for first in range(0, depth, plan.group)]
+    modules = ([model.layers[i] for i in group] for group in groups)
+    for group, layers in zip(groups, callables(modules, plan, lane), strict=True):
         rings = [KVRing(grid, plan.chunk) for _ in group]
-        for blocks in grid.chunks(plan.chunk):
-            visit = Visit(geometry, blocks, model.device, angle_dtype)
-            if first == 0:
-                h, window = model.embed(read(visit.places)), model.embed_lr(*_windows(lr, geometry, visit.places))
+        for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
+            visit = Visit(geometry, blocks, lane.device, angle_dtype)
+            window = None
+            if group.start == 0:
+                pixels, *lr = read(visit.places)
+                h, window = model.embed(pixels), model.embed_lr(*lr)
             else:
-                h, window = states.pop(blocks), None
-            for i, ring in zip(group, rings, strict=True):
-                h = model.layers[i](h, layer_modulations[i], visit.angles, partial(ring.share, visit), window)
+                h = states.take(blocks, following)
+            for i, layer, ring in zip(group, layers, rings, strict=True):
+                h = layer(h, layer_modulations[i], visit.angles, partial(ring.share, visit), window)
                 if progress is not None:
                     progress(len(blocks))
             if group.stop == depth:
                 write(visit.places, model.unembed(h, head_modulation))
             else:
-                states[blocks] = h
-
-
-def _windows(lr: Tensor, geometry: Geometry, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+                states.put(blocks, h)
+            lane.pace()
+def cut_windows(lr: Tensor, geometry: Geometry, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
     """The 3×3 blocks of `lr` around each place, (B, n, 3, w, w), and which of them lie in the picture, (n, 3, 3)."""
     size, grid = geometry.config.lr_block_size, geometry.grid
     windows: list[Tensor] = []

@@ -19,6 +19,7 @@ from .memory import MemoryPlan
 from .model import InfDiT
 from .resample import conditioning_pictures
 from .samplers import SAMPLERS, evaluations, karras_sigmas
+from .uniba import place
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ def upscale(
     denoise: float = 1.0,
     clip_embedding: Tensor | None = None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Upscale pictures with Inf-DiT, on the device that the model is on.
+    """Upscale pictures with Inf-DiT.
 
     Args:
         model: see `load_model`.
@@ -64,6 +66,7 @@ def upscale(
         progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
             evaluations × pictures. After each step preview is a function that makes the denoised picture as
             (h, w, 3) uint8, at most 512 pixels a side. An exception that progress raises ends the run at once.
+        device: that computes; None: where the model is. Weights are moved there as the plan says.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
@@ -78,10 +81,12 @@ def upscale(
     sampler = sampler or model.defaults.sampler
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
-    sigmas = schedule(model.defaults, steps, sigma_max, denoise)
-    plan = plan or MemoryPlan.default(model.config)
-    grid = BlockGrid.covering(height, width, model.config.block_size, plan.sweep)
     vectors = _clip_vectors(model, clip_embedding, len(image))
+    sigmas = schedule(model.defaults, steps, sigma_max, denoise)
+    plan, device = plan or MemoryPlan.default(model.config), device or model.device
+    model = place(model, plan, device)
+    images = device if plan.images == "device" else torch.device("cpu")
+    grid = BlockGrid.covering(height, width, model.config.block_size, plan.sweep)
     units = evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks * len(image)
     meter = _Meter(progress, units, (height, width))
     noise = torch.Generator().manual_seed(seed)
@@ -93,11 +98,11 @@ def upscale(
         if alpha.shape[1]:
             rgb = fill_transparent(rgb, alpha)
         padded = (grid.height, grid.width)
-        lr, up = (x.to(model.device) for x in conditioning_pictures(rgb * 2 - 1, (height, width), padded))
+        lr, up = (x.to(images) for x in conditioning_pictures(rgb * 2 - 1, (height, width), padded))
         conditioning = Conditioning(lr, up, None if vectors is None else vectors[i : i + 1])
         # drawn even where it is not used: picture i has the same noise whatever the settings
-        x = torch.randn((1, 3, *padded), generator=noise).to(model.device).mul_(float(sigmas[0])).add_(up)
-        denoiser = Denoiser(model, conditioning, plan, progress=meter.advance)
+        x = torch.randn((1, 3, *padded), generator=noise).to(images).mul_(float(sigmas[0])).add_(up)
+        denoiser = Denoiser(model, conditioning, plan, progress=meter.advance, device=device)
         y = SAMPLERS[sampler](denoiser, x, sigmas, callback=meter.step)
         result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp(0, 1)
         if alpha.shape[1]:
@@ -199,4 +204,4 @@ def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> Tensor
         return None
     if embedding.dim() != 2 or embedding.shape[0] not in (1, batch) or embedding.shape[1] != width:
         raise ValueError(f"clip_embedding of shape {tuple(embedding.shape)} must be ({batch} or 1, {width})")
-    return embedding.to(model.device).expand(batch, -1)
+    return embedding.expand(batch, -1)

@@ -43,7 +43,7 @@ def reference(
 
 def plans(blocks: int) -> Iterator[MemoryPlan]:
     for group, chunk, sweep in itertools.product((1, 2, 3, 9), (*range(1, blocks + 1), 99), ("rows", "columns")):
-        yield MemoryPlan(group, chunk, sweep)
+        yield MemoryPlan(group, chunk, sweep=sweep)
 
 
 @pytest.mark.parametrize("positions", ["wrapped", "continuous"])
@@ -57,6 +57,19 @@ def test_every_schedule_equals_the_dense_transcription(
     for plan in plans(grid[0] * grid[1]):
         result = Denoiser(model, conditioning, plan, positions=positions)(x, sigma)
         torch.testing.assert_close(result, expected, msg=lambda m, plan=plan: f"{plan}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("hidden", ["device", "host"])
+@pytest.mark.parametrize("images", ["device", "host"])
+def test_where_things_are_kept_changes_nothing(weights: str, hidden: str, images: str, make_model: MakeModel) -> None:
+    model, published = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(3, 4)
+    expected = reference(published, x, sigma, conditioning, positions="continuous")
+    for group, chunk in itertools.product((1, 2, 3), (1, 5, 12)):
+        denoise = Denoiser(model, conditioning, MemoryPlan(group, chunk, weights, hidden, images))
+        torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)
+        torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)  # nothing of the first is left behind
 
 
 @pytest.mark.parametrize("positions", ["wrapped", "continuous"])
@@ -119,7 +132,7 @@ def test_the_ring_holds_a_line_a_block_and_a_chunk(make_model: MakeModel) -> Non
         for (rows, columns), chunk, sweep in itertools.product([(6, 2), (2, 6)], (1, 3), ("rows", "columns", "auto")):
             x, conditioning, sigma = random_inputs(rows, columns, batch=1)
             rings.clear()
-            Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep))(x, sigma)
+            Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep=sweep))(x, sigma)
             line = {"rows": columns, "columns": rows, "auto": min(rows, columns)}[sweep]
             held = [tensor.shape[1] for ring in rings for tensor in ring.kept]
             assert len(rings) == 3

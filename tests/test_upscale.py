@@ -87,7 +87,14 @@ def test_odd_sizes_are_not_shifted(mini: InfDiT) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [MemoryPlan(1, 1), MemoryPlan(4, 7, "rows"), MemoryPlan(2, 999, "columns"), MemoryPlan(99, 1)], ids=str
+    "plan",
+    [
+        MemoryPlan(1, 1, "streamed", "host", "host"),
+        MemoryPlan(4, 7, images="host", sweep="rows"),
+        MemoryPlan(2, 999, "streamed", sweep="columns"),
+        MemoryPlan(99, 1),
+    ],
+    ids=str,
 )
 def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT, plan: MemoryPlan) -> None:
     image = picture(30, 45)

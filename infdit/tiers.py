@@ -1,0 +1,96 @@
+"""Two tiers of memory, device and host, and the lane between them.
+
+On CUDA the host's tensors are pinned and copies run beside the arithmetic, on a stream of their own. Elsewhere a copy
+is a plain copy; on a CPU the two tiers are one memory and every plan stays legal. So that a meter can still tell them
+apart, what belongs to a tier is made under `tier(...)`; what is computed from host tensors is on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Tier = Literal["device", "host"]
+_tier: ContextVar[Tier | None] = ContextVar("tier", default=None)
+
+
+@contextmanager
+def tier(name: Tier) -> Iterator[None]:
+    """Tensors made inside belong to this tier: a label for meters, without effect on the tensors."""
+    token = _tier.set(name)
+    try:
+        yield
+    finally:
+        _tier.reset(token)
+
+
+def current_tier() -> Tier | None:
+    """The tier whose tensors are being made, or None where it follows from their inputs."""
+    return _tier.get()
+
+
+class Lane:
+    """Copies between the host and one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: torch.cuda.Event | None = None
+
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the host that the device can reach quickly."""
+        with tier("host"):
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Fetch:
+        """Begin to copy tensors from the host to the device."""
+        with tier("device"):
+            if self._stream is None:
+                return Fetch([tensor.clone() for tensor in tensors])
+            # not before the arithmetic that is queued now: what it writes may be what is fetched
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+            return Fetch(copies, arrived)
+
+    def store(self, source: Tensor, target: Tensor) -> None:
+        """Begin to copy a tensor of the device, all of whose arithmetic is queued, into one of the host."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+
+
+    def pace(self) -> None:
+        """After each chunk, wait until the device has done the one before: bar and stop then tell the truth."""
+        if self._stream is not None:
+            if self._last is not None:
+                self._last.synchronize()
+            self._last = torch.cuda.Event()
+            self._last.record(torch.cuda.current_stream(self.device))
+
+
+class Fetch:
+    """Copies under way to the device."""
+
+    def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None = None) -> None:
+        self._tensors, self._event = tensors, event
+
+    def wait(self) -> list[Tensor]:
+        """The copies; arithmetic that is queued from now on sees them whole."""
+        if self._event is not None:
+            compute = torch.cuda.current_stream(self._tensors[0].device)
+            compute.wait_event(self._event)
+            for tensor in self._tensors:
+                tensor.record_stream(compute)
+        return self._tensors
