@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .clip import CONVERTED
+from .clip import CHECKPOINT_PREFIX, CONVERTED
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
+from .grid import SLOTS
 from .model import InfDiT
 from .samplers import SAMPLERS, karras_sigmas
 from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
-CLIP_PREFIX = "image_encoder."
 
 # ---- the table: published name → (parameter of InfDiT, what becomes of the tensor)
 
@@ -62,6 +63,7 @@ _MAP: list[tuple[str, str, _Reshape]] = [
     (r"mixins\.final_layer\.adaLN_modulation\.1\.(weight|bias)", r"head_modulation.\1", _same),
     (r"mixins\.final_layer\.linear\.(weight|bias)", r"head.\1", _same),
 ]
+_QKV_WEIGHT = r"transformer\.layers\.\d+\.attention\.query_key_value\.weight"
 _SLOT_EMBED = "mixins.adaln_layer.re_pos_embed"  # all layers in one tensor (L, 4, H, d)
 _DROP: list[tuple[str, str]] = [
     (_MIXIN + r"rope\.freqs_(cos|sin)", "tables of rotary angles, which are computed"),
@@ -70,6 +72,7 @@ _DROP: list[tuple[str, str]] = [
 ]
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WRONG_FILE = "give the file that the authors published, or one that `convert` wrote from it"
 
 
@@ -130,8 +133,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     unknown: list[str] = []
     for name, tensor in file.tensors.items():
         reason = next((reason for pattern, reason in _DROP if re.fullmatch(pattern, name)), None)
-        if name.startswith(CLIP_PREFIX):
-            clip[name.removeprefix(CLIP_PREFIX).removeprefix("model.")] = tensor
+        if name.startswith(CHECKPOINT_PREFIX):
+            clip_name = name.removeprefix(CHECKPOINT_PREFIX).removeprefix("model.")
+            if clip_name in clip:
+                raise CheckpointError(path, f"holds {clip_name} of the CLIP model twice", _WRONG_FILE)
+            clip[clip_name] = tensor
         elif reason is not None:
             dropped[name] = reason
         elif name == _SLOT_EMBED or any(re.fullmatch(pattern, name) for pattern, _, _ in _MAP):
@@ -156,7 +162,8 @@ def load_model(
         device: where its parameters go; None: see `default_device`. Memory grows by little more than their size there.
 
     Raises:
-        CheckpointError: see `read_checkpoint`; and a SHA-256 that does not match, checked once for a file.
+        CheckpointError: see `read_checkpoint`; a SHA-256 that does not match, checked once for a file; weights that
+            overflow `dtype`.
     """
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
@@ -164,7 +171,12 @@ def load_model(
     _verify_once(checkpoint)
     with torch.device("meta"):
         model = InfDiT(checkpoint.config, checkpoint.defaults)
-    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for name, tensor in checkpoint.state_dict().items():
+        state[name] = tensor.to(device, dtype)
+        narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+        if narrower and not torch.isfinite(state[name]).all():
+            raise CheckpointError(checkpoint.path, f"{name} overflows {dtype}", "load it as bfloat16 or float32")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -186,8 +198,9 @@ def convert(source: str | Path, target: str | Path) -> list[Path]:
         raise CheckpointError(target, "is not a name of a .safetensors file", "let the target end in .safetensors")
     checkpoint.verify()
     written: list[Path] = []
+    clip = clip_path(target)
+    clip.unlink(missing_ok=True)  # that of another model would be taken for this one's
     if checkpoint.clip:
-        clip = clip_path(target)
         _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"})
         written.append(clip)
     metadata = checkpoint.metadata | {
@@ -217,7 +230,11 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
         return tuple(tensor.shape)
 
     stated = _json(path, file, "config")
-    num_layers, _, num_heads, head_dim = shape(_SLOT_EMBED, 4)
+    num_layers, slots, num_heads, head_dim = shape(_SLOT_EMBED, 4)
+    layers = sum(re.fullmatch(_QKV_WEIGHT, name) is not None for name in file.tensors)
+    if (num_layers, slots) != (layers, len(SLOTS)):
+        problem = f"has a {_SLOT_EMBED} for {slots} slots of {num_layers} layers, and {layers} layers"
+        raise CheckpointError(path, problem, _WRONG_FILE)
     patch_size = shape("mixins.patch_embed.proj.weight", 4)[-1]
     block_tokens = shape("mixins.adaln_layer.lr_query_position_embedding", 4)[1]
     vector = "cond_embed.map_vector.0.weight"
@@ -272,8 +289,8 @@ def _check(checkpoint: Checkpoint) -> None:
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected.get(name, tuple(tensor.shape)):
             problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {expected[name]}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name} holds {tensor.dtype}, not floating point")
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"{name} holds {tensor.dtype}, not one of {', '.join(map(str, _DTYPES))}")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} holds values that are not finite")
     if problems:
@@ -304,8 +321,12 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(temporary), metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(path, f"cannot be written ({error})", "try another folder or free some space") from error
+        remedy = "try another folder, free some space, or close the program that has it open"
+        raise CheckpointError(path, f"cannot be written ({error})", remedy) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ KNOWN = {"6509f07e6fc0da68f8e1ee881bf90803f0b053d2f7ed2013cc7c3a49ac4dd3db": WEI
 KNOWN_WRONG = {
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "OpenAI's ViT-L-14.pt, made for quick-GELU"
 }
+CHECKPOINT_PREFIX = "image_encoder."  # of the CLIP model inside a published checkpoint
 CONVERTED = "Inf-DiT checkpoint"  # metadata "source" of a file split off the published checkpoint by `convert`
 
 # module. is DeepSpeed's or DistributedDataParallel's; image_encoder.model. that of the published checkpoint
@@ -241,6 +242,8 @@ def _place(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device
 
 def _check_origin(path: Path, file: TensorFile, digest: str) -> None:
     """Refuse a conversion whose tensors changed since; warn of a file that nobody vouches for."""
+    if any(name.startswith(CHECKPOINT_PREFIX) for name in file.tensors):
+        return  # it came with the model that was trained with it
     if file.metadata.get("source") == CONVERTED:
         if file.metadata.get("sha256") != tensor_digest(file.tensors):
             raise CheckpointError(path, "does not match the SHA-256 written in it", "convert the checkpoint again")

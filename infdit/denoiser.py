@@ -74,11 +74,13 @@ class Denoiser:
         block = model.config.block_size
         if h % block or w % block:
             raise ValueError(f"{h}×{w} pixels must be whole blocks of {block}: pad them first")
-        if conditioning.lr.shape[-2:] != (h // LR_FACTOR, w // LR_FACTOR):
-            raise ValueError(f"lr of {tuple(conditioning.lr.shape)} must be a quarter of {h}×{w} pixels")
-        vector = conditioning.clip_embedding
-        if vector is not None and model.config.vector_dim and vector.shape[-1] != model.config.vector_dim:
-            raise ValueError(f"clip_embedding of {vector.shape[-1]} values must have {model.config.vector_dim}")
+        batch = len(conditioning.lr_upscaled)
+        quarter = (batch, 3, h // LR_FACTOR, w // LR_FACTOR)
+        if conditioning.lr.shape != quarter:
+            raise ValueError(f"lr of shape {tuple(conditioning.lr.shape)} must be a quarter of lr_upscaled: {quarter}")
+        vector, width = conditioning.clip_embedding, model.config.vector_dim
+        if vector is not None and width and vector.shape != (batch, width):
+            raise ValueError(f"clip_embedding of shape {tuple(vector.shape)} must be {(batch, width)}")
         grid = BlockGrid.covering(h, w, block, self.plan.sweep)
         self.geometry = Geometry(model.config, grid, positions, origin)
 
@@ -86,6 +88,11 @@ class Denoiser:
         """D(x; σ), like x, for x (B, 3, h, w) of float32 or float64 and sigma 0-d or (B,), above 0."""
         if x.shape != self.conditioning.lr_upscaled.shape:
             raise ValueError(f"x of {tuple(x.shape)} must have the shape {tuple(self.conditioning.lr_upscaled.shape)}")
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"x of {x.dtype} must be float32 or float64: the network has a dtype of its own")
+        here = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"  # elsewhere a look would wait for the device
+        if here and not (torch.as_tensor(sigma) > 0).all():
+            raise ValueError(f"sigma {sigma} must be above 0: a picture without noise needs no denoising")
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
         norm = (s**2 + SIGMA_DATA**2).sqrt()

@@ -5,6 +5,7 @@ With D = denoise(x, σ) the probability-flow ODE is dx/dσ = (x − D)/σ (Karra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -35,9 +36,9 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return torch.cat((sigmas, sigmas.new_zeros(1))).float()
 
 
-def _steps(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, σ_i, σ_{i+1}) as float64 scalars on the CPU: they scale a picture of any dtype and device."""
-    return ((i, *pair) for i, pair in enumerate(pairwise(sigmas.to("cpu", torch.float64))))
+def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
+    """(i, σ_i, σ_{i+1}) as numbers, which scale a picture of any dtype and device without changing either."""
+    return ((i, now, following) for i, (now, following) in enumerate(pairwise(sigmas.tolist())))
 
 
 def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
@@ -50,21 +51,21 @@ def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback
         callback: called after the first evaluation of each step with x, i, sigma, sigma_hat, denoised.
     """
     for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigma)
-        _report(callback, x, i, sigma, denoised)
-        x = x + (x - denoised) / sigma * (following - sigma)
+        denoised = denoise(x, sigmas[i])
+        _report(callback, x, i, sigmas[i], denoised)
+        x = x + (x - denoised) * ((following - sigma) / sigma)
     return x
 
 
 def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """Heun's method, the paper's (Karras et al. 2022, algorithm 1): 2n − 1 evaluations, as the step to 0 is Euler's."""
     for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigma)
-        _report(callback, x, i, sigma, denoised)
+        denoised = denoise(x, sigmas[i])
+        _report(callback, x, i, sigmas[i], denoised)
         slope = (x - denoised) / sigma
         euler = x + slope * (following - sigma)
         if following > 0:
-            slope = (slope + (euler - denoise(euler, following)) / following) / 2
+            slope = (slope + (euler - denoise(euler, sigmas[i + 1])) / following) / 2
             euler = x + slope * (following - sigma)
         x = euler
     return x
@@ -77,11 +78,11 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
     x ← σ_{i+1}/σ_i·x − (e^(−h) − 1)·((1 + 1/2r)·D_i − 1/2r·D_{i−1}); the first and the step to 0 are of first order.
     """
     last: Tensor | None = None
-    h_last = torch.tensor(0.0)
+    h_last = 0.0
     for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigma)
-        _report(callback, x, i, sigma, denoised)
-        h = (sigma / following).log()
+        denoised = denoise(x, sigmas[i])
+        _report(callback, x, i, sigmas[i], denoised)
+        h = math.log(sigma / following) if following > 0 else math.inf
         target = denoised
         if last is not None and following > 0:
             weight = h / (2 * h_last)

@@ -1,29 +1,26 @@
 """Named tensors out of files that are not trusted: .safetensors, and PyTorch's zip without running its pickle.
 
-A .pt is a zip of one pickle and one raw member per storage. The pickle is a program; here it may name only
-what rebuilds tensors. Every other global becomes an inert stand-in that is never imported, so the optimizer
-states, counters and random generators of a training checkpoint are walked over without effect. Storages are
-mapped from the file, not read: memory grows only by what is used.
+A .pt is a zip of one pickle (see `unpickle`) and one raw member per storage. Storages are mapped from the file, not
+read: memory grows only by what is used.
 """
 
 from __future__ import annotations
 
-import collections
 import hashlib
-import io
 import mmap
 import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .unpickle import unpickle_tensors
 
 _MAX_PICKLE_BYTES = 64 * 2**20  # a program, not data: the published model's is under 1 MB
 _ALIGNMENT = 8  # bytes, of the widest dtype; PyTorch aligns members to 64
@@ -125,101 +122,6 @@ def _read_safetensors(path: Path) -> TensorFile:
 # ---- PyTorch's zip
 
 
-class _Inert:
-    """Takes the place of anything a checkpoint names that is not needed to rebuild tensors."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __call__(self, *args: object, **kwargs: object) -> _Inert:
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, item: object) -> None:
-        pass
-
-    def extend(self, items: object) -> None:
-        pass
-
-    add = append
-
-
-@dataclass(frozen=True)
-class _Storage:
-    data: Tensor  # uint8, flat
-    dtype: torch.dtype
-
-
-_STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
-
-
-def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
-    """torch._utils._rebuild_tensor_v2 with every argument checked against the storage's length."""
-    if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise pickle.UnpicklingError("a tensor that is not built from a storage, a size and a stride")
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError(f"a tensor of offset {offset!r}, size {size!r} and stride {stride!r}")
-    data = storage.data.view(storage.dtype)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))  # pyright: ignore[reportOperatorIssue]
-    if 0 not in size and last >= data.numel():
-        raise pickle.UnpicklingError(f"a tensor that reaches element {last} of a storage of {data.numel()}")
-    return data.as_strided(size, stride, offset)  # pyright: ignore[reportArgumentType]
-
-
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
-_ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles by allow-list: `find_class` never imports, `persistent_load` maps a storage of the zip."""
-
-    def __init__(self, program: bytes, storages: _ZipStorages) -> None:
-        super().__init__(io.BytesIO(program))
-        self._storages = storages
-
-    def find_class(self, module_name: str, global_name: str, /) -> object:
-        if module_name in ("torch", "torch.storage") and global_name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[global_name]
-        return _ALLOWED.get((module_name, global_name)) or type(global_name, (_Inert,), {})
-
-    def persistent_load(self, pid: object) -> _Storage:
-        match pid:
-            case ("storage", torch.dtype() as dtype, str() as key, *_):
-                return _Storage(self._storages.map(key), dtype)
-        raise pickle.UnpicklingError(f"a reference that is no storage ({str(pid)[:80]})")
-
-
 class _ZipStorages:
     """The raw members data/KEY of one PyTorch zip: mapped from the file, checked against their CRC-32."""
 
@@ -230,22 +132,29 @@ class _ZipStorages:
         self._mapped: dict[str, Tensor] = {}
 
     def map(self, key: str) -> Tensor:
+        """The bytes of a storage, uint8."""
         if key not in self._mapped:
-            self._mapped[key] = self._map(self._archive.getinfo(f"{self._prefix}data/{key}"))
+            content, start = self._content(f"data/{key}")
+            data = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            self._mapped[key] = data if start % _ALIGNMENT == 0 else data.clone()
         return self._mapped[key]
 
-    def _map(self, member: zipfile.ZipInfo) -> Tensor:
+    def read(self, name: str) -> bytes:
+        """The bytes of a small member."""
+        return bytes(self._content(name, _MAX_PICKLE_BYTES)[0])
+
+    def _content(self, name: str, limit: int | None = None) -> tuple[memoryview, int]:
+        member = self._archive.getinfo(self._prefix + name)
+        if limit is not None and member.file_size > limit:
+            raise zipfile.BadZipFile(f"{member.filename} is over {limit} bytes")
         if member.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"{member.filename} is compressed, which PyTorch never does")
-        magic, name, extra = _LOCAL_HEADER.unpack_from(self._bytes, member.header_offset)
-        start = member.header_offset + _LOCAL_HEADER.size + name + extra
+        magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(self._bytes, member.header_offset)
+        start = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
         content = memoryview(self._bytes)[start : start + member.file_size]
         if magic != _ZIP_MAGIC or len(content) != member.file_size or zlib.crc32(content) != member.CRC:
             raise zipfile.BadZipFile(f"{member.filename} does not match its checksum")
-        if not content:
-            return torch.empty(0, dtype=torch.uint8)
-        data = torch.frombuffer(content, dtype=torch.uint8)
-        return data if start % _ALIGNMENT == 0 else data.clone()
+        return content, start
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
@@ -276,13 +185,7 @@ def _unpickle(path: Path, archive: zipfile.ZipFile) -> object:
     if len(programs) != 1:
         raise zipfile.BadZipFile("a zip without the data.pkl of a checkpoint")
     prefix = programs[0].filename.removesuffix("data.pkl")
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
+    storages = _ZipStorages(path, archive, prefix)
+    if f"{prefix}byteorder" in archive.namelist() and storages.read("byteorder") != b"little":
         raise zipfile.BadZipFile("tensors stored in big-endian order")
-    if programs[0].file_size > _MAX_PICKLE_BYTES:
-        raise zipfile.BadZipFile(f"a data.pkl of over {_MAX_PICKLE_BYTES} bytes")
-    program = archive.read(programs[0])
-    for opcode, argument, _ in pickletools.genops(program):
-        # the C unpickler allocates up to the highest memo index, which a hostile file may put anywhere
-        if opcode.name in ("PUT", "LONG_BINPUT") and int(str(argument)) > len(program):
-            raise pickle.UnpicklingError(f"a memo index of {argument}")
-    return _TensorUnpickler(program, _ZipStorages(path, archive, prefix)).load()
+    return unpickle_tensors(storages.read("data.pkl"), storages.map)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable
 from weakref import WeakSet
 
@@ -72,7 +73,7 @@ def upscale(
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
 
     Raises:
-        ValueError: input that cannot be upscaled, in one sentence.
+        ValueError, TypeError: input that cannot be upscaled, in one sentence.
     """
     _check_image(image)
     if not 0 <= seed < 2**64:
@@ -91,24 +92,24 @@ def upscale(
     meter = _Meter(progress, units, (height, width))
     noise = torch.Generator().manual_seed(seed)
 
-    results: list[Tensor] = []
-    for i in range(len(image)):
-        pixels = image[i : i + 1].detach().float().cpu().movedim(-1, 1).clamp(0, 1)  # (1, 3 or 4, h, w)
+    def one(picture: Tensor, vector: Tensor | None) -> Tensor:
+        """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
+        pixels = picture.detach().float().cpu().movedim(-1, 1).clamp(0, 1)  # (1, 3 or 4, h, w)
         rgb, alpha = pixels[:, :3], pixels[:, 3:]
         if alpha.shape[1]:
             rgb = fill_transparent(rgb, alpha)
         padded = (grid.height, grid.width)
         lr, up = (x.to(images) for x in conditioning_pictures(rgb * 2 - 1, (height, width), padded))
-        conditioning = Conditioning(lr, up, None if vectors is None else vectors[i : i + 1])
-        # drawn even where it is not used: picture i has the same noise whatever the settings
         x = torch.randn((1, 3, *padded), generator=noise).to(images).mul_(float(sigmas[0])).add_(up)
-        denoiser = Denoiser(model, conditioning, plan, progress=meter.advance, device=device)
+        denoiser = Denoiser(model, Conditioning(lr, up, vector), plan, progress=meter.advance, device=device)
         y = SAMPLERS[sampler](denoiser, x, sigmas, callback=meter.step)
         result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp(0, 1)
         if alpha.shape[1]:
             result = torch.cat((result, upscale_alpha(alpha, (height, width))), 1)
-        results.append(result.movedim(1, -1))
-    return torch.cat(results)
+        return result.movedim(1, -1)
+
+    pictures = image.split(1)
+    return torch.cat([one(*pair) for pair in zip(pictures, vectors or [None] * len(pictures), strict=True)])
 
 
 def schedule(
@@ -124,7 +125,7 @@ def schedule(
     if not 0 <= denoise <= 1:
         raise ValueError(f"denoise {denoise} must be between 0 (bicubic) and 1 (full strength)")
     sigma_max = defaults.sigma_max if sigma_max is None else sigma_max
-    steps = defaults.steps if steps is None else steps
+    steps = defaults.steps if steps is None else operator.index(steps)
     low, high = defaults.sigma_min ** (1 / RHO), max(sigma_max, 0) ** (1 / RHO)
     if denoise in (0, 1):
         return karras_sigmas(steps, defaults.sigma_min, sigma_max, RHO)[0 if denoise else -1 :]
@@ -154,8 +155,10 @@ def _preview(denoised: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     shrink = min(1.0, PREVIEW_SIDE / max(size))
     small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    picture = F.interpolate(denoised[:1, :, :height, :width].float(), size=small, mode="bilinear", antialias=True)
-    return ((picture[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1).cpu()
+    stride = max(1, int(0.5 / shrink))  # twice the preview's size is enough to leave the device
+    picture = denoised[:1, :, :height:stride, :width:stride].cpu().float()
+    picture = F.interpolate(picture, size=small, mode="bilinear", antialias=True)
+    return ((picture[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1)
 
 
 def _check_image(image: Tensor) -> None:
@@ -180,18 +183,19 @@ def target_size(height: int, width: int, scale: float, size: tuple[int, int] | N
         if not 1 < scale <= MAX_SCALE:
             raise ValueError(f"scale {scale} must be above 1 and at most {MAX_SCALE}: for more, upscale twice")
         return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
+    size = operator.index(size[0]), operator.index(size[1])
     for name, side, target in (("height", height, size[0]), ("width", width, size[1])):
         if not side <= target <= MAX_SCALE * side:
             raise ValueError(
                 f"{name} {target} must be between the picture's {side} and {MAX_SCALE} times it, {MAX_SCALE * side}: "
                 "for more, upscale twice"
             )
-    if tuple(size) == (height, width):
+    if size == (height, width):
         raise ValueError(f"size {width}×{height} is what the picture already has: at least one side must grow")
     return size
 
 
-def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> Tensor | None:
+def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> tuple[Tensor, ...] | None:
     width = model.config.vector_dim
     if not width:
         if embedding is not None:
@@ -204,4 +208,4 @@ def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> Tensor
         return None
     if embedding.dim() != 2 or embedding.shape[0] not in (1, batch) or embedding.shape[1] != width:
         raise ValueError(f"clip_embedding of shape {tuple(embedding.shape)} must be ({batch} or 1, {width})")
-    return embedding.expand(batch, -1)
+    return embedding.expand(batch, -1).split(1)

@@ -224,6 +224,14 @@ HOSTILE = {
     "bytearray of 2^60": b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".",
     "frame of 2^62": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"}.",
     "extension code": b"\x80\x02\x82\x01.",
+    "a key of nested tuples": b"\x80\x02}N" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "a key of endless tuples": b"\x80\x02}N" + b"2\x86" * 60 + b"K\x01s.",
+    "a set of endless tuples": b"\x80\x04\x8f(N" + b"2\x86" * 60 + b"\x90.",
+    "a reference of endless tuples": b"\x80\x02}U\x01aN" + b"2\x86" * 60 + b"Qs.",
+    "a size of endless tuples": tensor_program(persistent("0"), b"K\x00", b"N" + b"2\x86" * 60, ONE),
+    "an offset of endless tuples": tensor_program(persistent("0"), b"N" + b"2\x86" * 60, FOUR, ONE),
+    "elements without storage": tensor_program(persistent("0"), b"K\x00", b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"),
+    "attributes of our own function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}U\x07__doc__U\x05pwnedsb.",
     "deep nesting": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
 }
 
@@ -233,6 +241,10 @@ def test_hostile_pickles(program: bytes, tmp_path: Path) -> None:
     path = with_program(tmp_path / "hostile.pt", program)
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
         infdit.load_model(path)
+
+
+def test_nothing_of_ours_was_changed() -> None:
+    assert "pwned" not in str(infdit.unpickle._rebuild_tensor.__doc__)
 
 
 def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
@@ -282,11 +294,12 @@ def test_zip_without_a_checkpoint_and_compressed_storages(tmp_path: Path) -> Non
         archive.writestr("word/document.xml", "<x/>")
     with pytest.raises(CheckpointError, match=r"data\.pkl"):
         infdit.load_model(tmp_path / "docs.pt")
-    with zipfile.ZipFile(PUBLISHED) as old, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    with pytest.raises(CheckpointError, match="compressed"):
-        infdit.load_model(tmp_path / "deflated.pt")
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(PUBLISHED) as old, zipfile.ZipFile(tmp_path / "packed.pt", "w", method) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        with pytest.raises(CheckpointError, match="compressed"):
+            infdit.load_model(tmp_path / "packed.pt")
     big = rewrite_zip(PUBLISHED, tmp_path / "big.pt", lambda n, c: b"big" if n.endswith("byteorder") else c)
     with pytest.raises(CheckpointError, match="big-endian"):
         infdit.load_model(big)
@@ -303,17 +316,25 @@ WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "unknown key": (lambda w: w.update({"lora.up": torch.ones(1)}), "lora.up"),
     "missing bias": (lambda w: w.pop("time_embed.mlp.2.bias"), "noise_embed.2.bias is missing"),
     "missing table": (lambda w: w.pop("mixins.adaln_layer.re_pos_embed"), "re_pos_embed is missing"),
-    "missing layer": (lambda w: [w.pop(k) for k in list(w) if "layers.2." in k], r"layers\.2\.\S+ is missing"),
+    "missing layer": (lambda w: [w.pop(k) for k in list(w) if "layers.2." in k], "4 slots of 3 layers, and 2 layers"),
     "wrong shape": (
         lambda w: w.update({"mixins.final_layer.linear.bias": torch.ones(47)}),
         r"head.bias has shape \(47,\) instead of \(48,\)",
     ),
     "integers": (
         lambda w: w.update({"mixins.final_layer.linear.bias": torch.ones(48, dtype=torch.int64)}),
-        "int64, not floating point",
+        "int64, not one of",
     ),
     "NaN": (lambda w: w["time_embed.mlp.0.weight"].fill_(float("nan")), "not finite"),
     "infinity": (lambda w: w["mixins.adaln_layer.re_pos_embed"][2, 3].fill_(float("inf")), "slot_embed.*not finite"),
+    "fp8": (
+        lambda w: w.update({"mixins.final_layer.linear.bias": torch.ones(48).to(torch.float8_e4m3fn)}),
+        "float8_e4m3fn, not one of",
+    ),
+    "layers without end": (
+        lambda w: w.update({"mixins.adaln_layer.re_pos_embed": torch.ones(10**9, 0, 2, 8)}),
+        "1000000000 layers, and 3 layers",
+    ),
     "one layer too many": (
         lambda w: w.update({"mixins.adaln_layer.q_layer_norm.3.bias": torch.ones(8)}),
         "layers.3.qk_norm.bias is one layer too many",
@@ -368,6 +389,23 @@ def test_a_changed_weight_does_not_match_the_digest(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA-256"):
         infdit.load_model(path)
+
+
+def test_weights_that_overflow_a_dtype(tmp_path: Path) -> None:
+    weights = dense.random_weights(0, dtype=torch.float32)
+    weights["time_embed.mlp.0.weight"][3, 4] = 1e6
+    path = tmp_path / "large.safetensors"
+    save_file(weights, path, {})
+    assert infdit.load_model(path, torch.bfloat16, "cpu").dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"noise_embed\.0\.weight overflows torch\.float16; load it as"):
+        infdit.load_model(path, torch.float16, "cpu")
+
+
+def test_convert_does_not_leave_the_clip_of_another_model(tmp_path: Path) -> None:
+    old = tmp_path / "tiny.clip.safetensors"
+    old.write_bytes(b"of another model")
+    infdit.convert(PUBLISHED, tmp_path / "tiny.safetensors")
+    assert not old.exists()
 
 
 def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,8 +196,15 @@ def test_wrong_shapes_are_refused(make_model: MakeModel) -> None:
         Denoiser(model, Conditioning(c.lr, c.lr_upscaled[..., :-4]))
     with pytest.raises(ValueError, match="quarter"):
         Denoiser(model, Conditioning(c.lr[..., 1:], c.lr_upscaled))
-    with pytest.raises(ValueError, match="must have 8"):
+    with pytest.raises(ValueError, match=r"must be \(2, 8\)"):
         Denoiser(model, Conditioning(c.lr, c.lr_upscaled, torch.zeros(2, 9)))
+    with pytest.raises(ValueError, match="quarter"):
+        Denoiser(model, Conditioning(c.lr[:1], c.lr_upscaled))
+    for nothing in (0.0, torch.tensor(0.0), torch.tensor([1.0, 0.0])):
+        with pytest.raises(ValueError, match="above 0"):
+            Denoiser(model, c)(x, nothing)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        Denoiser(model, c)(x.half(), sigma)
     with pytest.raises(ValueError, match="shape"):
         Denoiser(model, c)(x[..., BLOCK:], sigma)
     with pytest.raises(ValueError, match="positions"):

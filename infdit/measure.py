@@ -1,0 +1,73 @@
+"""Peaks counted, not guessed: bytes of live tensors, each storage once, device and host told apart."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .tiers import Tier, current_tier
+
+
+class PeakMeter(TorchDispatchMode):
+    """Inside `with PeakMeter() as meter:` every tensor that is made is counted until its storage is freed.
+
+    A tensor is on the host if it was made under `tier("host")`, lies on the CPU beside an accelerator, or was
+    computed from host tensors; else on the device. It works the same on fake tensors, which take no memory.
+
+    Args:
+        held: tensors that exist already, such as weights, by tier.
+
+    Attributes:
+        live, peak: bytes now and at most so far, by tier.
+    """
+
+    def __init__(self, held: Mapping[Tier, Iterable[Tensor]] | None = None) -> None:
+        super().__init__()
+        self.live: dict[Tier, int] = {"device": 0, "host": 0}
+        self.peak: dict[Tier, int] = {"device": 0, "host": 0}
+        self._tiers = WeakIdKeyDictionary()
+        for tier, tensors in (held or {}).items():
+            for tensor in tensors:
+                self._count(tensor, tier)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - PyTorch's own signature
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tier = current_tier() or self._tier_of(tree_leaves((args, kwargs)))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, "device" if leaf.device.type != "cpu" else tier)
+        return result
+
+    def _tier_of(self, inputs: list[Any]) -> Tier:
+        """Where a result on the CPU is: with its inputs, scalars apart."""
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        known = [self._tiers.get(x.untyped_storage()) for x in tensors if x.dim()]
+        if "host" in known or any(x.device.type != "cpu" for x in tensors):
+            return "host"
+        return "device"
+
+    def _count(self, tensor: Tensor, tier: Tier) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._tiers:
+            return
+        size = storage.nbytes()
+        self._tiers[storage] = tier
+        self.live[tier] += size
+        self.peak[tier] = max(self.peak[tier], self.live[tier])
+        weakref.finalize(storage, self._free, tier, size).atexit = False
+
+    def _free(self, tier: Tier, size: int) -> None:
+        self.live[tier] -= size
