@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .alpha import visible_colour
 from .checkpoint import clip_path, convert, load_model, read_checkpoint
 from .clip import CLIPImageEncoder, OpenCLIPMissingError, load_clip
 from .config import InfDiTConfig
-from .device import default_device
+from .device import default_device, out_of_memory
 from .model import InfDiT
 from .picture import PictureError, check_target, find_pictures, read_picture, write_picture
 from .samplers import SAMPLERS
@@ -27,6 +29,7 @@ from .upscale import MAX_SCALE, Preview, target_size, upscale
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
+_OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,6 +42,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that has no × must not turn success into failure
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
@@ -47,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return BAD_INPUT
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"infdit: the device is out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"infdit: {_OUT_OF_MEMORY}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("infdit: interrupted", file=sys.stderr)
@@ -97,16 +105,19 @@ def _upscale(options: argparse.Namespace) -> int:
     device = _device(options.device)
     model = load_model(options.model, DTYPES[options.dtype], device)
     encoder = _clip(options, model, device)
+    if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
+        _make_folder(options.output)
     failed = 0
     with logging_redirect_tqdm():
         for source, target in jobs:
             try:
                 _upscale_one(source, target, model, encoder, options)
-            except ValueError as error:
-                if len(jobs) == 1:
+            except (ValueError, MemoryError, RuntimeError) as error:
+                memory = out_of_memory(error)
+                if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
                     raise
                 failed += 1  # the others are not lost
-                print(f"infdit: {source}: {error}", file=sys.stderr)
+                print(f"infdit: {source}: {_OUT_OF_MEMORY if memory else error}", file=sys.stderr)
     return BAD_INPUT if failed else 0
 
 
@@ -118,7 +129,7 @@ def _upscale_one(
     size = target_size(height, width, options.scale, options.size)
     image = picture.pixels[None]
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
-    vector = None if encoder is None else encoder(image[..., :3].movedim(-1, 1) * 2 - 1)
+    vector = None if encoder is None else encoder(visible_colour(image) * 2 - 1)
     with closing(_Bar(source.name)) as bar:
         result = upscale(
             model,
@@ -160,18 +171,16 @@ def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) ->
         jobs = [(source, output / f"{source.stem}.png") for source in sources]
     else:
         jobs = [(sources[0], output)]
-    taken: dict[Path, Path] = {}
-    originals = {source.resolve() for source in sources}
+    taken: dict[str, Path] = {}
     for source, target in jobs:
-        other = taken.setdefault(target.resolve(), source)
+        # no two names that some disks take for one
+        other = taken.setdefault(str(target.resolve()).casefold(), source)
         if other is not source:
             raise PictureError(f"{other} and {source} would both become {target}: rename one or run them apart")
-        if target.resolve() in originals:
+        if target.exists() and any(target.samefile(original) for original in sources):
             raise PictureError(f"{target} is an input and is never overwritten: choose another OUT")
         if target.exists() and not force:
             raise PictureError(f"{target} exists: choose another OUT, or replace it with --force")
-    if several:
-        output.mkdir(parents=True, exist_ok=True)
     return jobs
 
 
@@ -183,7 +192,16 @@ def _clip(options: argparse.Namespace, model: InfDiT, device: torch.device) -> C
         return None
     beside = clip_path(options.model)
     path = options.clip or (beside if beside.exists() else None)
+    if path is None and read_checkpoint(options.model).clip:
+        path = options.model
     return None if path is None else load_clip(path, model.dtype, device)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be made ({error.strerror}): choose another OUT") from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -9,6 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 
+def visible_colour(image: Tensor) -> Tensor:
+    """(B, h, w, 3 or 4) → (B, 3, h, w): the colours, those under full transparency taken from around it."""
+    pixels = image.movedim(-1, 1)
+    rgb, alpha = pixels[:, :3], pixels[:, 3:]
+    return fill_transparent(rgb, alpha) if alpha.shape[1] else rgb
+
+
 def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
     """Give pixels that are fully transparent the colour of what is visible around them.
 

@@ -101,11 +101,11 @@ class Denoiser:
         block, dtype = self.geometry.grid.block, self.model.dtype
         canvas = _Canvas(self.geometry.grid, x)
 
-        def read(places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
+        def read(places: Sequence[Place]) -> tuple[Tensor, Tensor]:
             pixels = torch.cat((_cut(x, places, block), _cut(up, places, block).to(x.dtype)), 2)
-            windows, inside = cut_windows(lr, self.geometry, places)
+            windows = cut_windows(lr, places, block // LR_FACTOR)
             # published: c_in scales all six channels
-            return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype)), inside
+            return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype))
 
         def write(places: Sequence[Place], pixels: Tensor) -> None:
             canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x))

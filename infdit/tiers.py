@@ -47,6 +47,11 @@ class Lane:
         with tier("host"):
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
 
+    def upload(self, numbers: Sequence[object]) -> Tensor:
+        """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
+        tensor = torch.tensor(numbers)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self._stream else tensor.to(self.device)
+
     def fetch(self, tensors: Sequence[Tensor]) -> Fetch:
         """Begin to copy tensors from the host to the device."""
         with tier("device"):

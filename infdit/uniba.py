@@ -29,9 +29,8 @@ from .model import InfDiT, rotary_angles, rotate
 from .tiers import Fetch, Lane, Tier
 
 Positions = Literal["continuous", "wrapped"]
-# blocks at (row, column) → their pixels (B, n, 6, h, w), windows of the low-resolution picture (B, n, 3, w, w), and
-# which blocks of the windows lie in the picture (n, 3, 3)
-Read = Callable[[Sequence[Place]], tuple[Tensor, Tensor, Tensor]]
+# blocks at (row, column) → their pixels (B, n, 6, h, w) and windows of the low-resolution picture (B, n, 3, w, w)
+Read = Callable[[Sequence[Place]], tuple[Tensor, Tensor]]
 Call = Callable[..., Tensor]
 Write = Callable[[Sequence[Place], Tensor], None]  # blocks at (row, column) and their pixels (B, n, 3, h, w)
 
@@ -101,19 +100,18 @@ class Visit:
         turns: for slots whose keys lie in another frame than their reader's, (n, 1, d/2) angles that move them there.
     """
 
-    def __init__(self, geometry: Geometry, blocks: range, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, geometry: Geometry, blocks: range, lane: Lane, dtype: torch.dtype) -> None:
         grid, head_dim = geometry.grid, geometry.config.head_dim
-        integers = partial(torch.tensor, device=device)
         self.blocks = blocks
         self.places = [grid.place(i) for i in blocks]
         rows, columns = geometry.token_positions(self.places)
-        self.angles = rotary_angles(integers(rows), integers(columns), head_dim, dtype)
-        self.own = integers(list(blocks))
-        self.neighbours = integers([n for i in blocks for n in grid.neighbours(i)])
+        self.angles = rotary_angles(lane.upload(rows), lane.upload(columns), head_dim, dtype)
+        self.own = lane.upload(list(blocks))
+        self.neighbours = lane.upload([n for i in blocks for n in grid.neighbours(i)])
         self.turns: dict[int, Tensor] = {}
         for slot, shifts in enumerate(zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)):
             if any(shift != (0, 0) for shift in shifts):
-                shift_rows, shift_columns = integers(shifts)[..., None].unbind(1)  # (n, 1) each
+                shift_rows, shift_columns = lane.upload(shifts)[..., None].unbind(1)  # (n, 1) each
                 self.turns[slot] = rotary_angles(shift_rows, shift_columns, head_dim, dtype)
 
 
@@ -245,11 +243,11 @@ def sweep(
     for group, layers in zip(groups, callables(modules, plan, lane), strict=True):
         rings = [KVRing(grid, plan.chunk) for _ in group]
         for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
-            visit = Visit(geometry, blocks, lane.device, angle_dtype)
+            visit = Visit(geometry, blocks, lane, angle_dtype)
             window = None
             if group.start == 0:
-                pixels, *lr = read(visit.places)
-                h, window = model.embed(pixels), model.embed_lr(*lr)
+                pixels, lr = read(visit.places)
+                h, window = model.embed(pixels), model.embed_lr(lr, lane.upload(inside(grid, visit.places)))
             else:
                 h = states.take(blocks, following)
             for i, layer, ring in zip(group, layers, rings, strict=True):
@@ -261,17 +259,22 @@ def sweep(
             else:
                 states.put(blocks, h)
             lane.pace()
-def cut_windows(lr: Tensor, geometry: Geometry, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
-    """The 3×3 blocks of `lr` around each place, (B, n, 3, w, w), and which of them lie in the picture, (n, 3, 3)."""
-    size, grid = geometry.config.lr_block_size, geometry.grid
+def inside(grid: BlockGrid, places: Sequence[Place]) -> list[list[list[bool]]]:
+    """(n, 3, 3): which of the 3×3 blocks around each place lie in the picture."""
+    near = (-1, 0, 1)
+    return [
+        [[0 <= row + r < grid.rows and 0 <= column + c < grid.columns for c in near] for r in near]
+        for row, column in places
+    ]
+
+
+def cut_windows(lr: Tensor, places: Sequence[Place], size: int) -> Tensor:
+    """The 3×3 blocks of `size` pixels of `lr` around each place, (B, n, 3, w, w); zeros outside."""
     windows: list[Tensor] = []
-    inside: list[list[list[bool]]] = []
     for row, column in places:
-        rows, columns = range(row - 1, row + 2), range(column - 1, column + 2)
-        top, left = max(rows[0], 0) * size, max(columns[0], 0) * size
+        above, before = (1 - min(row, 1)) * size, (1 - min(column, 1)) * size  # pixels that lie outside
+        top, left = (row - 1) * size + above, (column - 1) * size + before
         cut = lr[..., top : (row + 2) * size, left : (column + 2) * size]
-        above, before = -min(rows[0], 0) * size, -min(columns[0], 0) * size
         padding = (before, 3 * size - before - cut.shape[-1], above, 3 * size - above - cut.shape[-2])
         windows.append(F.pad(cut, padding))
-        inside.append([[0 <= r < grid.rows and 0 <= c < grid.columns for c in columns] for r in rows])
-    return torch.stack(windows, 1), torch.tensor(inside, device=lr.device)
+    return torch.stack(windows, 1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alpha import fill_transparent, upscale_alpha
+from .alpha import upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .grid import BlockGrid
@@ -94,22 +94,23 @@ def upscale(
 
     def one(picture: Tensor, vector: Tensor | None) -> Tensor:
         """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
-        pixels = picture.detach().float().cpu().movedim(-1, 1).clamp(0, 1)  # (1, 3 or 4, h, w)
-        rgb, alpha = pixels[:, :3], pixels[:, 3:]
-        if alpha.shape[1]:
-            rgb = fill_transparent(rgb, alpha)
-        padded = (grid.height, grid.width)
-        lr, up = (x.to(images) for x in conditioning_pictures(rgb * 2 - 1, (height, width), padded))
-        x = torch.randn((1, 3, *padded), generator=noise).to(images).mul_(float(sigmas[0])).add_(up)
+        picture = picture.detach().float().cpu().clamp(0, 1)
+        target, padded = (height, width), (grid.height, grid.width)
+        lr, up = (x.to(images) for x in conditioning_pictures(visible_colour(picture) * 2 - 1, target, padded))
         denoiser = Denoiser(model, Conditioning(lr, up, vector), plan, progress=meter.advance, device=device)
-        y = SAMPLERS[sampler](denoiser, x, sigmas, callback=meter.step)
+        y = SAMPLERS[sampler](denoiser, _start(up, sigmas[0], noise), sigmas, callback=meter.step)
         result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp(0, 1)
-        if alpha.shape[1]:
-            result = torch.cat((result, upscale_alpha(alpha, (height, width))), 1)
+        if picture.shape[-1] == 4:
+            result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
         return result.movedim(1, -1)
 
     pictures = image.split(1)
     return torch.cat([one(*pair) for pair in zip(pictures, vectors or [None] * len(pictures), strict=True)])
+
+
+def _start(up: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
+    """x = up + σ·ε, not σ·ε alone: that keeps the colours (INFDIT.md section 2)."""
+    return torch.randn(up.shape, generator=noise).mul_(sigma).to(up.device).add_(up)
 
 
 def schedule(

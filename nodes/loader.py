@@ -41,6 +41,11 @@ def model_path(model_name: str) -> str:
     return path
 
 
+def model_files() -> list[str]:
+    """Files of models/infdit, without the CLIP models that `convert` puts beside them."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if not name.endswith(".clip.safetensors")]
+
+
 class InfDiTModelLoader(io.ComfyNode):
     """Reads a checkpoint."""
 
@@ -55,7 +60,7 @@ class InfDiTModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[BUNDLED, *folder_paths.get_filename_list(FOLDER)],
+                    options=[BUNDLED, *model_files()],
                     tooltip="The small model that comes with the pack, or a file (.safetensors, or the published .pt) "
                     "in models/infdit.",
                 ),

@@ -9,6 +9,7 @@ from ..infdit import MemoryPlan, upscale
 from ..infdit.grid import BlockGrid
 from ..infdit.model import InfDiT
 from ..infdit.samplers import SAMPLERS
+from ..infdit.upscale import target_size
 from .host import HostedModel, Progress, bring_to_device, from_image, to_image
 from .schema import CATEGORY, InfDiTModel, search_aliases
 
@@ -100,7 +101,7 @@ class InfDiTUpscale(io.ComfyNode):
         denoise: float,
         seed: int,
     ) -> io.NodeOutput:
-        height, width = round(image.shape[1] * scale), round(image.shape[2] * scale)
+        height, width = target_size(image.shape[1], image.shape[2], scale)
         network = bring_to_device(model, working_bytes(model.network, height, width))
         result = upscale(
             network,

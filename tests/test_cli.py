@@ -1,5 +1,6 @@
 """python -m infdit as a person types it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,39 @@ def test_two_inputs_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_or_is_not_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
+    assert run("upscale", *sources, "-o", sources[0] / "out") == 2
+    assert "cannot be made" in one_line(capsys)
+    assert run("upscale", *sources, "-o", tmp_path / "out", "--model", "no.pt") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_on_one_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
+    with monkeypatch.context() as patch:
+        patch.setattr("infdit.__main__.upscale", too_large)
+        assert run("upscale", sources[0], "-o", tmp_path / "out.png") == 2
+        assert "out of memory" in one_line(capsys)
+        assert run("upscale", *sources, "-o", tmp_path / "out") == 2
+        assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_a_console_without_the_letters_we_print(tmp_path: Path) -> None:
+    source, target = make_picture(tmp_path / "in.png"), tmp_path / "out.png"
+    for arguments in (["--help"], ["upscale", source, "-o", target]):
+        command = [sys.executable, "-m", "infdit", *arguments]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, check=False, cwd=Path(__file__).parents[1], env=environment)
+        assert done.returncode == 0, done.stderr
+    assert target.exists()
+
+
 BAD = {
     "no input": (["nowhere.png", "-o", "out.png"], "no such file"),
     "no picture": (["text.png", "-o", "out.png"], "text.png"),
@@ -176,7 +210,12 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("upscale", source, "-o", tmp_path / "named.png", *options, "--clip", "vit.bin") == 0
     (tmp_path / "tiny.clip.safetensors").write_bytes(b"")
     assert run("upscale", source, "-o", tmp_path / "beside.png", *options) == 0
-    assert [name for name, _, _ in seen] == ["vit.bin", "tiny.clip.safetensors"]
+    state = torch.load(PUBLISHED, weights_only=False)
+    state["module"]["image_encoder.model.visual.proj"] = torch.ones(2, 2)
+    torch.save(state, tmp_path / "whole.pt")
+    options = ("--model", tmp_path / "whole.pt", "--steps", 2, "--dtype", "fp32")
+    assert run("upscale", source, "-o", tmp_path / "inside.png", *options) == 0
+    assert [name for name, _, _ in seen] == ["vit.bin", "tiny.clip.safetensors", "whole.pt"]
     assert seen[0][1] == (1, 3, 9, 12)
     assert -1 <= seen[0][2] < -0.9
     without, named, beside = ((tmp_path / f"{n}.png").read_bytes() for n in ("without", "named", "beside"))

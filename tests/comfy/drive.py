@@ -379,6 +379,8 @@ def files() -> dict:
         ended = run(load_prompt(model_name=name), gone)
         found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
     found["unlisted"] = run(load_prompt(model_name="nowhere.safetensors"))
+    (folder / "x.clip.safetensors").write_bytes(mini)  # a CLIP model to ComfyUI's eyes, and so no choice
+    found["clip"] = run(load_prompt(model_name="x.clip.safetensors"))
     return found
 
 

@@ -144,6 +144,10 @@ def test_file_that_was_never_there_is_rejected(inside: dict) -> None:
     assert "nowhere.safetensors" in found["message"]
 
 
+def test_clip_beside_a_model_is_no_model(inside: dict) -> None:
+    assert inside["files"]["clip"]["end"] == "rejected"
+
+
 def test_replaced_file_is_loaded_again(inside: dict) -> None:
     loads = ["loader" in ran for ran in inside["replaced"]["ran"]]
     assert loads == [True, False, True, False]  # first; unchanged; newer; unchanged
