@@ -135,10 +135,10 @@ class KVRing:
             keys.index_copy_(1, slots, k)
             values.index_copy_(1, slots, v)
         slots = visit.neighbours % self.size
-        keys, values = (x.index_select(1, slots).unflatten(1, (-1, 4)) for x in (keys, values))
-        for slot, turn in visit.turns.items():
+        keys = keys.index_select(1, slots).unflatten(1, (-1, 4))
+        for slot, turn in visit.turns.items():  # before the values are there: turning takes room of its own
             keys[:, :, slot] = rotate(keys[:, :, slot], turn)
-        return keys, values
+        return keys, values.index_select(1, slots).unflatten(1, (-1, 4))
 
 
 class HiddenStates:
@@ -235,23 +235,25 @@ def sweep(
     """
     layer_modulations, head_modulation = modulations
     grid, depth = geometry.grid, len(model.layers)
-    angle_dtype = torch.promote_types(model.dtype, torch.float32)
     states = HiddenStates(lane, plan.hidden)
     chunks = list(grid.chunks(plan.chunk))
     groups = [range(first, min(first + plan.group, depth)) for first in range(0, depth, plan.group)]
-    modules = ([model.layers[i] for i in group] for group in groups)
-    for group, layers in zip(groups, callables(modules, plan, lane), strict=True):
-        rings = [KVRing(grid, plan.chunk) for _ in group]
+    ready = callables(([model.layers[i] for i in group] for group in groups), plan, lane)
+    for group in groups:
+        steps = [
+            (layer, layer_modulations[i], KVRing(grid, plan.chunk)) for i, layer in zip(group, next(ready), strict=True)
+        ]
         for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
-            visit = Visit(geometry, blocks, lane, angle_dtype)
+            visit = Visit(geometry, blocks, lane, torch.promote_types(model.dtype, torch.float32))
             window = None
             if group.start == 0:
                 pixels, lr = read(visit.places)
                 h, window = model.embed(pixels), model.embed_lr(lr, lane.upload(inside(grid, visit.places)))
+                del pixels, lr
             else:
                 h = states.take(blocks, following)
-            for i, layer, ring in zip(group, layers, rings, strict=True):
-                h = layer(h, layer_modulations[i], visit.angles, partial(ring.share, visit), window)
+            for number in range(len(steps)):  # by number: no variable may outlive the group and keep a layer
+                h = _advance(h, steps[number], visit, window)
                 if progress is not None:
                     progress(len(blocks))
             if group.stop == depth:
@@ -259,6 +261,14 @@ def sweep(
             else:
                 states.put(blocks, h)
             lane.pace()
+        del steps  # weights and rings of this group make room before those of another are fetched
+
+
+def _advance(h: Tensor, step: tuple[Call, Tensor, KVRing], visit: Visit, window: Tensor | None) -> Tensor:
+    layer, modulation, ring = step
+    return layer(h, modulation, visit.angles, partial(ring.share, visit), window)
+
+
 def inside(grid: BlockGrid, places: Sequence[Place]) -> list[list[list[bool]]]:
     """(n, 3, 3): which of the 3×3 blocks around each place lie in the picture."""
     near = (-1, 0, 1)
