@@ -90,8 +90,8 @@ class Denoiser:
             raise ValueError(f"x of {tuple(x.shape)} must have the shape {tuple(self.conditioning.lr_upscaled.shape)}")
         if x.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"x of {x.dtype} must be float32 or float64: the network has a dtype of its own")
-        here = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"  # elsewhere a look would wait for the device
-        if here and not (torch.as_tensor(sigma) > 0).all():
+        # a tensor elsewhere is not looked at: that would wait for the device
+        if not ((sigma.device.type != "cpu" or (sigma > 0).all()) if isinstance(sigma, Tensor) else sigma > 0):
             raise ValueError(f"sigma {sigma} must be above 0: a picture without noise needs no denoising")
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)

@@ -1,15 +1,24 @@
-"""How an evaluation is cut into pieces. The picture is the same for every plan; memory and speed are not."""
+"""How an evaluation is cut into pieces, and what that holds: the picture is the same for every plan, memory is not.
+
+The bytes are closed forms, counted as they are when most is held, tensor by tensor, from the code of `model`, `uniba`,
+`denoiser`, `samplers` and `upscale`. `measure.PeakMeter` counts the same while it runs; tests compare the two.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .config import InfDiTConfig
-from .grid import Sweep
+import torch
+
+from .config import LR_FACTOR, InfDiTConfig
+from .grid import BlockGrid, Sweep
 from .tiers import Tier
 
-Weights = Literal["resident", "streamed"]
+WeightsKept = Literal["resident", "streamed"]
+FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
+# pictures of the padded size that a sampler and its denoiser hold at most, x and denoised among them
+SAMPLER_PICTURES = {"euler": 4, "heun": 6, "dpmpp_2m": 7}
 
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
 
@@ -28,6 +37,7 @@ class MemoryPlan:
         hidden: where hidden states are kept between groups, "device" or "host".
         images: where the pictures and the sampler's state are, "device" or "host".
         sweep: whether lines of blocks run along "rows" or "columns"; "auto" takes the short side.
+        peak_bytes, host_bytes, reason: what the planner foretold and why it chose; empty for a plan made by hand.
 
     A group or chunk beyond what exists means all of it.
 
@@ -37,15 +47,18 @@ class MemoryPlan:
 
     group: int = 28
     chunk: int = 4
-    weights: Weights = "resident"
+    weights: WeightsKept = "resident"
     hidden: Tier = "device"
     images: Tier = "device"
     sweep: Sweep = "auto"
+    peak_bytes: int | None = field(default=None, compare=False)
+    host_bytes: int | None = field(default=None, compare=False)
+    reason: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.chunk < 1:
             raise ValueError(f"group {self.group} and chunk {self.chunk} must be at least 1: a layer, a block")
-        for name, kinds in (("weights", Weights), ("hidden", Tier), ("images", Tier), ("sweep", Sweep)):
+        for name, kinds in (("weights", WeightsKept), ("hidden", Tier), ("images", Tier), ("sweep", Sweep)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
 
@@ -53,3 +66,142 @@ class MemoryPlan:
     def default(cls, config: InfDiTConfig) -> MemoryPlan:
         """All layers at once, in chunks that are large enough to be fast and small beside the keys and values."""
         return cls(group=config.num_layers, chunk=max(1, CHUNK_TOKENS // config.block_tokens))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's parameters, by how they are moved.
+
+    Attributes:
+        trunk: embeddings and head, always on the device; modulation: of one layer; layers: of each layer.
+    """
+
+    trunk: int
+    modulation: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: InfDiTConfig, dtype: torch.dtype) -> Weights:
+        """From the sizes alone."""
+        D, d, e = config.hidden_size, config.head_dim, dtype.itemsize
+        patch = config.patch_size**2
+
+        def linear(inputs: int, outputs: int) -> int:
+            return (inputs + 1) * outputs
+
+        trunk = linear(6 * patch, D) + linear(12, D) + linear(192, D) + linear(D, D) + linear(D, 2 * D)
+        trunk += linear(D, 3 * patch)
+        if config.vector_dim:
+            trunk += linear(config.vector_dim, D) + linear(D, D)
+        layer = linear(D, 3 * D) + linear(D, D) + linear(D, 4 * D) + linear(4 * D, D) + 2 * d + 4 * D
+        cross = 2 * linear(D, D) + linear(D, 2 * D) + 4 * d + D * (config.block_tokens + config.window_tokens) + 2 * D
+        layers = tuple(e * (layer + (cross if i == 0 else 0)) for i in range(config.num_layers))
+        return cls(e * trunk, e * linear(D, 4 * D), layers)
+
+    @property
+    def movable(self) -> int:
+        """What is on the host when weights are streamed."""
+        return self.modulation * len(self.layers) + sum(self.layers)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.trunk + self.movable
+
+    def streamed(self, group: int) -> int:
+        """At most on the device while layers come in groups: a group and the next one, or two modulations."""
+        sums = [sum(self.layers[i : i + group]) for i in range(0, len(self.layers), group)]
+        pairs = [a + b for a, b in zip(sums, [*sums[1:], 0], strict=True)]
+        return max(*pairs, min(2, len(self.layers)) * self.modulation)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What fills the device and the host when a run holds most, in bytes."""
+
+    weights: int
+    ring: int
+    hidden: int
+    images: int
+    workspace: int
+    host_weights: int
+    host_hidden: int
+    host_images: int
+
+    @property
+    def device(self) -> int:
+        """All of the device."""
+        return self.weights + self.ring + self.hidden + self.images + self.workspace
+
+    @property
+    def host(self) -> int:
+        """All of the host."""
+        return self.host_weights + self.host_hidden + self.host_images
+
+
+def footprint(
+    config: InfDiTConfig,
+    height: int,
+    width: int,
+    plan: MemoryPlan,
+    dtype: torch.dtype,
+    sampler: str = "heun",
+    batch: int = 1,
+    one_memory: bool = False,
+) -> Footprint:
+    """The bytes of a whole `upscale()` to height × width.
+
+    Args:
+        height, width: of the result in pixels.
+        plan: the schedule.
+        dtype: of the network.
+        sampler: whose state is held.
+        batch: pictures of the run, which are worked on one after another.
+        one_memory: the device is the CPU: inputs and results, which else are on the host, fill the same memory.
+    """
+    grid = BlockGrid.covering(height, width, config.block_size, plan.sweep)
+    weights = Weights.of(config, dtype)
+    depth, blocks = config.num_layers, grid.blocks
+    group, chunk = min(plan.group, depth), min(plan.chunk, blocks)
+    unit = config.block_tokens * config.hidden_size * dtype.itemsize  # the hidden state of one block
+    ring = 0 if chunk == blocks else 2 * group * min(grid.line + 1 + chunk, blocks) * unit
+    kept = blocks * unit if group < depth else 0
+    picture = 3 * FLOAT32 * grid.height * grid.width
+    held = (1 + SAMPLER_PICTURES[sampler]) * picture + picture // LR_FACTOR**2
+    given = batch * 4 * FLOAT32 * height * width * 2  # inputs and results
+    given += 3 * picture  # a picture on its way in or out
+    vectors = (4 * depth + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)  # modulations and their making
+    streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
+    around = given if one_memory and not images_away else 0
+    return Footprint(
+        weights=weights.trunk + weights.streamed(group) if streamed else weights.total,
+        ring=ring,
+        hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
+        images=around + (0 if images_away else held),
+        workspace=chunk * _workspace(config, dtype, grid) + vectors,
+        host_weights=weights.movable if streamed else 0,
+        host_hidden=kept if hidden_away else 0,
+        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0),
+    )
+
+
+def _workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid) -> int:
+    """Bytes of one block while it is computed, its hidden state included: the largest of the steps of a layer."""
+    T, D, W, e = config.block_tokens, config.hidden_size, config.window_tokens, dtype.itemsize
+    unit, window = T * D * e, W * D * e
+    wide = max(1, FLOAT32 // e)  # rotations are computed in float32 at least
+    angles = T * config.head_dim // 2 * max(FLOAT32, e)
+    # hidden state and modulated input; q, k, v; q and k turned: x, two halves and their products, the result
+    rotation = (2 + 3 + 2 + 3 * wide) * unit + 3 * angles
+    # … then the keys of four blocks, one of them being turned into its reader's frame, or the values of four blocks
+    crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
+    share = (2 + 3 + 2 + 4 + max(4, 3 * wide + 1 if crosses else 0)) * unit + angles
+    cross = 3 * unit + 4 * window  # hidden state, q; the window's keys and values, the keys normed and placed
+    mlp = (2 + 4 + 4) * unit
+    normalisers = (config.num_heads + 4) * T * FLOAT32  # of the softmax and of layer norms
+    return max(rotation, share, cross, mlp) + window + 2 * angles + normalisers + _pixels(config)
+
+
+def _pixels(config: InfDiTConfig) -> int:
+    """Bytes of one block while it is read: x and up cut, joined and scaled, and its window of the lr picture."""
+    return 18 * config.block_size**2 * FLOAT32 + 9 * (3 * config.lr_block_size) ** 2 * FLOAT32

@@ -20,6 +20,7 @@ from .memory import MemoryPlan
 from .model import InfDiT
 from .resample import conditioning_pictures
 from .samplers import SAMPLERS, evaluations, karras_sigmas
+from .tiers import Tier, tier
 from .uniba import place
 
 log = logging.getLogger(__name__)
@@ -94,18 +95,27 @@ def upscale(
 
     def one(picture: Tensor, vector: Tensor | None) -> Tensor:
         """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
-        picture = picture.detach().float().cpu().clamp(0, 1)
         target, padded = (height, width), (grid.height, grid.width)
-        lr, up = (x.to(images) for x in conditioning_pictures(visible_colour(picture) * 2 - 1, target, padded))
+        with tier(around):
+            picture = picture.detach().float().cpu().clamp(0, 1)
+            lr, up = (x.to(images) for x in conditioning_pictures(visible_colour(picture) * 2 - 1, target, padded))
+            start = [_start(up, sigmas[0], noise)]
         denoiser = Denoiser(model, Conditioning(lr, up, vector), plan, progress=meter.advance, device=device)
-        y = SAMPLERS[sampler](denoiser, _start(up, sigmas[0], noise), sigmas, callback=meter.step)
-        result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp(0, 1)
-        if picture.shape[-1] == 4:
-            result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
-        return result.movedim(1, -1)
+        # handed over, not kept: the sampler lets go of the start after its first step
+        y = SAMPLERS[sampler](denoiser, start.pop(), sigmas, callback=meter.step)
+        with tier(around):
+            result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp_(0, 1)
+            if picture.shape[-1] == 4:
+                result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
+            return result.movedim(1, -1)
 
-    pictures = image.split(1)
-    return torch.cat([one(*pair) for pair in zip(pictures, vectors or [None] * len(pictures), strict=True)])
+    # on a CPU there is one memory: what lies around the run is in it too, unless the plan says otherwise
+    around: Tier = "device" if images.type == device.type == "cpu" and plan.images == "device" else "host"
+    with tier(around):
+        results = image.new_empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
+    for i, picture in enumerate(image.split(1)):
+        results[i : i + 1] = one(picture, None if vectors is None else vectors[i])
+    return results
 
 
 def _start(up: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
