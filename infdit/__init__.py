@@ -5,10 +5,12 @@ from .checkpoint import convert, load_model
 from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .memory import MemoryPlan
+from .planner import BudgetTooSmall, plan_memory
 from .tensorfile import CheckpointError
 from .upscale import upscale
 
 __all__ = [
+    "BudgetTooSmall",
     "CheckpointError",
     "Conditioning",
     "Denoiser",
@@ -17,6 +19,7 @@ __all__ = [
     "SamplingDefaults",
     "convert",
     "load_model",
+    "plan_memory",
     "samplers",
     "upscale",
 ]

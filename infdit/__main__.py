@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -19,13 +20,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .alpha import visible_colour
 from .checkpoint import clip_path, convert, load_model, read_checkpoint
 from .clip import CLIPImageEncoder, OpenCLIPMissingError, load_clip
-from .config import InfDiTConfig
-from .device import default_device, out_of_memory
+from .config import InfDiTConfig, SamplingDefaults
+from .device import default_device, default_dtype, out_of_memory
+from .grid import BlockGrid
+from .memory import Weights
 from .model import InfDiT
 from .picture import PictureError, check_target, find_pictures, read_picture, write_picture
-from .samplers import SAMPLERS
+from .planner import GIB, BudgetTooSmall, plan_memory, seconds_per_evaluation
+from .samplers import SAMPLERS, evaluations
 from .tensorfile import CheckpointError
-from .upscale import MAX_SCALE, Preview, target_size, upscale
+from .upscale import MAX_SCALE, Preview, schedule, target_size, upscale
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
@@ -80,9 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
-    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    p.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
+    _add_memory(p)
     p.add_argument("--force", action="store_true", help="replace existing results")
+
+    p = commands.add_parser("plan", help="what a run would hold and how long it would take", description=_plan.__doc__)
+    p.set_defaults(command=_plan)
+    p.add_argument("size", type=_size, metavar="WxH", help="size of the result in pixels")
+    p.add_argument("--model", metavar="FILE", help="default: the published size")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
+    _add_memory(p)
 
     p = commands.add_parser("convert", help="published .pt → .safetensors", description=convert.__doc__)
     p.set_defaults(command=_convert)
@@ -97,21 +108,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=_bytes, metavar="X", help="memory to use, like 4GiB; default: what is free")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
+
+
 # ---- upscale
 
 
 def _upscale(options: argparse.Namespace) -> int:
     jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
     device = _device(options.device)
-    model = load_model(options.model, DTYPES[options.dtype], device)
-    encoder = _clip(options, model, device)
+    # on the CPU, mapped from the file: the plan says what goes to the device
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    encoder = _clip(options, model)
     if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
         _make_folder(options.output)
     failed = 0
     with logging_redirect_tqdm():
         for source, target in jobs:
             try:
-                _upscale_one(source, target, model, encoder, options)
+                _upscale_one(source, target, model, encoder, device, options)
             except (ValueError, MemoryError, RuntimeError) as error:
                 memory = out_of_memory(error)
                 if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
@@ -122,7 +140,12 @@ def _upscale(options: argparse.Namespace) -> int:
 
 
 def _upscale_one(
-    source: Path, target: Path, model: InfDiT, encoder: CLIPImageEncoder | None, options: argparse.Namespace
+    source: Path,
+    target: Path,
+    model: InfDiT,
+    encoder: CLIPImageEncoder | None,
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> None:
     picture = read_picture(source)
     height, width = picture.pixels.shape[:2]
@@ -137,10 +160,12 @@ def _upscale_one(
             steps=options.steps,
             sampler=options.sampler,
             seed=options.seed,
+            budget=options.budget,
             size=size,
             denoise=options.denoise,
             clip_embedding=vector,
             progress=bar,
+            device=device,
         )
     write_picture(target, replace(picture, pixels=result[0]))
     print(f"{target}: {size[1]}×{size[0]}")
@@ -184,7 +209,7 @@ def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) ->
     return jobs
 
 
-def _clip(options: argparse.Namespace, model: InfDiT, device: torch.device) -> CLIPImageEncoder | None:
+def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPImageEncoder | None:
     """The encoder named, or the one that `convert` put beside the model, if the model listens to it."""
     if not model.config.vector_dim:
         if options.clip is not None:
@@ -194,7 +219,7 @@ def _clip(options: argparse.Namespace, model: InfDiT, device: torch.device) -> C
     path = options.clip or (beside if beside.exists() else None)
     if path is None and read_checkpoint(options.model).clip:
         path = options.model
-    return None if path is None else load_clip(path, model.dtype, device)
+    return None if path is None else load_clip(path, device="cpu")
 
 
 def _make_folder(path: Path) -> None:
@@ -221,6 +246,56 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT in pixels, like 4096x2304")
     return int(height), int(width)
+
+
+def _bytes(text: str) -> int:
+    """4GiB, 512MiB, 1.5g → bytes."""
+    match = re.fullmatch(r"([0-9.]+) *([kmgt]?)i?b?", text.strip().lower())
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
+        raise argparse.ArgumentTypeError(f"{text!r} must be an amount of memory like 4GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+# ---- plan
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Print the schedule that a budget allows, its predicted memory and time, and what other budgets would give."""
+    checkpoint = None if options.model is None else read_checkpoint(options.model)
+    config = checkpoint.config if checkpoint else InfDiTConfig()
+    defaults = checkpoint.defaults if checkpoint else SamplingDefaults()
+    height, width = options.size
+    device = torch.device(options.device) if options.device else default_device()
+    dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
+    sampler, sigmas = options.sampler or defaults.sampler, schedule(defaults, options.steps)
+    count = evaluations(sampler, sigmas)
+    grid = BlockGrid.covering(height, width, config.block_size)
+    size = Weights.of(config, dtype).total
+
+    def line(budget: int | None) -> str:
+        try:
+            plan = plan_memory(config, height, width, 1, dtype, device, sampler, budget, host_budget=sys.maxsize)
+        except BudgetTooSmall as error:
+            return f"at least {error.least / GIB:.3g} GiB"
+        seconds = count * seconds_per_evaluation(config, grid, plan, dtype, device)
+        kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
+        memory = f"{(plan.peak_bytes or 0) / GIB:7.3g} GiB {(plan.host_bytes or 0) / GIB:7.3g} GiB"
+        return f"{memory} {_duration(seconds):>9}   {plan.group} layers × {plan.chunk} blocks; {kept}"
+
+    print(f"{width}×{height}: {grid.blocks} blocks of {config.block_size} px, {config.num_layers} layers")
+    print(f"weights {size / GIB:.3g} GiB as {str(dtype).removeprefix('torch.')}; {count} evaluations ({sampler})")
+    print(f"times are rough, of a {device.type} in general; memory is exact to a few percent\n")
+    print(f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule")
+    if options.budget is not None or options.device is None:
+        print(f"{'asked' if options.budget else 'free':>10}  {line(options.budget)}")
+    for gib in (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80):
+        print(f"{f'{gib} GiB':>10}  {line(int(gib * GIB))}")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
 
 
 # ---- convert, info

@@ -16,8 +16,9 @@ from .alpha import upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .grid import BlockGrid
-from .memory import MemoryPlan
+from .memory import MemoryPlan, Weights, WeightsKept
 from .model import InfDiT
+from .planner import free_bytes, plan_memory
 from .resample import conditioning_pictures
 from .samplers import SAMPLERS, evaluations, karras_sigmas
 from .tiers import Tier, tier
@@ -43,6 +44,7 @@ def upscale(
     sampler: str | None = None,
     sigma_max: float | None = None,
     seed: int = 0,
+    budget: int | None = None,
     plan: MemoryPlan | None = None,
     *,
     size: tuple[int, int] | None = None,
@@ -61,20 +63,22 @@ def upscale(
         steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`.
         seed: 0..2^64 − 1, of the noise: one float32 draw of `torch.randn` on the CPU for all pictures at the size of
             whole blocks, as ComfyUI's RandomNoise.
-        plan: how evaluations are cut; the picture does not depend on it beyond rounding.
+        budget: bytes on the device that the run may hold, see `plan_memory`; None: what is free there, less a margin.
+        plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding.
         size: (height, width) of the result in place of `scale`; from once to 4 times each side.
         denoise: 0..1, an artist's strength: how far up the schedule sampling begins. 0 is bicubic.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
         progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
             evaluations × pictures. After each step preview is a function that makes the denoised picture as
             (h, w, 3) uint8, at most 512 pixels a side. An exception that progress raises ends the run at once.
-        device: that computes; None: where the model is. Weights are moved there as the plan says.
+        device: that computes; None: where the model is. A model on the CPU can be streamed to it by the plan; one that
+            is on the device stays there.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
 
     Raises:
-        ValueError, TypeError: input that cannot be upscaled, in one sentence.
+        ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
     """
     _check_image(image)
     if not 0 <= seed < 2**64:
@@ -85,7 +89,8 @@ def upscale(
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
     vectors = _clip_vectors(model, clip_embedding, len(image))
     sigmas = schedule(model.defaults, steps, sigma_max, denoise)
-    plan, device = plan or MemoryPlan.default(model.config), device or model.device
+    device = device or model.device
+    plan = plan or _plan(model, (height, width), len(image), device, sampler, budget)
     model = place(model, plan, device)
     images = device if plan.images == "device" else torch.device("cpu")
     grid = BlockGrid.covering(height, width, model.config.block_size, plan.sweep)
@@ -116,6 +121,17 @@ def upscale(
     for i, picture in enumerate(image.split(1)):
         results[i : i + 1] = one(picture, None if vectors is None else vectors[i])
     return results
+
+
+def _plan(
+    model: InfDiT, size: tuple[int, int], batch: int, device: torch.device, sampler: str, budget: int | None
+) -> MemoryPlan:
+    # weights that are on an accelerator already stay there: they are not free, but part of this run
+    there = device.type != "cpu" and model.device.type == device.type
+    if budget is None and there:
+        budget = free_bytes(device) + Weights.of(model.config, model.dtype).total
+    kept: WeightsKept | None = "resident" if there else None
+    return plan_memory(model.config, *size, batch, model.dtype, device, sampler, budget, weights=kept)
 
 
 def _start(up: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:

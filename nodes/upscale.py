@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import MemoryPlan, upscale
-from ..infdit.grid import BlockGrid
+from ..infdit.memory import footprint
 from ..infdit.model import InfDiT
 from ..infdit.samplers import SAMPLERS
 from ..infdit.upscale import target_size
@@ -15,17 +15,13 @@ from .schema import CATEGORY, InfDiTModel, search_aliases
 
 AUTO = "auto"
 MAX_SEED = 2**64 - 1
-ROWS = 40  # hidden states' worth of a chunk at its peak: keys and values of four blocks, turned ones too; the MLP
-PICTURES = 8  # float32 pictures that a sampler and its denoiser hold
 
 
-def working_bytes(network: InfDiT, height: int, width: int) -> int:
-    """About what a run holds beside the weights: keys and values of every layer, a chunk at work, pictures."""
-    config, plan = network.config, MemoryPlan.default(network.config)
-    grid = BlockGrid.covering(height, width, config.block_size)
-    kept = min(grid.line + 1 + plan.chunk, grid.blocks)
-    hidden = config.block_tokens * config.hidden_size * network.dtype.itemsize
-    return hidden * (2 * kept * config.num_layers + ROWS * plan.chunk) + PICTURES * 3 * 4 * grid.height * grid.width
+def working_bytes(network: InfDiT, height: int, width: int, batch: int) -> int:
+    """What a run with all weights on the device would like to hold there beside them; with less it takes less."""
+    plan = MemoryPlan.default(network.config)
+    held = footprint(network.config, height, width, plan, network.dtype, batch=batch)
+    return held.device - held.weights
 
 
 class InfDiTUpscale(io.ComfyNode):
@@ -102,7 +98,7 @@ class InfDiTUpscale(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         height, width = target_size(image.shape[1], image.shape[2], scale)
-        network = bring_to_device(model, working_bytes(model.network, height, width))
+        network = bring_to_device(model, working_bytes(model.network, height, width, len(image)))
         result = upscale(
             network,
             from_image(image),

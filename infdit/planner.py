@@ -1,0 +1,225 @@
+"""The planner: of all schedules that fit a budget, the one with the least predicted time.
+
+The constants are of a family of devices, not of one card: they order plans, and tell the time only roughly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from .config import InfDiTConfig
+from .grid import BlockGrid
+from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint
+
+GIB = 2**30
+MARGIN = 0.1  # of the free memory, left to allocators and to other programs
+
+
+class BudgetTooSmall(ValueError):  # noqa: N818 - the interface's name
+    """No schedule fits.
+
+    Attributes:
+        least: the least number of bytes that works, on the device; or, where it is the host that is too small, there.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a device does in a second, and how that depends on the schedule.
+
+    Attributes:
+        flops: of large matrix products in the network's dtype.
+        rows: of a matrix product at which half of that is reached.
+        cache: bytes of workspace up to which arithmetic runs at full speed; each doubling beyond costs `spill`.
+        call: seconds that a layer's kernels take to start, however small the chunk.
+        bus: bytes between host and device.
+        exposed: share of the shorter of arithmetic and copies that the longer does not hide; 1: nothing is hidden.
+    """
+
+    flops: float
+    rows: int
+    cache: float
+    spill: float
+    call: float
+    bus: float
+    exposed: float
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
+        """Round figures for a family: a card with 24 GB, an Apple chip, a CPU by its number of threads."""
+        half = dtype.itemsize == 2
+        if device.type == "cuda":
+            return cls(150e12 if half else 40e12, rows=512, cache=math.inf, spill=0, call=4e-4, bus=20e9, exposed=0.1)
+        if device.type == "mps":
+            return cls(8e12, rows=256, cache=math.inf, spill=0, call=4e-4, bus=50e9, exposed=1)
+        threads = torch.get_num_threads()
+        flops = threads * (75e9 if half else 40e9)
+        return cls(flops, rows=16, cache=32e6, spill=0.07, call=4e-4, bus=8e9, exposed=1)
+
+    def evaluation(
+        self, config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, held: Footprint, traffic: float
+    ) -> float:
+        """Seconds that one evaluation takes."""
+        chunk = min(plan.chunk, grid.blocks)
+        rows = chunk * config.block_tokens
+        slower = 1 + self.spill * math.log2(max(1.0, held.workspace / self.cache))
+        arithmetic = _flops(config, grid) / self.flops * (1 + self.rows / rows) * slower
+        calls = -(-grid.blocks // chunk) * config.num_layers * self.call
+        compute = arithmetic + calls if self.exposed == 1 else max(arithmetic, calls)
+        copies = traffic / self.bus
+        return max(compute, copies) + self.exposed * min(compute, copies)
+
+
+def plan_memory(
+    config: InfDiTConfig,
+    height: int,
+    width: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    sampler: str = "heun",
+    budget: int | None = None,
+    host_budget: int | None = None,
+    weights: WeightsKept | None = None,
+) -> MemoryPlan:
+    """The fastest plan within a budget.
+
+    Args:
+        config: of the model.
+        height, width: of the result in pixels.
+        batch: pictures of the run.
+        dtype: of the network.
+        device: that computes; None: the CPU. On a CPU there is one memory, and everything is in it.
+        sampler: whose state is held.
+        budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin.
+        host_budget: bytes on the host; None: what is free there, less a margin.
+        weights: only plans that keep them so; None: any.
+
+    Returns:
+        A plan with its predicted `peak_bytes` and `host_bytes`, and the `reason` for it.
+
+    Raises:
+        BudgetTooSmall: with the least number of bytes that works.
+    """
+    device = torch.device(device or "cpu")
+    budget = free_bytes(device) if budget is None else budget
+    host_budget = free_bytes(torch.device("cpu")) if host_budget is None else host_budget
+    one_memory = device.type == "cpu"
+    grid = BlockGrid.covering(height, width, config.block_size)
+    costs = CostModel.of(device, dtype)
+
+    candidates: list[tuple[float, int, MemoryPlan, Footprint]] = []
+    for plan in schedules(config, grid, one_memory):
+        if weights not in (None, plan.weights):
+            continue
+        held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory)
+        seconds = costs.evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
+        candidates.append((seconds, held.device, plan, held))
+    least = min(candidates, key=lambda c: c[1])
+    fitting = [c for c in candidates if c[1] <= budget]
+    if not fitting:
+        raise BudgetTooSmall(
+            f"{_gib(budget)} is too little for {width}×{height}: at least {_gib(least[1])} "
+            f"(the largest part: {_largest(least[3])}); give more, or make a smaller picture",
+            least[1],
+        )
+    affordable = [c for c in fitting if c[3].host <= host_budget]
+    if not affordable:
+        needed = min(fitting, key=lambda c: c[3].host)[3].host
+        raise BudgetTooSmall(
+            f"{width}×{height} within {_gib(budget)} on the device takes {_gib(needed)} of host memory, and "
+            f"{_gib(host_budget)} is free: close other programs, allow more on the device, or make a smaller picture",
+            needed,
+        )
+    seconds, peak, plan, held = min(affordable, key=lambda c: c[:2])
+    fastest = min(candidates, key=lambda c: c[:2])
+    reason = f"{_gib(peak)} of {_gib(budget)}"
+    if seconds > fastest[0]:
+        reason += f"; {seconds / fastest[0]:.2f} times as long as with {_gib(fastest[1])}"
+    else:
+        reason += "; no other schedule is faster"
+    return replace(plan, peak_bytes=peak, host_bytes=held.host, reason=reason)
+
+
+def seconds_per_evaluation(
+    config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Predicted time of one evaluation of one picture, by the cost model of the device's family."""
+    held = footprint(config, grid.height, grid.width, plan, dtype, one_memory=device.type == "cpu")
+    return CostModel.of(device, dtype).evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
+
+
+def schedules(config: InfDiTConfig, grid: BlockGrid, one_memory: bool) -> Iterator[MemoryPlan]:
+    """All plans worth a look: every group, chunks by powers of two, and what can be on the host."""
+    groups = range(1, config.num_layers + 1)
+    chunks = [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i * config.block_tokens <= 2**16]
+    for group in groups:
+        for chunk in chunks or [1]:
+            yield MemoryPlan(group, chunk)
+            if one_memory:
+                continue
+            yield MemoryPlan(group, chunk, images="host")
+            for weights in ("resident", "streamed"):
+                for hidden in ("device", "host"):
+                    for images in ("device", "host"):
+                        if group < config.num_layers and (weights, hidden) != ("resident", "device"):
+                            yield MemoryPlan(group, chunk, weights, hidden, images)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a run may take of a device, or of the host for the CPU: what is free less a margin."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    else:
+        free = psutil.virtual_memory().available
+    return int(free * (1 - MARGIN))
+
+
+def _flops(config: InfDiTConfig, grid: BlockGrid) -> float:
+    """Of one evaluation: linear layers, attention to four blocks, the low-resolution cross-attention."""
+    T, D, W = config.block_tokens, config.hidden_size, config.window_tokens
+    layer = 2 * T * 12 * D * D + 4 * T * 4 * T * D
+    cross = 2 * (2 * T + 2 * W) * D * D + 4 * T * W * D
+    return grid.blocks * (config.num_layers * layer + cross)
+
+
+def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype) -> float:
+    """Bytes over the bus in one evaluation."""
+    groups = -(-config.num_layers // min(plan.group, config.num_layers))
+    hidden = grid.blocks * config.block_tokens * config.hidden_size * dtype.itemsize
+    pictures = 3 * grid.height * grid.width
+    total = 0.0
+    if plan.weights == "streamed":
+        total += Weights.of(config, dtype).movable
+    if plan.hidden == "host":
+        total += 2 * (groups - 1) * hidden
+    if plan.images == "host":
+        total += pictures * (2 * dtype.itemsize + 9 / 16 * dtype.itemsize + FLOAT32)
+    return total
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
+
+
+def _largest(held: Footprint) -> str:
+    parts = {
+        "the weights": held.weights,
+        "the ring of keys and values": held.ring,
+        "the hidden states": held.hidden,
+        "the pictures": held.images,
+        "the workspace": held.workspace,
+    }
+    return max(parts, key=lambda name: parts[name])

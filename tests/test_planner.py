@@ -1,0 +1,123 @@
+"""The planner: budgets are kept, the choice is the best of those enumerated, what cannot be is refused with numbers."""
+
+import random
+
+import pytest
+import torch
+from test_memory import check, held, random_model
+
+import infdit
+from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
+from infdit.grid import BlockGrid
+from infdit.measure import PeakMeter
+from infdit.memory import footprint
+from infdit.planner import GIB, schedules, seconds_per_evaluation
+
+PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
+MUCH = 2**50
+
+
+def seconds(config: InfDiTConfig, h: int, w: int, plan: MemoryPlan, dtype: torch.dtype, device: torch.device) -> float:
+    return seconds_per_evaluation(config, BlockGrid.covering(h, w, config.block_size), plan, dtype, device)
+
+
+def random_request(rng: random.Random) -> dict:
+    config = rng.choice([PUBLISHED, InfDiTConfig(6, 128, 4, 4, 32, 0), InfDiTConfig(12, 512, 8, 4, 64, 768)])
+    h, w = (int(2 ** rng.uniform(6, 14)) for _ in range(2))
+    if rng.random() < 0.2:
+        w = 64  # a strip
+    return {
+        "config": config,
+        "height": h,
+        "width": w,
+        "batch": rng.choice([1, 1, 4]),
+        "dtype": rng.choice([torch.bfloat16, torch.float16, torch.float32]),
+        "device": rng.choice([CUDA, CUDA, CPU]),
+        "sampler": rng.choice(list(infdit.samplers.SAMPLERS)),
+    }
+
+
+def least_of(request: dict) -> int:
+    with pytest.raises(BudgetTooSmall) as error:
+        plan_memory(**request, budget=1, host_budget=MUCH)
+    return error.value.least
+
+
+def test_random_budgets_are_kept_and_least_is_honest() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        request = random_request(rng)
+        least = least_of(request)
+        for budget in (least, int(least * rng.uniform(1, 3)), int(least * rng.uniform(3, 100))):
+            plan = plan_memory(**request, budget=budget, host_budget=MUCH)
+            assert plan.peak_bytes is not None
+            assert plan.peak_bytes <= budget
+            assert plan.reason
+        with pytest.raises(BudgetTooSmall, match="at least") as error:
+            plan_memory(**request, budget=least - 1, host_budget=MUCH)
+        assert error.value.least == least
+
+
+def test_no_schedule_that_fits_is_faster_and_time_never_rises_with_the_budget() -> None:
+    rng = random.Random(1)
+    for _ in range(12):
+        request = random_request(rng)
+        config, h, w, dtype, device = (request[k] for k in ("config", "height", "width", "dtype", "device"))
+        grid = BlockGrid.covering(h, w, config.block_size)
+        one = device.type == "cpu"
+        least, last = least_of(request), float("inf")
+        for factor in (1, 1.2, 2, 5, 20, 1000):
+            budget = int(least * factor)
+            chosen = plan_memory(**request, budget=budget, host_budget=MUCH)
+            time = seconds(config, h, w, chosen, dtype, device)
+            for plan in schedules(config, grid, one):
+                bytes_ = footprint(config, h, w, plan, dtype, request["sampler"], request["batch"], one).device
+                assert bytes_ > budget or seconds(config, h, w, plan, dtype, device) >= time
+            assert time <= last
+            last = time
+
+
+@pytest.mark.parametrize(("side", "gib"), [(4096, 0.4), (8192, 0.6), (16384, 1.0)])
+def test_the_promise(side: int, gib: float) -> None:
+    plan = plan_memory(PUBLISHED, side, side, dtype=BF16, device="cuda", budget=int(gib * GIB), host_budget=MUCH)
+    assert plan.weights == "streamed"
+
+
+def test_weights_stay_where_there_is_room() -> None:
+    plan = MemoryPlan(1, 4, "resident", "host", "host")
+    assert footprint(PUBLISHED, 4096, 4096, plan, BF16).device <= 4 * GIB
+    chosen = plan_memory(PUBLISHED, 4096, 4096, dtype=BF16, device="cuda", budget=24 * GIB, host_budget=MUCH)
+    assert chosen.weights == "resident"
+
+
+def test_a_host_that_is_too_small_is_refused_with_the_numbers() -> None:
+    request = {"config": PUBLISHED, "height": 16384, "width": 16384, "dtype": BF16, "device": "cuda", "budget": GIB}
+    with pytest.raises(BudgetTooSmall, match=r"of host memory, and 32 GiB is free") as error:
+        plan_memory(**request, host_budget=32 * GIB)
+    assert error.value.least > 60 * GIB
+    plan_memory(**request, host_budget=error.value.least)
+
+
+def test_runs_on_a_cpu_stay_within_their_budget() -> None:
+    rng = random.Random(2)
+    for _ in range(8):
+        config = InfDiTConfig(rng.randint(2, 5), 64, 2, 4, rng.choice([16, 32]), 0)
+        h, w, batch = rng.randint(60, 260), rng.randint(60, 260), rng.choice([1, 2])
+        sampler = rng.choice(list(infdit.samplers.SAMPLERS))
+        request = {"config": config, "height": h, "width": w, "batch": batch, "sampler": sampler}
+        request["dtype"] = torch.float32
+        budget = int(least_of(request) * rng.choice([1, 1.3, 3]))
+        model = random_model(config, torch.float32)
+        plan = plan_memory(**request, budget=budget)
+        image = torch.rand(batch, -(-h // 4), -(-w // 4), 3)
+        with PeakMeter(held(model, plan)) as meter:
+            infdit.upscale(model, image, size=(h, w), steps=2, sampler=sampler, budget=budget)
+        assert plan.peak_bytes is not None
+        assert meter.peak["device"] <= plan.peak_bytes <= budget
+        check(meter.peak, footprint(config, h, w, plan, torch.float32, sampler, batch, one_memory=True))
+
+
+def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:
+    model = infdit.load_model("mini", device="cpu")
+    with pytest.raises(BudgetTooSmall, match=r"1 MiB is too little for 256×256: at least 1\d.\d MiB"):
+        infdit.upscale(model, torch.zeros(1, 64, 64, 3), budget=2**20)
