@@ -21,7 +21,7 @@ class PeakMeter(TorchDispatchMode):
     computed from host tensors; else on the device. It works the same on fake tensors, which take no memory.
 
     Args:
-        held: tensors that exist already, such as weights, by tier.
+        held: tensors that exist already and count, such as weights, by tier; others that do are left out.
 
     Attributes:
         live, peak: bytes now and at most so far, by tier.
@@ -45,7 +45,8 @@ class PeakMeter(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        tier = current_tier() or self._tier_of(tree_leaves((args, kwargs)))
+        follows = self._tier_of(tree_leaves((args, kwargs)))
+        tier = current_tier() or follows
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf, "device" if leaf.device.type != "cpu" else tier)
@@ -54,7 +55,9 @@ class PeakMeter(TorchDispatchMode):
     def _tier_of(self, inputs: list[Any]) -> Tier:
         """Where a result on the CPU is: with its inputs, scalars apart."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        known = [self._tiers.get(x.untyped_storage()) for x in tensors if x.dim()]
+        for x in tensors:
+            self._tiers.setdefault(x.untyped_storage(), None)  # made before: neither it nor its views are ours to count
+        known = [self._tiers[x.untyped_storage()] for x in tensors if x.dim()]
         if "host" in known or any(x.device.type != "cpu" for x in tensors):
             return "host"
         return "device"
