@@ -272,7 +272,7 @@ def _plan(options: argparse.Namespace) -> int:
     grid = BlockGrid.covering(height, width, config.block_size)
     size = Weights.of(config, dtype).total
 
-    def line(budget: int | None) -> str:
+    def outcome(budget: int | None) -> str:
         try:
             plan = plan_memory(config, height, width, 1, dtype, device, sampler, budget, host_budget=sys.maxsize)
         except BudgetTooSmall as error:
@@ -287,9 +287,9 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"times are rough, of a {device.type} in general; memory is exact to a few percent\n")
     print(f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule")
     if options.budget is not None or options.device is None:
-        print(f"{'asked' if options.budget else 'free':>10}  {line(options.budget)}")
+        print(f"{'asked' if options.budget else 'free':>10}  {outcome(options.budget)}")
     for gib in (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80):
-        print(f"{f'{gib} GiB':>10}  {line(int(gib * GIB))}")
+        print(f"{f'{gib} GiB':>10}  {outcome(int(gib * GIB))}")
     return 0
 
 

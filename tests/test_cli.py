@@ -11,7 +11,7 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from infdit.__main__ import main
+from infdit.__main__ import _bytes, main
 
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 
@@ -167,6 +167,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "text.png"]
 
 
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "16384x16384", "--budget", "1.5GiB", "--device", "cuda") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "16384 blocks of 128 px, 28 layers" in lines[0]
+    asked = next(line for line in lines if "asked" in line)
+    assert float(asked.split()[1]) <= 1.5
+    assert "weights streamed" in asked
+    assert any("0.5 GiB  at least 0.8 GiB" in line for line in lines)
+    assert run("plan", "64x48", "--model", "mini") == 0
+    assert "free" in capsys.readouterr().out
+    assert run("plan", "64by48") == 2
+    assert "WIDTHxHEIGHT" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GiB", 4 * 2**30), ("512MiB", 2**29), ("1.5g", 3 * 2**29), ("2 GB", 2**31), ("1000", 1000), ("8k", 8192)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert _bytes(text) == expected
+
+
+def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_picture(tmp_path / "in.png", (40, 30))
+    assert run("upscale", source, "-o", tmp_path / "out.png", "--budget", "1MiB") == 2
+    assert "too little for 160×120: at least" in one_line(capsys)
+    for bad in ("lots", "1.2.3GiB", ".", "-1GiB"):
+        assert run("upscale", source, "-o", tmp_path / "out.png", f"--budget={bad}") == 2
+        assert "an amount of memory like 4GiB" in one_line(capsys)
+    assert run("upscale", source, "-o", tmp_path / "out.png", "--budget", "64MiB") == 0
+
+
 def test_convert_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "tiny.safetensors"
     assert run("convert", PUBLISHED, target) == 0
@@ -194,7 +226,7 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
     """The embedding of the picture reaches the network; the CLIP model itself is tested in test_clip.py."""
     seen: list[tuple[Path, tuple[int, ...], float]] = []
 
-    def load(path: Path, *_: object) -> object:
+    def load(path: Path, **_: object) -> object:
         def encode(image: torch.Tensor) -> torch.Tensor:
             seen.append((Path(path).name, tuple(image.shape), float(image.min())))
             return torch.ones(1, 32)
