@@ -1,4 +1,4 @@
-"""The shell: `python -m infdit upscale | convert | info`."""
+"""The shell: `python -m infdit upscale | plan | convert | info`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
         print(f"infdit: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"infdit: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -232,18 +235,25 @@ def _make_folder(path: Path) -> None:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return default_device()
+    device = _known_device(name)
     try:
-        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
     return device
 
 
+def _known_device(name: str) -> torch.device:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
+        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1 or mps")
+    return torch.device(name)
+
+
 def _size(text: str) -> tuple[int, int]:
     """WxH → (height, width)."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    if not (width.isdecimal() and height.isdecimal() and len(width) < 8 and len(height) < 8):
         raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT in pixels, like 4096x2304")
     return int(height), int(width)
 
@@ -251,7 +261,7 @@ def _size(text: str) -> tuple[int, int]:
 def _bytes(text: str) -> int:
     """4GiB, 512MiB, 1.5g → bytes."""
     match = re.fullmatch(r"([0-9.]+) *([kmgt]?)i?b?", text.strip().lower())
-    if match is None or match[1].count(".") > 1 or match[1] == ".":
+    if match is None or match[1].count(".") > 1 or match[1] == "." or len(match[1]) > 20:
         raise argparse.ArgumentTypeError(f"{text!r} must be an amount of memory like 4GiB or 512MiB")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
@@ -265,7 +275,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = checkpoint.config if checkpoint else InfDiTConfig()
     defaults = checkpoint.defaults if checkpoint else SamplingDefaults()
     height, width = options.size
-    device = torch.device(options.device) if options.device else default_device()
+    device = _known_device(options.device) if options.device else default_device()
     dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
     sampler, sigmas = options.sampler or defaults.sampler, schedule(defaults, options.steps)
     count = evaluations(sampler, sigmas)
@@ -287,7 +297,7 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"times are rough, of a {device.type} in general; memory is exact to a few percent\n")
     print(f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule")
     if options.budget is not None or options.device is None:
-        print(f"{'asked' if options.budget else 'free':>10}  {outcome(options.budget)}")
+        print(f"{'free' if options.budget is None else 'asked':>10}  {outcome(options.budget)}")
     for gib in (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80):
         print(f"{f'{gib} GiB':>10}  {outcome(int(gib * GIB))}")
     return 0

@@ -72,6 +72,8 @@ _DROP: list[tuple[str, str]] = [
 ]
 
 
+_MAX_SIZE = 2**20  # of anything in a configuration: far beyond what exists, and safe to compute with
+_MAX_STEPS, _MAX_LAYERS = 10_000, 1024
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WRONG_FILE = "give the file that the authors published, or one that `convert` wrote from it"
 
@@ -199,7 +201,8 @@ def convert(source: str | Path, target: str | Path) -> list[Path]:
     checkpoint.verify()
     written: list[Path] = []
     clip = clip_path(target)
-    clip.unlink(missing_ok=True)  # that of another model would be taken for this one's
+    if checkpoint.path.absolute() == clip.absolute():
+        raise CheckpointError(target, f"would take the place of its source {clip.name}", "choose another name")
     if checkpoint.clip:
         _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"})
         written.append(clip)
@@ -208,6 +211,9 @@ def convert(source: str | Path, target: str | Path) -> list[Path]:
         "defaults": json.dumps(asdict(checkpoint.defaults)),
     }
     _save(target, checkpoint.tensors, metadata)
+    if not checkpoint.clip and checkpoint.path.absolute() != target.absolute():
+        with suppress(OSError):
+            clip.unlink(missing_ok=True)  # that of another model would be taken for this one's
     return [*written, target]
 
 
@@ -232,7 +238,7 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
     stated = _json(path, file, "config")
     num_layers, slots, num_heads, head_dim = shape(_SLOT_EMBED, 4)
     layers = sum(re.fullmatch(_QKV_WEIGHT, name) is not None for name in file.tensors)
-    if (num_layers, slots) != (layers, len(SLOTS)):
+    if (num_layers, slots) != (layers, len(SLOTS)) or layers > _MAX_LAYERS:
         problem = f"has a {_SLOT_EMBED} for {slots} slots of {num_layers} layers, and {layers} layers"
         raise CheckpointError(path, problem, _WRONG_FILE)
     patch_size = shape("mixins.patch_embed.proj.weight", 4)[-1]
@@ -240,6 +246,8 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
     vector = "cond_embed.map_vector.0.weight"
     rope = "mixins.adaln_layer.rope.freqs_cos"
     period = shape(rope, 3)[0] if rope in file.tensors else stated.get("position_period", InfDiTConfig.position_period)
+    if any(0 in tensor.shape for tensor in file.tensors.values()):
+        raise CheckpointError(path, "holds tensors without elements", _WRONG_FILE)
     sizes = {
         "num_layers": num_layers,
         "hidden_size": num_heads * head_dim,
@@ -251,6 +259,8 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
     }
     wrong = [f"{name} {stated[name]!r} for {size}" for name, size in sizes.items() if stated.get(name, size) != size]
     try:
+        if not all(type(size) is int and size < _MAX_SIZE for size in sizes.values()):
+            raise ValueError(f"sizes must be whole numbers under {_MAX_SIZE}")
         if wrong:
             raise ValueError(f"the metadata contradicts the tensors: {_some(wrong)}")
         return InfDiTConfig(**sizes)
@@ -265,8 +275,10 @@ def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
         defaults = SamplingDefaults(**{name: value for name, value in stated.items() if name in known})
         if defaults.sampler not in SAMPLERS:
             raise ValueError(f"sampler {defaults.sampler!r} is none of {', '.join(SAMPLERS)}")
+        if type(defaults.steps) is not int or defaults.steps > _MAX_STEPS:
+            raise ValueError(f"steps must be a whole number up to {_MAX_STEPS}")
         karras_sigmas(defaults.steps, defaults.sigma_min, defaults.sigma_max)
-    except (ValueError, TypeError) as error:
+    except (ArithmeticError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(path, f"states defaults that cannot be used ({error})", "convert it again") from error
     return defaults
 
@@ -274,7 +286,7 @@ def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
 def _json(path: Path, file: TensorFile, key: str) -> dict[str, Any]:
     try:
         stated = json.loads(file.metadata.get(key, "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"has unreadable metadata in {key!r} ({error})", "convert it again") from error
     return stated if isinstance(stated, dict) else {}
 
@@ -324,7 +336,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
         raise CheckpointError(path, f"cannot be written ({error})", remedy) from error
     finally:

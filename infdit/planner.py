@@ -111,6 +111,8 @@ def plan_memory(
         BudgetTooSmall: with the least number of bytes that works.
     """
     device = torch.device(device or "cpu")
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget {budget} must be at least one byte")
     budget = free_bytes(device) if budget is None else budget
     host_budget = free_bytes(torch.device("cpu")) if host_budget is None else host_budget
     one_memory = device.type == "cpu"
@@ -181,7 +183,8 @@ def free_bytes(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        most = getattr(torch.mps, "recommended_max_memory", None)  # since 2.5
+        free = most() - torch.mps.current_allocated_memory() if most else psutil.virtual_memory().available
     else:
         free = psutil.virtual_memory().available
     return int(free * (1 - MARGIN))

@@ -184,6 +184,8 @@ def _unpickle(path: Path, archive: zipfile.ZipFile) -> object:
     programs = [m for m in archive.infolist() if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
     if len(programs) != 1:
         raise zipfile.BadZipFile("a zip without the data.pkl of a checkpoint")
+    if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+        raise zipfile.BadZipFile("members that share their bytes or are compressed, which PyTorch never does")
     prefix = programs[0].filename.removesuffix("data.pkl")
     storages = _ZipStorages(path, archive, prefix)
     if f"{prefix}byteorder" in archive.namelist() and storages.read("byteorder") != b"little":

@@ -1,6 +1,7 @@
 """Two tiers of memory, device and host, and the lane between them.
 
-On CUDA the host's tensors are pinned and copies run beside the arithmetic, on a stream of their own. Elsewhere a copy
+On CUDA weights and hidden states on the host are pinned and their copies run beside the arithmetic, on a stream of
+their own; pictures are copied when a chunk of them is needed, and the arithmetic waits. Elsewhere a copy
 is a plain copy; on a CPU the two tiers are one memory and every plan stays legal. So that a meter can still tell them
 apart, what belongs to a tier is made under `tier(...)`; what is computed from host tensors is on the host.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Literal
 
 import torch
@@ -39,7 +41,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
         self._last: torch.cuda.Event | None = None
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -56,7 +58,7 @@ class Lane:
         """Begin to copy tensors from the host to the device."""
         with tier("device"):
             if self._stream is None:
-                return Fetch([tensor.clone() for tensor in tensors])
+                return Fetch([tensor.to(self.device, copy=True) for tensor in tensors])
             # not before the arithmetic that is queued now: what it writes may be what is fetched
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
@@ -83,6 +85,17 @@ class Lane:
                 self._last.synchronize()
             self._last = torch.cuda.Event()
             self._last.record(torch.cuda.current_stream(self.device))
+
+    def drain(self) -> None:
+        """Wait until the device has done all that is queued: what was freed can then be used again."""
+        if self._last is not None:
+            self._last.synchronize()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: the allocator keeps a pool of memory for every stream."""
+    return torch.cuda.Stream(device)
 
 
 class Fetch:

@@ -262,6 +262,7 @@ def sweep(
                 states.put(blocks, h)
             lane.pace()
         del steps  # weights and rings of this group make room before those of another are fetched
+        lane.drain()
 
 
 def _advance(h: Tensor, step: tuple[Call, Tensor, KVRing], visit: Visit, window: Tensor | None) -> Tensor:

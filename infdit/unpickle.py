@@ -63,6 +63,13 @@ class _Storage:
     dtype: torch.dtype
 
 
+_MAX_DIMS, _MAX_ARGUMENTS = 8, 64
+# never written by PyTorch, and each a way to run others' code or to waste time and memory
+_REFUSED = (
+    *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.INT, pickle.LONG, pickle.FLOAT, pickle.STRING, pickle.UNICODE),
+)
+
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -81,14 +88,22 @@ _STORAGE_DTYPES = {
 def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
     """torch._utils._rebuild_tensor_v2 with every argument checked against the storage's length."""
     match storage, offset, size, stride:
-        case _Storage(data, dtype), int(), tuple(), tuple() if _naturals(offset, *size, *stride):
+        case _Storage(data, dtype), int(), tuple(), tuple() if _naturals(offset, *size[:_MAX_DIMS], *stride):
             elements = data.view(dtype)
         case _:  # not shown: the text of a hostile object can be endless
             raise pickle.UnpicklingError("a tensor that is not made of a storage, an offset, a size and a stride")
+    if max(len(size), len(stride)) > _MAX_DIMS:
+        raise pickle.UnpicklingError(f"a tensor of more than {_MAX_DIMS} dimensions")
     last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > len(elements) or (0 not in size and last >= len(elements)):
         raise pickle.UnpicklingError(f"a tensor that reaches beyond its storage of {len(elements)} elements")
     return elements.as_strided(size, stride, offset)
+
+
+def _size(items: object) -> object:
+    if not isinstance(items, tuple):
+        raise pickle.UnpicklingError("a torch.Size of something else than a tuple")
+    return items
 
 
 def _naturals(*values: object) -> bool:
@@ -108,7 +123,7 @@ def _empty_dict(*items: object) -> dict[str, object]:
 _ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("collections", "OrderedDict"): _empty_dict,
 }
 
@@ -123,7 +138,7 @@ class _TensorUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         opcode: handler
         for opcode, handler in pickle._Unpickler.dispatch.items()
-        if bytes([opcode]) not in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER)
+        if bytes([opcode]) not in _REFUSED
     }
 
     stack: list[Any]
@@ -138,7 +153,7 @@ class _TensorUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
-        return _ALLOWED.get((module, name)) or type(name, (_Inert,), {})
+        return _ALLOWED.get((module, name), _Inert)
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:
@@ -150,9 +165,8 @@ class _TensorUnpickler(pickle._Unpickler):
         keys, values = items[::2], items[1::2]
         target = self.stack[-1]
         if isinstance(target, dict):
-            if not all(isinstance(key, (str, int)) for key in keys):
-                raise pickle.UnpicklingError("a dict whose keys are neither text nor numbers")
-            target.update(zip(keys, values, strict=True))
+            # others have no part in a state dict, and hashing them could take for ever
+            target.update((key, value) for key, value in zip(keys, values, strict=True) if isinstance(key, str))
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -169,6 +183,20 @@ class _TensorUnpickler(pickle._Unpickler):
     def load_build(self) -> None:
         self.stack.pop()
 
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS or not callable(function):
+            raise pickle.UnpicklingError("a call that is none")
+        self.stack.append(function(*arguments))
+
+    def load_newobj(self) -> None:
+        del self.stack[-2:]
+        self.stack.append(_Inert())
+
+    def load_newobj_ex(self) -> None:
+        del self.stack[-3:]
+        self.stack.append(_Inert())
+
     def load_additems(self) -> None:
         self.pop_mark()
 
@@ -181,6 +209,9 @@ class _TensorUnpickler(pickle._Unpickler):
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,
         pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
         pickle.ADDITEMS[0]: load_additems,
         pickle.FROZENSET[0]: load_frozenset,
     }

@@ -51,7 +51,7 @@ def upscale(
     denoise: float = 1.0,
     clip_embedding: Tensor | None = None,
     progress: Progress | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -81,6 +81,7 @@ def upscale(
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
     """
     _check_image(image)
+    seed = operator.index(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
     height, width = target_size(image.shape[1], image.shape[2], scale, size)
@@ -89,7 +90,9 @@ def upscale(
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
     vectors = _clip_vectors(model, clip_embedding, len(image))
     sigmas = schedule(model.defaults, steps, sigma_max, denoise)
-    device = device or model.device
+    device = torch.device(device or model.device)
+    if plan is not None and budget is not None:
+        raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
     plan = plan or _plan(model, (height, width), len(image), device, sampler, budget)
     model = place(model, plan, device)
     images = device if plan.images == "device" else torch.device("cpu")

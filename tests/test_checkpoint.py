@@ -1,5 +1,6 @@
 """Files that are right are read in full, files that are wrong are refused in a sentence, and none is ever run."""
 
+import copy
 import json
 import pickle
 import re
@@ -232,6 +233,19 @@ HOSTILE = {
     "an offset of endless tuples": tensor_program(persistent("0"), b"N" + b"2\x86" * 60, FOUR, ONE),
     "elements without storage": tensor_program(persistent("0"), b"K\x00", b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"),
     "attributes of our own function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}U\x07__doc__U\x05pwnedsb.",
+    "dimensions without end": tensor_program(
+        persistent("0"), b"K\x00", b"(" + b"\x8a\x08" + b"\xff" * 7 + b"\x3f" + b"2" * 50_000 + b"t", ONE
+    ),
+    "a size copied from a tensor": b"\x80\x02}U\x01actorch\nSize\n"
+    + tensor_program(persistent("0"), b"K\x00", FOUR, ONE)[6:-2]
+    + b"\x85Rs.",
+    "a call with a tensor for arguments": b"\x80\x02}U\x01acx\ny\n"
+    + tensor_program(persistent("0"), b"K\x00", FOUR, ONE)[6:-2]
+    + b"Rs.",
+    "numbers with one hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 50_000))
+    + b"u.",
+    "text of a number": b"\x80\x02}U\x01aL" + b"9" * 100_000 + b"L\ns.",
     "deep nesting": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
 }
 
@@ -305,6 +319,44 @@ def test_zip_without_a_checkpoint_and_compressed_storages(tmp_path: Path) -> Non
         infdit.load_model(big)
 
 
+def test_members_that_share_their_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "shared.pt"
+    with zipfile.ZipFile(PUBLISHED) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        largest = max(new.infolist(), key=lambda member: member.file_size)
+        for i in range(50):  # the directory names the same bytes again and again
+            alias = copy.copy(largest)
+            alias.filename = f"alias{i}"
+            new.filelist.append(alias)
+            new.NameToInfo[alias.filename] = alias
+    with pytest.raises(CheckpointError, match="share their bytes"):
+        infdit.load_model(path)
+
+
+def test_convert_never_harms_its_source(tmp_path: Path) -> None:
+    model = tmp_path / "m.safetensors"
+    infdit.convert(PUBLISHED, model)
+    clip = tmp_path / "m.clip.safetensors"
+    clip.write_bytes(b"mine")
+    infdit.convert(model, model)
+    assert clip.read_bytes() == b"mine"
+    source = model.rename(tmp_path / "q.clip.safetensors")
+    with pytest.raises(CheckpointError, match="take the place of its source"):
+        infdit.convert(source, tmp_path / "q.safetensors")
+    assert source.exists()
+
+
+def test_tensors_that_share_memory_are_converted_or_refused(tmp_path: Path) -> None:
+    state = torch.load(PUBLISHED, weights_only=False)
+    both = state["module"]["mixins.adaln_layer.q_layer_norm.0.bias"]
+    state["module"]["mixins.adaln_layer.q_layer_norm.1.bias"] = both
+    torch.save(state, tmp_path / "tied.pt")
+    with pytest.raises(CheckpointError, match="share memory"):
+        infdit.convert(tmp_path / "tied.pt", tmp_path / "tied.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["tied.pt"]
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be opened.*check the path"):
         infdit.load_model(tmp_path / "nowhere.pt")
@@ -367,6 +419,12 @@ def test_wrong_tensors_are_named(change: Callable[[dict], object], message: str,
         ({"config": '{"position_period": "x"}'}, "sizes that make no Inf-DiT"),
         ({"config": '{"position_period": 0}'}, "at least 1"),
         ({"config": "{"}, "unreadable metadata"),
+        ({"config": "[" * 200_000}, "unreadable metadata"),
+        ({"config": "1" * 5000}, "unreadable metadata"),
+        ({"config": '{"position_period": 2.5}'}, "whole numbers"),
+        ({"config": '{"position_period": 1' + "0" * 400 + "}"}, "whole numbers"),
+        ({"defaults": '{"steps": 10000000000}'}, "whole number up to"),
+        ({"defaults": '{"sigma_max": 1' + "0" * 400 + "}"}, "defaults"),
         ({"defaults": '{"sampler": "magic"}'}, "magic"),
         ({"defaults": '{"steps": 0}'}, "at least 1"),
         ({"defaults": '{"steps": "many"}'}, "defaults"),
