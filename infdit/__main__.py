@@ -283,6 +283,7 @@ def _plan(options: argparse.Namespace) -> int:
     size = Weights.of(config, dtype).total
 
     def outcome(budget: int | None) -> str:
+        """A row of the table: what a budget gives, or the least that works."""
         try:
             plan = plan_memory(config, height, width, 1, dtype, device, sampler, budget, host_budget=sys.maxsize)
         except BudgetTooSmall as error:

@@ -141,6 +141,7 @@ class _Canvas:
         return self._image
 
     def paste(self, places: Sequence[Place], pixels: Tensor) -> None:
+        """Put a chunk of blocks (B, n, 3, size, size) in its place."""
         grid, size = self._grid, self._grid.block
         if len(places) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
             order = "(r c)" if grid.by_rows else "(c r)"

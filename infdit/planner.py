@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -79,6 +80,13 @@ class CostModel:
         return max(compute, copies) + self.exposed * min(compute, copies)
 
 
+class _Candidate(NamedTuple):
+    seconds: float
+    peak: int
+    plan: MemoryPlan
+    held: Footprint
+
+
 def plan_memory(
     config: InfDiTConfig,
     height: int,
@@ -109,47 +117,44 @@ def plan_memory(
 
     Raises:
         BudgetTooSmall: with the least number of bytes that works.
+        ValueError: a budget under one byte.
     """
     device = torch.device(device or "cpu")
     if budget is not None and budget < 1:
         raise ValueError(f"budget {budget} must be at least one byte")
     budget = free_bytes(device) if budget is None else budget
     host_budget = free_bytes(torch.device("cpu")) if host_budget is None else host_budget
-    one_memory = device.type == "cpu"
+    one_memory, costs = device.type == "cpu", CostModel.of(device, dtype)
     grid = BlockGrid.covering(height, width, config.block_size)
-    costs = CostModel.of(device, dtype)
 
-    candidates: list[tuple[float, int, MemoryPlan, Footprint]] = []
+    candidates: list[_Candidate] = []
     for plan in schedules(config, grid, one_memory):
-        if weights not in (None, plan.weights):
-            continue
-        held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory)
-        seconds = costs.evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
-        candidates.append((seconds, held.device, plan, held))
-    least = min(candidates, key=lambda c: c[1])
-    fitting = [c for c in candidates if c[1] <= budget]
+        if weights in (None, plan.weights):
+            held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory)
+            seconds = costs.evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
+            candidates.append(_Candidate(seconds, held.device, plan, held))
+    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
     if not fitting:
+        least = min(candidates, key=lambda candidate: candidate.peak)
         raise BudgetTooSmall(
-            f"{_gib(budget)} is too little for {width}×{height}: at least {_gib(least[1])} "
-            f"(the largest part: {_largest(least[3])}); give more, or make a smaller picture",
-            least[1],
+            f"{_gib(budget)} is too little for {width}×{height}: at least {_gib(least.peak)} "
+            f"(the largest part: {_largest(least.held)}); give more, or make a smaller picture",
+            least.peak,
         )
-    affordable = [c for c in fitting if c[3].host <= host_budget]
+    affordable = [candidate for candidate in fitting if candidate.held.host <= host_budget]
     if not affordable:
-        needed = min(fitting, key=lambda c: c[3].host)[3].host
+        needed = min(candidate.held.host for candidate in fitting)
         raise BudgetTooSmall(
             f"{width}×{height} within {_gib(budget)} on the device takes {_gib(needed)} of host memory, and "
             f"{_gib(host_budget)} is free: close other programs, allow more on the device, or make a smaller picture",
             needed,
         )
-    seconds, peak, plan, held = min(affordable, key=lambda c: c[:2])
-    fastest = min(candidates, key=lambda c: c[:2])
-    reason = f"{_gib(peak)} of {_gib(budget)}"
-    if seconds > fastest[0]:
-        reason += f"; {seconds / fastest[0]:.2f} times as long as with {_gib(fastest[1])}"
-    else:
-        reason += "; no other schedule is faster"
-    return replace(plan, peak_bytes=peak, host_bytes=held.host, reason=reason)
+    # the fastest, and of equally fast ones the smallest
+    chosen, fastest = (min(some, key=lambda candidate: candidate[:2]) for some in (affordable, candidates))
+    slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {_gib(fastest.peak)}"
+    reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
+    reason = f"{_gib(chosen.peak)} of {_gib(budget)}; {reason}"
+    return replace(chosen.plan, peak_bytes=chosen.peak, host_bytes=chosen.held.host, reason=reason)
 
 
 def seconds_per_evaluation(

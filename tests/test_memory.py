@@ -58,13 +58,13 @@ def random_case(rng: random.Random) -> tuple[InfDiTConfig, int, int, MemoryPlan,
     return config, h, w, plan, dtype, rng.choice(list(infdit.samplers.SAMPLERS)), rng.choice([1, 1, 2])
 
 
-def check(counted: dict[str, int], foretold: Footprint) -> None:
+def assert_within(counted: dict[str, int], foretold: Footprint) -> None:
     for name, predicted in (("device", foretold.device), ("host", foretold.host)):
         assert counted[name] <= predicted
         assert predicted <= 1.25 * counted[name] + SLACK
 
 
-def compare(seed: int, cases: int) -> None:
+def assert_foretold(seed: int, cases: int) -> None:
     rng = random.Random(seed)
     for _ in range(cases):
         config, h, w, plan, dtype, sampler, batch = case = random_case(rng)
@@ -73,18 +73,18 @@ def compare(seed: int, cases: int) -> None:
         with PeakMeter(held(model, plan)) as meter:
             infdit.upscale(model, image, size=(h, w), steps=3, sampler=sampler, plan=plan)
         try:
-            check(meter.peak, footprint(config, h, w, plan, dtype, sampler, batch, one_memory=True))
+            assert_within(meter.peak, footprint(config, h, w, plan, dtype, sampler, batch, one_memory=True))
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
 
 
 def test_counted_peaks_of_random_runs_are_foretold() -> None:
-    compare(seed=0, cases=25)
+    assert_foretold(seed=0, cases=25)
 
 
 @pytest.mark.slow
 def test_counted_peaks_of_many_random_runs_are_foretold() -> None:
-    compare(seed=1, cases=200)
+    assert_foretold(seed=1, cases=200)
 
 
 @pytest.mark.parametrize(

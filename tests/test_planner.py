@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from test_memory import check, held, random_model
+from test_memory import assert_within, held, random_model
 
 import infdit
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
@@ -114,7 +114,7 @@ def test_runs_on_a_cpu_stay_within_their_budget() -> None:
             infdit.upscale(model, image, size=(h, w), steps=2, sampler=sampler, budget=budget)
         assert plan.peak_bytes is not None
         assert meter.peak["device"] <= plan.peak_bytes <= budget
-        check(meter.peak, footprint(config, h, w, plan, torch.float32, sampler, batch, one_memory=True))
+        assert_within(meter.peak, footprint(config, h, w, plan, torch.float32, sampler, batch, one_memory=True))
 
 
 def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:

@@ -118,7 +118,7 @@ def test_karras_schedule() -> None:
             karras_sigmas(*bad)
 
 
-def test_sampler_in_half_precision_state_is_not_promoted() -> None:
+def test_the_state_keeps_its_dtype() -> None:
     for name, sample in SAMPLERS.items():
         for dtype in (torch.float32, torch.float64):
             assert sample(gaussian_denoiser, torch.ones(1, dtype=dtype), karras_sigmas(4, 0.01, 5.0)).dtype == dtype, (
