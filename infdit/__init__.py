@@ -6,6 +6,7 @@ from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .memory import MemoryPlan
 from .planner import BudgetTooSmall, plan_memory
+from .run import OutOfMemory, Report
 from .tensorfile import CheckpointError
 from .upscale import upscale
 
@@ -16,6 +17,8 @@ __all__ = [
     "Denoiser",
     "InfDiTConfig",
     "MemoryPlan",
+    "OutOfMemory",
+    "Report",
     "SamplingDefaults",
     "convert",
     "load_model",

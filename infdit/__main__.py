@@ -1,4 +1,4 @@
-"""The shell: `python -m infdit upscale | plan | convert | info`."""
+"""The shell: `python -m infdit upscale | plan | convert | info | bench`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,19 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .alpha import visible_colour
+from .bench import quality
 from .checkpoint import clip_path, convert, load_model, read_checkpoint
-from .clip import CLIPImageEncoder, OpenCLIPMissingError, load_clip
+from .clip import (
+    NEGATIVE,
+    POSITIVE,
+    STRENGTH,
+    WEIGHTS,
+    CLIPEncoder,
+    OpenCLIPMissingError,
+    guide,
+    load_clip,
+    text_direction,
+)
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype, out_of_memory
 from .grid import BlockGrid
@@ -87,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
+    p.add_argument("--positive", default="", metavar="TEXT", help=f'what to lead the picture to, like "{POSITIVE}"')
+    p.add_argument("--negative", default="", metavar="TEXT", help=f'what to lead it away from, like "{NEGATIVE}"')
+    p.add_argument("--strength", type=float, default=STRENGTH, metavar="X", help=f"of the texts (default {STRENGTH:g})")
     _add_memory(p)
     p.add_argument("--force", action="store_true", help="replace existing results")
 
@@ -108,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(command=_info)
     p.add_argument("model", metavar="FILE", help="published .pt, .safetensors, or mini")
     p.add_argument("--verify", action="store_true", help="check the SHA-256 of the tensors")
+
+    _add_bench(commands.add_parser("bench", help="how good a model's pictures are", description=_bench.__doc__))
     return parser
 
 
@@ -115,6 +131,22 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_bytes, metavar="X", help="memory to use, like 4GiB; default: what is free")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
+
+
+def _add_bench(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(command=_bench)
+    folder = {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"}
+    p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
+    p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
+    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
+    p.add_argument("--steps", type=_steps, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16)")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    p.add_argument("--limit", type=int, metavar="N", help="pictures of a folder to take, the first by name")
+    p.add_argument("--crop", type=int, metavar="N", help="take the centre of each picture, N pixels a side")
+    p.add_argument("--each", action="store_true", help="print the rows of each picture, not only the means")
+    _add_memory(p)
 
 
 # ---- upscale
@@ -125,14 +157,14 @@ def _upscale(options: argparse.Namespace) -> int:
     device = _device(options.device)
     # on the CPU, mapped from the file: the plan says what goes to the device
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
-    encoder = _clip(options, model)
+    vectors = _vectors(options, model, [source for source, _ in jobs])
     if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
         _make_folder(options.output)
     failed = 0
     with logging_redirect_tqdm():
         for source, target in jobs:
             try:
-                _upscale_one(source, target, model, encoder, device, options)
+                _upscale_one(source, target, model, vectors.get(source), device, options)
             except (ValueError, MemoryError, RuntimeError) as error:
                 memory = out_of_memory(error)
                 if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
@@ -146,7 +178,7 @@ def _upscale_one(
     source: Path,
     target: Path,
     model: InfDiT,
-    encoder: CLIPImageEncoder | None,
+    vector: torch.Tensor | None,
     device: torch.device,
     options: argparse.Namespace,
 ) -> None:
@@ -155,7 +187,6 @@ def _upscale_one(
     size = target_size(height, width, options.scale, options.size)
     image = picture.pixels[None]
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
-    vector = None if encoder is None else encoder(visible_colour(image) * 2 - 1)
     with closing(_Bar(source.name)) as bar:
         result = upscale(
             model,
@@ -212,16 +243,37 @@ def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) ->
     return jobs
 
 
-def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPImageEncoder | None:
+def _vectors(options: argparse.Namespace, model: InfDiT, sources: list[Path]) -> dict[Path, torch.Tensor]:
+    """CLIP's vector of each picture, made before the first upscale, for CLIP's memory is free then."""
+    encoder = _clip(options, model)
+    if encoder is None:
+        return {}
+    direction = text_direction(encoder, options.positive, options.negative) if options.strength else None
+    vectors: dict[Path, torch.Tensor] = {}
+    for source in tqdm(sources, desc="CLIP", leave=False, disable=len(sources) == 1):
+        try:
+            image = read_picture(source).pixels[None]
+        except PictureError:
+            continue  # told when its turn comes
+        vectors[source] = guide(encoder(visible_colour(image) * 2 - 1), direction, options.strength)
+    return vectors
+
+
+def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPEncoder | None:
     """The encoder named, or the one that `convert` put beside the model, if the model listens to it."""
+    text = bool(options.positive.strip() or options.negative.strip())
     if not model.config.vector_dim:
-        if options.clip is not None:
-            logging.getLogger(__name__).warning("this model has no CLIP input: --clip is ignored")
+        if options.clip is not None or text:
+            logging.getLogger(__name__).warning(
+                "this model has no CLIP input: --clip, --positive and --negative are ignored"
+            )
         return None
     beside = clip_path(options.model)
     path = options.clip or (beside if beside.exists() else None)
     if path is None and read_checkpoint(options.model).clip:
         path = options.model
+    if path is None and text:
+        raise ValueError(f"--positive and --negative need CLIP: give --clip FILE, {WEIGHTS}")
     return None if path is None else load_clip(path, device="cpu")
 
 
@@ -346,6 +398,43 @@ def _info(options: argparse.Namespace) -> int:
 
 
 _CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
+
+
+# ---- bench
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Measure a model's pictures beside bicubic, Lanczos and noise, and hold them against limits."""
+    if not options.quality and not options.without_original:
+        raise ValueError("bench has nothing to measure: give --quality FOLDER or --without-original FOLDER")
+    find_pictures([*options.quality, *options.without_original])  # a missing folder is not found out after an hour
+    device = _device(options.device)
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    settings = quality.Settings(
+        options.steps,
+        options.sampler,
+        options.sigma_max,
+        options.seed,
+        options.budget,
+        device,
+        options.limit,
+        options.crop,
+    )
+    print(f"model {options.model}")
+    for folders, with_original in ((options.quality, True), (options.without_original, False)):
+        for folder in folders:
+            for text in quality.report(folder, model, settings, with_original, options.each):
+                print(text, flush=True)
+            print()
+    return 0
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    """1,4,8 → (1, 4, 8)."""
+    steps = text.split(",")
+    if not all(step.isdecimal() and 0 < len(step) < 6 and int(step) for step in steps):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of steps from 1 like 1,4,8")
+    return tuple(map(int, steps))
 
 
 if __name__ == "__main__":

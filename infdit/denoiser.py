@@ -20,7 +20,7 @@ from .grid import BlockGrid, Place
 from .memory import MemoryPlan
 from .model import InfDiT
 from .tiers import Lane
-from .uniba import Geometry, Positions, callables, cut_windows, place, sweep
+from .uniba import Geometry, Positions, Skip, callables, cut_windows, place, sweep
 
 SIGMA_DATA = 0.5
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Denoiser:
         positions, origin: see `uniba.Geometry`.
         progress: called with the number of blocks after each layer of a chunk.
         device: that computes; None: where the model is.
+        skip: see `uniba.sweep`.
 
     Raises:
         ValueError: shapes that do not fit the model or each other.
@@ -65,8 +66,9 @@ class Denoiser:
         origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None,
         device: torch.device | None = None,
+        skip: Skip | None = None,
     ) -> None:
-        self.conditioning, self.progress = conditioning, progress
+        self.conditioning, self.progress, self._skip = conditioning, progress, skip
         self.plan = plan or MemoryPlan.default(model.config)
         self.lane = Lane(device or model.device)
         self.model = place(model, self.plan, self.lane.device)
@@ -110,7 +112,8 @@ class Denoiser:
         def write(places: Sequence[Place], pixels: Tensor) -> None:
             canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x))
 
-        sweep(self.model, self.geometry, self.plan, self.lane, self._modulations(sigma), read, write, self.progress)
+        modulations = self._modulations(sigma)
+        sweep(self.model, self.geometry, self.plan, self.lane, modulations, read, write, self.progress, self._skip)
         return canvas.image
 
     def _modulations(self, sigma: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,18 +18,22 @@ from .tiers import Tier, current_tier
 class PeakMeter(TorchDispatchMode):
     """Inside `with PeakMeter() as meter:` every tensor that is made is counted until its storage is freed.
 
-    A tensor is on the host if it was made under `tier("host")`, lies on the CPU beside an accelerator, or was
-    computed from host tensors; else on the device. It works the same on fake tensors, which take no memory.
+    Beside an accelerator a tensor on the CPU is on the host. Where the device is the CPU, what is made under
+    `tier("host")` is, and what is computed from that. It works the same on fake tensors, which take no memory.
 
     Args:
         held: tensors that exist already and count, such as weights, by tier; others that do are left out.
+        device: that computes.
 
     Attributes:
         live, peak: bytes now and at most so far, by tier.
     """
 
-    def __init__(self, held: Mapping[Tier, Iterable[Tensor]] | None = None) -> None:
+    def __init__(
+        self, held: Mapping[Tier, Iterable[Tensor]] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__()
+        self._one_memory = torch.device(device).type == "cpu"
         self.live: dict[Tier, int] = {"device": 0, "host": 0}
         self.peak: dict[Tier, int] = {"device": 0, "host": 0}
         self._tiers = WeakIdKeyDictionary()
@@ -46,10 +51,10 @@ class PeakMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         follows = self._tier_of(tree_leaves((args, kwargs)))
-        tier = current_tier() or follows
+        here = (current_tier() or follows) if self._one_memory else "host"
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, "device" if leaf.device.type != "cpu" else tier)
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._count(leaf, "device" if leaf.device.type != "cpu" else here)
         return result
 
     def _tier_of(self, inputs: list[Any]) -> Tier:
@@ -58,9 +63,7 @@ class PeakMeter(TorchDispatchMode):
         for x in tensors:
             self._tiers.setdefault(x.untyped_storage(), None)  # made before: neither it nor its views are ours to count
         known = [self._tiers[x.untyped_storage()] for x in tensors if x.dim()]
-        if "host" in known or any(x.device.type != "cpu" for x in tensors):
-            return "host"
-        return "device"
+        return "host" if "host" in known else "device"
 
     def _count(self, tensor: Tensor, tier: Tier) -> None:
         storage = tensor.untyped_storage()

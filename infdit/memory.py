@@ -148,6 +148,7 @@ def footprint(
     sampler: str = "heun",
     batch: int = 1,
     one_memory: bool = False,
+    source: tuple[int, int, int] | None = None,
 ) -> Footprint:
     """The bytes of a whole `upscale()` to height × width.
 
@@ -158,6 +159,7 @@ def footprint(
         sampler: whose state is held.
         batch: pictures of the run, which are worked on one after another.
         one_memory: the device is the CPU: inputs and results, which else are on the host, fill the same memory.
+        source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
     """
     grid = BlockGrid.covering(height, width, config.block_size, plan.sweep)
     weights = Weights.of(config, dtype)
@@ -168,8 +170,9 @@ def footprint(
     kept = blocks * unit if group < depth else 0
     picture = 3 * FLOAT32 * grid.height * grid.width
     held = (1 + SAMPLER_PICTURES[sampler]) * picture + picture // LR_FACTOR**2
-    given = batch * 4 * FLOAT32 * height * width * 2  # inputs and results
-    given += 3 * picture  # a picture on its way in or out
+    source_height, source_width, channels = source or (-(-height // LR_FACTOR), -(-width // LR_FACTOR), 3)
+    given = channels * FLOAT32 * (batch * height * width + (batch + 2) * source_height * source_width)
+    given += height * width * FLOAT32 * 2 * (channels - 3)  # alpha on its way
     vectors = (4 * depth + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)  # modulations and their making
     streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
     around = given if one_memory and not images_away else 0
@@ -181,7 +184,8 @@ def footprint(
         workspace=chunk * _workspace(config, dtype, grid) + vectors,
         host_weights=weights.movable if streamed else 0,
         host_hidden=kept if hidden_away else 0,
-        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0),
+        # where pictures are on the device, one on its way in or out
+        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0 if one_memory else 3 * picture),
     )
 
 

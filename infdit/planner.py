@@ -16,6 +16,7 @@ import torch
 from .config import InfDiTConfig
 from .grid import BlockGrid
 from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint
+from .tiers import Tier
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
@@ -25,12 +26,13 @@ class BudgetTooSmall(ValueError):  # noqa: N818 - the interface's name
     """No schedule fits.
 
     Attributes:
-        least: the least number of bytes that works, on the device; or, where it is the host that is too small, there.
+        least: the least number of bytes that works on `tier`.
+        tier: "device", or "host" where it is the host that is too small.
     """
 
-    def __init__(self, message: str, least: int) -> None:
+    def __init__(self, message: str, least: int, tier: Tier = "device") -> None:
         super().__init__(message)
-        self.least = least
+        self.least, self.tier = least, tier
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def plan_memory(
     budget: int | None = None,
     host_budget: int | None = None,
     weights: WeightsKept | None = None,
+    source: tuple[int, int, int] | None = None,
 ) -> MemoryPlan:
     """The fastest plan within a budget.
 
@@ -111,6 +114,7 @@ def plan_memory(
         budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin.
         host_budget: bytes on the host; None: what is free there, less a margin.
         weights: only plans that keep them so; None: any.
+        source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
 
     Returns:
         A plan with its predicted `peak_bytes` and `host_bytes`, and the `reason` for it.
@@ -130,14 +134,14 @@ def plan_memory(
     candidates: list[_Candidate] = []
     for plan in schedules(config, grid, one_memory):
         if weights in (None, plan.weights):
-            held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory)
+            held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory, source)
             seconds = costs.evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
             candidates.append(_Candidate(seconds, held.device, plan, held))
     fitting = [candidate for candidate in candidates if candidate.peak <= budget]
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate.peak)
         raise BudgetTooSmall(
-            f"{_gib(budget)} is too little for {width}×{height}: at least {_gib(least.peak)} "
+            f"{amount(budget)} is too little for {width}×{height}: at least {amount(least.peak)} "
             f"(the largest part: {_largest(least.held)}); give more, or make a smaller picture",
             least.peak,
         )
@@ -145,15 +149,16 @@ def plan_memory(
     if not affordable:
         needed = min(candidate.held.host for candidate in fitting)
         raise BudgetTooSmall(
-            f"{width}×{height} within {_gib(budget)} on the device takes {_gib(needed)} of host memory, and "
-            f"{_gib(host_budget)} is free: close other programs, allow more on the device, or make a smaller picture",
+            f"{width}×{height} within {amount(budget)} on the device takes {amount(needed)} of host memory, and "
+            f"{amount(host_budget)} is free: close other programs, allow more on the device, or make a smaller picture",
             needed,
+            "host",
         )
     # the fastest, and of equally fast ones the smallest
     chosen, fastest = (min(some, key=lambda candidate: candidate[:2]) for some in (affordable, candidates))
-    slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {_gib(fastest.peak)}"
+    slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {amount(fastest.peak)}"
     reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
-    reason = f"{_gib(chosen.peak)} of {_gib(budget)}; {reason}"
+    reason = f"{amount(chosen.peak)} of {amount(budget)}; {reason}"
     return replace(chosen.plan, peak_bytes=chosen.peak, host_bytes=chosen.held.host, reason=reason)
 
 
@@ -218,7 +223,8 @@ def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: tor
     return total
 
 
-def _gib(count: int) -> str:
+def amount(count: int) -> str:
+    """Bytes for people."""
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 

@@ -36,52 +36,76 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return torch.cat((sigmas, sigmas.new_zeros(1))).float()
 
 
-def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
+def _steps(sigmas: Tensor, start: int) -> Iterator[tuple[int, float, float]]:
     """(i, σ_i, σ_{i+1}) as numbers, which scale a picture of any dtype and device without changing either."""
-    return ((i, now, following) for i, (now, following) in enumerate(pairwise(sigmas.tolist())))
+    return ((i, now, following) for i, (now, following) in enumerate(pairwise(sigmas.tolist())) if i >= start)
 
 
-def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+def sample_euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    start: int = 0,
+    last: Tensor | None = None,
+) -> Tensor:
     """Euler's method: n evaluations for n steps.
 
     Args (of all samplers):
-        denoise: D(x, σ), σ 0-d.
+        denoise: D(x, σ), σ 0-d on the CPU.
         x: (B, 3, h, w), picture + σ_0·noise.
         sigmas: (n + 1,) falling noise levels, the last usually 0.
         callback: called after the first evaluation of each step with x, i, sigma, sigma_hat, denoised.
+        start, last: to go on at step `start` of a run, whose x this is; `last` is denoised of the step before.
     """
-    for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigmas[i])
-        _report(callback, x, i, sigmas[i], denoised)
+    for i, sigma, following in _steps(sigmas, start):
+        denoised = denoise(x, _level(sigma, sigmas))
+        _report(callback, x, i, _level(sigma, sigmas), denoised)
         x = x + (x - denoised) * ((following - sigma) / sigma)
     return x
 
 
-def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+def sample_heun(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    start: int = 0,
+    last: Tensor | None = None,
+) -> Tensor:
     """Heun's method, the paper's (Karras et al. 2022, algorithm 1): 2n − 1 evaluations, as the step to 0 is Euler's."""
-    for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigmas[i])
-        _report(callback, x, i, sigmas[i], denoised)
+    for i, sigma, following in _steps(sigmas, start):
+        denoised = denoise(x, _level(sigma, sigmas))
+        _report(callback, x, i, _level(sigma, sigmas), denoised)
         slope = (x - denoised) / sigma
         euler = x + slope * (following - sigma)
         if following > 0:
-            slope = (slope + (euler - denoise(euler, sigmas[i + 1])) / following) / 2
+            slope = (slope + (euler - denoise(euler, _level(following, sigmas))) / following) / 2
             euler = x + slope * (following - sigma)
         x = euler
     return x
 
 
-def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+def sample_dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    start: int = 0,
+    last: Tensor | None = None,
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2, data prediction; k-diffusion's form): n evaluations.
 
     In λ = −ln σ with h = λ_{i+1} − λ_i and r = h_last/h the exponential integrator's step is
     x ← σ_{i+1}/σ_i·x − (e^(−h) − 1)·((1 + 1/2r)·D_i − 1/2r·D_{i−1}); the first and the step to 0 are of first order.
     """
-    last: Tensor | None = None
-    h_last = 0.0
-    for i, sigma, following in _steps(sigmas):
-        denoised = denoise(x, sigmas[i])
-        _report(callback, x, i, sigmas[i], denoised)
+    h_last = 0.0 if last is None else math.log(sigmas[start - 1].item() / sigmas[start].item())
+    for i, sigma, following in _steps(sigmas, start):
+        denoised = denoise(x, _level(sigma, sigmas))
+        _report(callback, x, i, _level(sigma, sigmas), denoised)
         h = math.log(sigma / following) if following > 0 else math.inf
         target = denoised
         if last is not None and following > 0:
@@ -93,6 +117,11 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
     return x
 
 
+def _level(sigma: float, sigmas: Tensor) -> Tensor:
+    """A noise level as denoise takes it, on the CPU: nobody has to wait for a device to look at it."""
+    return torch.tensor(sigma, dtype=sigmas.dtype)
+
+
 def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> None:
     if callback is not None:
         callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
@@ -100,8 +129,11 @@ def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoise
 
 SAMPLERS: dict[str, Sampler] = {"heun": sample_heun, "euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}
 
+EVALUATIONS = {"heun": 2, "euler": 1, "dpmpp_2m": 1}  # of a step; the step to 0 always takes one
+MULTISTEP = {"dpmpp_2m"}  # look back at the step before
+
 
 def evaluations(sampler: str, sigmas: Tensor) -> int:
     """How often a sampler calls `denoise` over these noise levels."""
     steps = len(sigmas) - 1
-    return steps + int((sigmas[1:] > 0).sum()) if sampler == "heun" else steps
+    return steps + sum(level > 0 for level in sigmas[1:].tolist()) if sampler == "heun" else steps

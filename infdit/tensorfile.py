@@ -24,6 +24,7 @@ from .unpickle import unpickle_tensors
 
 _MAX_PICKLE_BYTES = 64 * 2**20  # a program, not data: the published model's is under 1 MB
 _ALIGNMENT = 8  # bytes, of the widest dtype; PyTorch aligns members to 64
+_OLD_MAGIC = b"\x80\x02\x8a\n"  # a pickle that begins with a long number; \x80 alone also begins a .safetensors
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of name, length of extra field
 
@@ -87,7 +88,7 @@ def read_tensors(path: str | Path) -> TensorFile:
         ) from error
     if magic == _ZIP_MAGIC:
         return TensorFile(_read_pytorch(path), {})
-    if magic[:1] == b"\x80":
+    if magic == _OLD_MAGIC:
         raise CheckpointError(
             path,
             "is a PyTorch file in the format from before version 1.6, which cannot be read without running its code",

@@ -49,6 +49,11 @@ class Lane:
         with tier("host"):
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the device."""
+        with tier("device"):
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
     def upload(self, numbers: Sequence[object]) -> Tensor:
         """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
         tensor = torch.tensor(numbers)
@@ -76,7 +81,6 @@ class Lane:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
-
 
     def pace(self) -> None:
         """After each chunk, wait until the device has done the one before: bar and stop then tell the truth."""

@@ -33,6 +33,7 @@ Positions = Literal["continuous", "wrapped"]
 Read = Callable[[Sequence[Place]], tuple[Tensor, Tensor]]
 Call = Callable[..., Tensor]
 Write = Callable[[Sequence[Place], Tensor], None]  # blocks at (row, column) and their pixels (B, n, 3, h, w)
+Skip = Callable[[range, range], bool]  # (layers, blocks): whether to leave a chunk out
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,25 @@ class HiddenStates:
             self._prefetch(following)
         return h
 
+    def reserve(self, blocks: range, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Take the room of a chunk that is not computed."""
+        make = self._lane.empty if self._place == "device" else self._lane.host_empty
+        self._kept[blocks] = make(shape, dtype)
+
+    def forget(self, blocks: range, last: bool) -> None:
+        """Do without a chunk that was to be taken; in the last group what is on the device makes room."""
+        self._ahead.pop(blocks, None)
+        if last and self._place == "device":
+            del self._kept[blocks]
+
     def _prefetch(self, blocks: range) -> None:
         if blocks not in self._ahead:
             self._ahead[blocks] = self._lane.fetch([self._kept[blocks]])
+
+
+def streams(plan: MemoryPlan, name: str) -> bool:
+    """Whether the parameter of this name stays on the host and is fetched when it is needed."""
+    return plan.weights == "streamed" and name.startswith(("layers.", "modulations."))
 
 
 def place(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
@@ -180,7 +197,7 @@ def place(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
     """
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
-        if plan.weights == "resident" or not name.startswith(("layers.", "modulations.")):
+        if not streams(plan, name):
             return tensor.to(device)
         host = tensor.to("cpu")
         return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
@@ -222,6 +239,7 @@ def sweep(
     read: Read,
     write: Write,
     progress: Callable[[int], None] | None = None,
+    skip: Skip | None = None,
 ) -> None:
     """One evaluation of the network over a whole grid of blocks.
 
@@ -232,6 +250,7 @@ def sweep(
         modulations: of the layers and of the head, see `InfDiT.modulations_for`.
         read: gives the input of the blocks at hand; write: takes their result; both on the device.
         progress: told the number of blocks after each layer; an exception that it raises ends the sweep.
+        skip: what is not computed, when only memory is of interest: hidden states then hold anything.
     """
     layer_modulations, head_modulation = modulations
     grid, depth = geometry.grid, len(model.layers)
@@ -244,6 +263,13 @@ def sweep(
             (layer, layer_modulations[i], KVRing(grid, plan.chunk)) for i, layer in zip(group, next(ready), strict=True)
         ]
         for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
+            if skip is not None and skip(group, blocks):
+                if group.start > 0:
+                    states.forget(blocks, last=group.stop == depth)
+                elif group.stop < depth:
+                    shape = len(head_modulation[0]), len(blocks), model.config.block_tokens, model.config.hidden_size
+                    states.reserve(blocks, shape, model.dtype)
+                continue
             visit = Visit(geometry, blocks, lane, torch.promote_types(model.dtype, torch.float32))
             window = None
             if group.start == 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -14,15 +15,15 @@ from torch import Tensor
 
 from .alpha import upscale_alpha, visible_colour
 from .config import SamplingDefaults
-from .denoiser import Conditioning, Denoiser
+from .denoiser import Conditioning
 from .grid import BlockGrid
-from .memory import MemoryPlan, Weights, WeightsKept
+from .memory import MemoryPlan, Weights, WeightsKept, footprint
 from .model import InfDiT
-from .planner import free_bytes, plan_memory
+from .planner import BudgetTooSmall, free_bytes, plan_memory
 from .resample import conditioning_pictures
+from .run import OutOfMemory, Report, Run, State
 from .samplers import SAMPLERS, evaluations, karras_sigmas
-from .tiers import Tier, tier
-from .uniba import place
+from .tiers import tier
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def upscale(
     clip_embedding: Tensor | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -69,22 +71,25 @@ def upscale(
         denoise: 0..1, an artist's strength: how far up the schedule sampling begins. 0 is bicubic.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
         progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
-            evaluations × pictures. After each step preview is a function that makes the denoised picture as
-            (h, w, 3) uint8, at most 512 pixels a side. An exception that progress raises ends the run at once.
+            evaluations × pictures; `done` falls back when memory ran out and a step is repeated. After each step
+            preview is a function that makes the denoised picture as (h, w, 3) uint8, at most 512 pixels a side. An
+            exception that progress raises ends the run at once.
         device: that computes; None: where the model is. A model on the CPU can be streamed to it by the plan; one that
             is on the device stays there.
+        report: is filled in with what was done.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
 
     Raises:
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
+        OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
     """
     _check_image(image)
     seed = operator.index(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
-    height, width = target_size(image.shape[1], image.shape[2], scale, size)
+    target = target_size(image.shape[1], image.shape[2], scale, size)
     sampler = sampler or model.defaults.sampler
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
@@ -93,48 +98,84 @@ def upscale(
     device = torch.device(device or model.device)
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
-    plan = plan or _plan(model, (height, width), len(image), device, sampler, budget)
-    model = place(model, plan, device)
-    images = device if plan.images == "device" else torch.device("cpu")
-    grid = BlockGrid.covering(height, width, model.config.block_size, plan.sweep)
-    units = evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks * len(image)
-    meter = _Meter(progress, units, (height, width))
+    planner = _Planner(model, image, target, device, sampler)
+    plan = plan or planner.within(budget)
+    blocks = BlockGrid.covering(*target, model.config.block_size).blocks
+    meter = _Meter(progress, evaluations(sampler, sigmas) * model.config.num_layers * blocks * len(image), target)
+    run = Run(model, plan, device, planner.smaller, meter.advance, report or Report())
     noise = torch.Generator().manual_seed(seed)
+    return pictures(run, image, target, vectors, sampler, sigmas, noise, meter.step)
+
+
+def pictures(
+    run: Run,
+    image: Tensor,
+    target: tuple[int, int],
+    vectors: Sequence[Tensor] | None,
+    sampler: str,
+    sigmas: Tensor,
+    noise: torch.Generator,
+    callback: Callable[[State], None],
+) -> Tensor:
+    """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
+    grid = BlockGrid.covering(*target, run.block_size)
+    height, width = target
 
     def one(picture: Tensor, vector: Tensor | None) -> Tensor:
         """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
-        target, padded = (height, width), (grid.height, grid.width)
-        with tier(around):
+        with tier(run.around):
             picture = picture.detach().float().cpu().clamp(0, 1)
-            lr, up = (x.to(images) for x in conditioning_pictures(visible_colour(picture) * 2 - 1, target, padded))
+            colour = visible_colour(picture) * 2 - 1
+            lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
+            del colour
             start = [_start(up, sigmas[0], noise)]
-        denoiser = Denoiser(model, Conditioning(lr, up, vector), plan, progress=meter.advance, device=device)
-        # handed over, not kept: the sampler lets go of the start after its first step
-        y = SAMPLERS[sampler](denoiser, start.pop(), sigmas, callback=meter.step)
-        with tier(around):
+        y = run.sample(Conditioning(lr, up, vector), start, sampler, sigmas, callback)
+        with tier(run.around):
             result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
                 result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
             return result.movedim(1, -1)
 
-    # on a CPU there is one memory: what lies around the run is in it too, unless the plan says otherwise
-    around: Tier = "device" if images.type == device.type == "cpu" and plan.images == "device" else "host"
-    with tier(around):
+    with tier(run.around):
         results = image.new_empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
     for i, picture in enumerate(image.split(1)):
         results[i : i + 1] = one(picture, None if vectors is None else vectors[i])
     return results
 
 
-def _plan(
-    model: InfDiT, size: tuple[int, int], batch: int, device: torch.device, sampler: str, budget: int | None
-) -> MemoryPlan:
-    # weights that are on an accelerator already stay there: they are not free, but part of this run
-    there = device.type != "cpu" and model.device.type == device.type
-    if budget is None and there:
-        budget = free_bytes(device) + Weights.of(model.config, model.dtype).total
-    kept: WeightsKept | None = "resident" if there else None
-    return plan_memory(model.config, *size, batch, model.dtype, device, sampler, budget, weights=kept)
+class _Planner:
+    """Plans for one run, and smaller ones when they turn out not to fit."""
+
+    def __init__(
+        self, model: InfDiT, image: Tensor, target: tuple[int, int], device: torch.device, sampler: str
+    ) -> None:
+        # weights that are on an accelerator already stay there: they are not free, but part of this run
+        there = device.type != "cpu" and model.device.type == device.type
+        self._held = Weights.of(model.config, model.dtype).total if there else 0
+        self._device = device
+        kept: WeightsKept | None = "resident" if there else None
+        common = {"dtype": model.dtype, "batch": len(image), "sampler": sampler, "source": tuple(image.shape[1:])}
+        self._plan = partial(plan_memory, model.config, *target, **common, device=device, weights=kept)
+        self._footprint = partial(footprint, model.config, *target, **common, one_memory=device.type == "cpu")
+
+    def within(self, budget: int | None) -> MemoryPlan:
+        """The fastest plan; None: within what is free."""
+        return self._plan(budget=self._free if budget is None else budget)
+
+    @property
+    def _free(self) -> int:
+        return free_bytes(self._device) + self._held
+
+    def smaller(self, plan: MemoryPlan) -> MemoryPlan:
+        """A plan that takes less than one for which there was no room: what is free now, or a quarter less."""
+        peak = plan.peak_bytes or self._footprint(plan=plan).device
+        try:
+            return self._plan(budget=max(1, min(self._free, peak * 3 // 4)))
+        except BudgetTooSmall as error:
+            if error.tier == "device" and error.least < peak:
+                return self._plan(budget=error.least)
+            refusal = str(error)
+        raise OutOfMemory(f"out of memory on {self._device}, and no smaller plan works: {refusal}")
 
 
 def _start(up: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
@@ -169,12 +210,12 @@ class _Meter:
         self._progress, self._total, self._size = progress, total, size
         self._done = 0
 
-    def advance(self, blocks: int) -> None:
-        self._done += blocks
+    def advance(self, done: int) -> None:
+        self._done = done
         if self._progress is not None:
             self._progress(self._done, self._total, None)
 
-    def step(self, state: dict[str, Tensor | int]) -> None:
+    def step(self, state: State) -> None:
         if self._progress is not None:
             denoised = state["denoised"]
             assert isinstance(denoised, Tensor), "k-diffusion's callback"

@@ -1,158 +1,40 @@
-"""CLIP vectors against CLIP's formulas written out here, on a small tower with random weights in float64."""
+"""CLIP's vectors of pictures against the formulas of clipmath.py, on a small tower with random weights in float64.
+
+Texts and guidance: test_clip_text.py. The command line: test_cli_clip.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import logging
-import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from clipmath import (
+    SMALL,
+    load_small,
+    needs_open_clip,
+    preprocess_by_hand,
+    preprocess_whole_by_hand,
+    quick_gelu,
+    random_image,
+    save,
+    tower_by_hand,
+    tower_shapes,
+    tower_weights,
+)
 
-from infdit import clip
+import infdit
 from infdit.checkpoint import convert
-from infdit.clip import CLIPImageEncoder, OpenCLIPMissingError, VisionConfig, load_clip, preprocess
-from infdit.tensorfile import CheckpointError
-
-try:
-    import open_clip.transformer  # noqa: F401
-
-    PROBLEM = ""
-except (ImportError, RuntimeError, AttributeError, OSError) as error:
-    PROBLEM = f"open_clip cannot be imported: {error}"
-needs_open_clip = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
+from infdit.clip import CLIPEncoder, OpenCLIPMissingError, files, load_clip, preprocess, towers, view
+from infdit.tensorfile import CheckpointError, TensorFile
 
 DATA = Path(__file__).parent / "data"
-SMALL = VisionConfig(image_size=28, patch_size=14, width=32, layers=2, heads=4, output_dim=24)
-
-
-def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """open_clip's names and shapes, written out."""
-    D, hidden = config.width, int(config.width * config.mlp_ratio)
-    shapes = {
-        "class_embedding": (D,),
-        "positional_embedding": ((config.image_size // config.patch_size) ** 2 + 1, D),
-        "proj": (D, config.output_dim),
-        "conv1.weight": (D, 3, config.patch_size, config.patch_size),
-    }
-    linears = {"attn.out_proj": (D, D), "mlp.c_fc": (hidden, D), "mlp.c_proj": (D, hidden)}
-    for i in range(config.layers):
-        block = f"transformer.resblocks.{i}"
-        shapes |= {f"{block}.attn.in_proj_weight": (3 * D, D), f"{block}.attn.in_proj_bias": (3 * D,)}
-        for name, shape in linears.items():
-            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"{block}.{name}.weight": (D,), f"{block}.{name}.bias": (D,)}
-    for name in ("ln_pre", "ln_post"):
-        shapes |= {f"{name}.weight": (D,), f"{name}.bias": (D,)}
-    return shapes
-
-
-def tower_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor random (biases and norms too), large enough for the activations to leave the linear range."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"visual.{name}": torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-1]) * 2
-        for name, shape in tower_shapes(SMALL).items()
-    }
-
-
-def save(tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = tmp_path / "clip.safetensors"
-    save_file(tensors, path, metadata)
-    return path
-
-
-def load_small(path: Path, dtype: torch.dtype = torch.float64) -> CLIPImageEncoder:
-    return load_clip(path, dtype=dtype, device="cpu", config=SMALL)
-
-
-def random_image(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
-
-
-# ---- the formulas
-
-
-def keys_cubic(x: float, a: float = -0.5) -> float:
-    x = abs(x)
-    if x < 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
-
-
-def resize_matrix(length: int, size: int) -> torch.Tensor:
-    """(size, length): the kernel stretched by length/size when shrinking, cut at the edges, each row summing to 1."""
-    scale = length / size
-    stretch = max(scale, 1.0)
-    rows = []
-    for i in range(size):
-        row = [keys_cubic((j + 0.5 - (i + 0.5) * scale) / stretch) for j in range(length)]
-        rows.append([weight / sum(row) for weight in row])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def preprocess_by_hand(image: torch.Tensor, side: int) -> torch.Tensor:
-    h, w = image.shape[2:]
-    height, width = side * h // min(h, w), side * w // min(h, w)
-    resized = torch.einsum("yi,bcij,xj->bcyx", resize_matrix(h, height), (image + 1) / 2, resize_matrix(w, width))
-    top, left = round((height - side) / 2), round((width - side) / 2)
-    cropped = resized[:, :, top : top + side, left : left + side]
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
-    return (cropped - mean[:, None, None]) / std[:, None, None]
-
-
-def exact_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x / (1 + torch.exp(-1.702 * x))
-
-
-def layer_norm(x: torch.Tensor, p: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    variance = (centred**2).mean(dim=-1, keepdim=True)
-    return centred / torch.sqrt(variance + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-
-def attention(x: torch.Tensor, p: dict[str, torch.Tensor], block: str) -> torch.Tensor:
-    B, T, D = x.shape
-    projected = x @ p[f"{block}.attn.in_proj_weight"].T + p[f"{block}.attn.in_proj_bias"]
-    q, k, v = (t.reshape(B, T, SMALL.heads, -1).transpose(1, 2) for t in projected.split(D, dim=-1))  # (B, H, T, d)
-    weights = torch.exp(q @ k.transpose(2, 3) / math.sqrt(D // SMALL.heads))
-    heads = weights / weights.sum(dim=-1, keepdim=True) @ v
-    joined = heads.transpose(1, 2).reshape(B, T, D)
-    return joined @ p[f"{block}.attn.out_proj.weight"].T + p[f"{block}.attn.out_proj.bias"]
-
-
-def tower_by_hand(
-    pixels: torch.Tensor,
-    weights: dict[str, torch.Tensor],
-    activation: Callable[[torch.Tensor], torch.Tensor] = exact_gelu,
-) -> torch.Tensor:
-    p = {name.removeprefix("visual."): tensor for name, tensor in weights.items()}
-    B, side = len(pixels), SMALL.image_size // SMALL.patch_size
-    patches = pixels.reshape(B, 3, side, SMALL.patch_size, side, SMALL.patch_size)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)  # row by row; channel, row, column
-    tokens = patches @ p["conv1.weight"].reshape(SMALL.width, -1).T
-    x = torch.cat([p["class_embedding"].expand(B, 1, -1), tokens], dim=1) + p["positional_embedding"]
-    x = layer_norm(x, p, "ln_pre")
-    for i in range(SMALL.layers):
-        block = f"transformer.resblocks.{i}"
-        x = x + attention(layer_norm(x, p, f"{block}.ln_1"), p, block)
-        hidden = layer_norm(x, p, f"{block}.ln_2") @ p[f"{block}.mlp.c_fc.weight"].T + p[f"{block}.mlp.c_fc.bias"]
-        x = x + activation(hidden) @ p[f"{block}.mlp.c_proj.weight"].T + p[f"{block}.mlp.c_proj.bias"]
-    features = layer_norm(x[:, 0], p, "ln_post") @ p["proj"]
-    return features / torch.sqrt((features**2).sum(dim=-1, keepdim=True))
 
 
 # ---- preprocessing
@@ -182,7 +64,7 @@ def test_preprocess_equals_torchs_own_resize_cut_in_the_middle() -> None:
     width = int(224 * 500 / 301)
     resized = F.interpolate(image, (224, width), mode="bicubic", antialias=True, align_corners=False)
     left = (width - 224) // 2
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (clip.MEAN, clip.STD))
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (view.MEAN, view.STD))
     expected = ((resized[..., left : left + 224] + 1) / 2 - mean) / std
     torch.testing.assert_close(preprocess(image), expected, rtol=0, atol=1e-10)
 
@@ -222,6 +104,65 @@ def test_preprocess_of_a_very_long_strip_is_its_middle(axis: int) -> None:
     torch.testing.assert_close(preprocess(image), preprocess_by_hand(middle, 224), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("h", "w"),
+    [
+        (224, 224),  # as the crop
+        (300, 300),
+        (300, 451),  # shrinking
+        (451, 300),
+        (50, 33),  # enlarging, and an odd number of columns left over
+        (1, 1),
+        (2, 90),  # 4 rows
+        (1, 300),  # none, but for the one that is always there
+        (300, 1),
+    ],
+)
+def test_the_whole_picture_is_the_written_out_formula(h: int, w: int) -> None:
+    image = random_image(2, 3, h, w)
+    expected = preprocess_whole_by_hand(image, 224)
+    torch.testing.assert_close(preprocess(image, view="pad"), expected, rtol=0, atol=1e-11)
+    if h == w:
+        assert torch.equal(preprocess(image, view="pad"), preprocess(image))
+
+
+def test_the_sides_of_a_panorama_are_seen_padded_and_lost_cropped() -> None:
+    panorama = random_image(1, 3, 60, 240)
+    changed = panorama.clone()
+    changed[..., :60] += 0.5
+    changed[..., -60:] -= 0.5
+    assert torch.equal(preprocess(changed), preprocess(panorama))
+    difference = (preprocess(changed, view="pad") - preprocess(panorama, view="pad"))[0, 0]
+    assert difference[84:140, :50].mean() > 0.5 / 2 / 0.2687 - 0.05
+    assert difference[84:140, -50:].mean() < -0.5 / 2 / 0.2687 + 0.05
+    assert difference[:84].abs().max() == difference[140:].abs().max() == 0  # padding
+
+
+@needs_open_clip
+def test_padding_adds_nothing_to_its_tokens(tmp_path: Path) -> None:
+    """The reason for its colour: CLIP's patch convolution has no bias."""
+    convolution = load_small(save(tmp_path, tower_weights())).tower.conv1
+    pixels = preprocess(random_image(1, 3, 10, 40), SMALL.image_size * 2, view="pad")  # 56: 14 of picture in the middle
+    tokens = convolution(pixels)  # (1, 32, 4, 4)
+    assert tokens[:, :, [0, 3]].abs().max() == 0
+    assert tokens[:, :, 1:3].abs().min() > 0
+
+
+def test_another_view_is_refused_with_the_two_that_there_are() -> None:
+    with pytest.raises(ValueError, match="'whole', must be one of crop, pad"):
+        preprocess(torch.zeros(1, 3, 8, 8), view="whole")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_the_whole_of_a_very_long_strip_fits_into_memory(axis: int) -> None:
+    shape = [1, 3, 1, 1]
+    shape[axis] = 112_000
+    image = torch.linspace(-1, 1, 112_000, dtype=torch.float64).view(1, 1, *shape[2:]).expand(shape)
+    line = preprocess(image, view="pad")[0].select(4 - axis, 111)  # (3, 224), the only one that is no padding
+    steps = (line * torch.tensor(view.STD)[:, None]).diff()[:, 4:-4]
+    torch.testing.assert_close(steps, torch.full_like(steps, 1 / 224), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_preprocess_works_in_float32_at_least(dtype: torch.dtype) -> None:
     image = random_image(1, 3, 40, 30).to(dtype)
@@ -257,6 +198,24 @@ def test_vectors_are_the_written_out_vit(tmp_path: Path, h: int, w: int) -> None
     expected = tower_by_hand(preprocess_by_hand(image, SMALL.image_size), weights)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(image), expected, rtol=0, atol=1e-10)
+
+
+@needs_open_clip
+def test_a_view_is_chosen_for_the_vectors(tmp_path: Path) -> None:
+    weights, image = tower_weights(), random_image(1, 3, 20, 50)
+    encoder = load_small(save(tmp_path, weights))
+    for name, pixels in (("crop", preprocess_by_hand), ("pad", preprocess_whole_by_hand)):
+        expected = tower_by_hand(pixels(image, SMALL.image_size), weights)
+        torch.testing.assert_close(encoder(image, name), expected, rtol=0, atol=1e-10)
+    assert torch.equal(encoder(image), encoder(image, "crop"))
+
+
+@needs_open_clip
+def test_long_batches_are_the_same_pictures(tmp_path: Path) -> None:
+    encoder, images = load_small(save(tmp_path, tower_weights())), random_image(19, 3, 30, 20)
+    together, alone = encoder(images), torch.cat([encoder(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    assert together.shape == (19, SMALL.output_dim)
 
 
 @needs_open_clip
@@ -301,9 +260,10 @@ def test_vectors_have_unit_length_and_at_least_float32(tmp_path: Path, dtype: to
 @needs_open_clip
 def test_the_default_sizes_are_vit_l_14() -> None:
     with torch.device("meta"):
-        tower = CLIPImageEncoder().tower
+        tower = CLIPEncoder().tower
     state = tower.state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == tower_shapes(clip.VIT_L_14)
+    shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+    assert shapes == tower_shapes(towers.VIT_L_14)
     assert sum(tensor.numel() for tensor in state.values()) == 303_966_208
     attentions = [module for module in tower.modules() if isinstance(module, torch.nn.MultiheadAttention)]
     assert [attention.num_heads for attention in attentions] == [16] * 24  # heads show in no shape
@@ -313,12 +273,24 @@ def test_the_default_sizes_are_vit_l_14() -> None:
 def test_loading_copies_nothing_that_need_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {name: tensor.float() for name, tensor in tower_weights().items()}
     path = save(tmp_path, weights)
-    monkeypatch.setattr(clip, "read_tensors", lambda _: clip.TensorFile(weights, {}))
+    monkeypatch.setattr(files, "read_tensors", lambda _: TensorFile(weights, {}))
     encoder = load_small(path, torch.float32)
     for name, parameter in encoder.tower.named_parameters():
         assert parameter.data_ptr() == weights[f"visual.{name}"].data_ptr()
         assert not parameter.requires_grad
     assert not encoder.training
+
+
+@needs_open_clip
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+def test_on_a_cpu_a_file_of_float32_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    monkeypatch.setattr(files, "default_dtype", lambda _: torch.bfloat16)
+    path = save(tmp_path, {name: tensor.to(stored) for name, tensor in tower_weights().items()})
+    encoder = load_clip(path, device="cpu", config=SMALL)
+    expected = torch.float32 if stored == torch.float32 else torch.bfloat16
+    assert {parameter.dtype for parameter in encoder.parameters()} == {expected}
 
 
 # ---- names
@@ -424,8 +396,8 @@ def test_other_files_are_refused_with_the_one_to_give(
 @needs_open_clip
 def test_a_file_known_to_be_wrong_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, tower_weights())
-    monkeypatch.setitem(clip.KNOWN_WRONG, hashlib.sha256(path.read_bytes()).hexdigest(), "somebody's quick CLIP")
-    monkeypatch.setattr(clip, "read_tensors", lambda _: pytest.fail("was read"))
+    monkeypatch.setitem(files.KNOWN_WRONG, hashlib.sha256(path.read_bytes()).hexdigest(), "somebody's quick CLIP")
+    monkeypatch.setattr(files, "read_tensors", lambda _: pytest.fail("was read"))
     assert "somebody's quick CLIP" in refusal(path)
 
 
@@ -445,7 +417,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, path: Path) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_small(path)
-    return [record.getMessage() for record in caplog.records if record.name == "infdit.clip"]
+    return [record.getMessage() for record in caplog.records if record.name == "infdit.clip.files"]
 
 
 @needs_open_clip
@@ -465,13 +437,13 @@ def test_the_known_file_gives_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, tower_weights())
-    monkeypatch.setitem(clip.KNOWN, hashlib.sha256(path.read_bytes()).hexdigest(), "the one of this test")
+    monkeypatch.setitem(files.KNOWN, hashlib.sha256(path.read_bytes()).hexdigest(), "the one of this test")
     assert warnings_of(caplog, path) == []
 
 
 def test_known_digests_are_sha256_and_on_one_side_only() -> None:
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [*clip.KNOWN, *clip.KNOWN_WRONG])
-    assert not clip.KNOWN.keys() & clip.KNOWN_WRONG.keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [*files.KNOWN, *files.KNOWN_WRONG])
+    assert not files.KNOWN.keys() & files.KNOWN_WRONG.keys()
 
 
 def converted_clip(tmp_path: Path) -> Path:
@@ -507,12 +479,11 @@ def test_a_conversion_that_changed_since_is_refused(tmp_path: Path) -> None:
 
 def test_the_module_imports_without_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    spec = importlib.util.spec_from_file_location("infdit._second_clip", Path(str(clip.__file__)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
-    spec.loader.exec_module(module)
+    for name in [name for name in sys.modules if name.startswith("infdit.clip")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(infdit, "clip", infdit.clip)  # which the second import sets, and which is to be put back
+    module = importlib.import_module("infdit.clip")
+    assert module.CLIPEncoder is not CLIPEncoder
     assert module.preprocess(torch.zeros(1, 3, 4, 4)).shape == (1, 3, 224, 224)
 
 
@@ -528,7 +499,7 @@ def test_without_open_clip_one_sentence_says_what_to_install(
         monkeypatch.syspath_prepend(tmp_path)
     else:
         monkeypatch.setitem(sys.modules, "open_clip", None)
-    for attempt in (CLIPImageEncoder, lambda: load_clip(tmp_path / "any.safetensors")):
+    for attempt in (CLIPEncoder, lambda: load_clip(tmp_path / "any.safetensors")):
         with pytest.raises(OpenCLIPMissingError, match="pip install open_clip_torch") as caught:
             attempt()
         assert isinstance(caught.value, ImportError)
@@ -544,8 +515,8 @@ def test_without_open_clip_one_sentence_says_what_to_install(
 def test_full_size(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {
-        f"visual.{name}": torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
-        for name, shape in tower_shapes(clip.VIT_L_14).items()
+        name: torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
+        for name, shape in tower_shapes(towers.VIT_L_14).items()
     }
     encoder = load_clip(save(tmp_path, weights), dtype=torch.bfloat16, device="cpu")
     assert sum(p.numel() * p.element_size() for p in encoder.parameters()) == 2 * 303_966_208

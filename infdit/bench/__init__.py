@@ -1,0 +1,1 @@
+"""Measurements of a model, for `python -m infdit bench`."""

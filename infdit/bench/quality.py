@@ -1,0 +1,326 @@
+"""What a model adds to interpolation, in figures, and whether that is detail or just something.
+
+Pictures are cut to multiples of 32 pixels, shrunk to a quarter by Pillow's bicubic in 8 bits and enlarged again by each
+contender; all are compared in 8 bits. PSNR or sharpness alone can be had cheaply: blurring raises one, noise the other.
+So the table has controls, the original among them and bicubic with blue noise of the model's energy, which no set of
+limits that means anything may let pass. Pictures without an original are themselves the input.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import LR_FACTOR, InfDiTConfig
+from ..model import InfDiT
+from ..picture import PictureError, find_pictures, read_picture
+from ..samplers import evaluations
+from ..upscale import schedule, upscale
+from . import scores
+from .scores import Bytes, over
+
+MULTIPLE = 32  # that pictures with an original are cut to, in pixels: a whole number of LR tokens and of most blocks
+BORDER = 4  # pixels that PSNR and SSIM leave out
+ORIGINAL, BICUBIC, LANCZOS, NOISE = "original", "bicubic", "Lanczos", "bicubic + noise"
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+_LR = "LR: bicubic downscale of the output against the input, dB over R, G and B."
+_SEAM = "patch and block: step across the lines of the patch and the block grid over the step elsewhere"
+LEGEND = (
+    "PSNR, SSIM: of luma, 4-pixel border. energy: above half Nyquist, over the original's; flat: the same in its\n"
+    "flattest fifth of 16×16 tiles; corr: correlation of what lies there with the original's; corr ¼: above a quarter\n"
+    "of Nyquist, where the input ends (not judged). s: seconds.\n"
+    f"{_LR}\n{_SEAM}, over the original's."
+)
+LEGEND_ALONE = (
+    "Without originals. energy: above half Nyquist, over bicubic's (not judged). s: seconds.\n"
+    f"{_LR}\n{_SEAM}, which is 1 without\n"
+    "seams; block divided by bicubic's block over its patch, for an input that was a JPEG has a grid of its own, 32\n"
+    "pixels wide after ×4. Noise is no control here: it hardly touches what is judged, LR and the two grids."
+)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the means over a set of pictures must keep to pass; ratios are over the original, the rest over bicubic."""
+
+    least_energy: float = 0.6
+    most_energy: float = 1.2
+    most_flat_energy: float = 2.0
+    correlation_lost: float = 0.0  # below bicubic's
+    psnr_lost: float = 1.5  # dB below bicubic's
+    consistency_lost: float = 2.0  # dB below bicubic's
+    most_seam: float = 1.03
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A row of the table; nan is what cannot be said."""
+
+    psnr: float = math.nan
+    ssim: float = math.nan
+    energy: float = math.nan
+    flat_energy: float = math.nan
+    correlation: float = math.nan
+    wide_correlation: float = math.nan
+    consistency: float = math.nan
+    patch_seam: float = math.nan
+    block_seam: float = math.nan
+    seconds: float = math.nan
+
+
+_HEADS = ("PSNR", "SSIM", "energy", "flat", "corr", "corr ¼", "LR", "patch", "block", "s")
+_DIGITS = (2, 4, 3, 3, 3, 3, 2, 3, 3, 2)
+_NAME, _WIDTH = 22, 8  # characters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the contenders run. None: the model's default, or what `upscale` does on its own.
+
+    steps: one row each; limit: pictures of a folder; crop: pixels of the side of a centre crop.
+    """
+
+    steps: tuple[int, ...] = (1, 4, 8, 16)
+    sampler: str | None = None
+    sigma_max: float | None = None
+    seed: int = 0
+    budget: int | None = None
+    device: torch.device | None = None
+    limit: int | None = None
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("limit", self.limit), ("crop", self.crop)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1, or left out")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One input, (h, w, 3) uint8, and its original, four times as large, if there is one."""
+
+    name: str
+    low: Bytes
+    original: Bytes | None
+
+
+def report(
+    given: Path, model: InfDiT, settings: Settings, with_original: bool = True, each: bool = False
+) -> Iterator[str]:
+    """The table of a folder (or file) of pictures as text: rows of each picture if asked, the means, the verdicts.
+
+    Raises:
+        PictureError: pictures that are missing or too small.
+        ValueError: settings that the model does not have.
+    """
+    paths = find_pictures([given])[: settings.limit]
+    sampler = settings.sampler or model.defaults.sampler
+    counts = [evaluations(sampler, schedule(model.defaults, n, settings.sigma_max)) for n in settings.steps]
+    sigma = model.defaults.sigma_max if settings.sigma_max is None else settings.sigma_max
+    yield f"{given}: {len(paths)} pictures; {sampler}, sigma_max {sigma:g}, {str(model.dtype).removeprefix('torch.')}"
+    yield LEGEND if with_original else LEGEND_ALONE
+    table: dict[str, list[Scores]] = {}
+    with tqdm(total=len(paths) * sum(counts), bar_format=_BAR, mininterval=0.5) as bar:
+        for path in paths:
+            bar.set_description_str(path.name)
+            case = _case(path, settings.crop, with_original)
+            if not table:  # what the first run of all pays for must not be in the seconds
+                _run(_Case("", case.low[:8, :8], None), model, settings, 1, bar, 0)
+            pictures = _contenders(case, model, settings, counts, bar)
+            bicubic = pictures[BICUBIC][0]
+            rows = {name: _score(case, one, bicubic, model.config) for name, one in pictures.items()}
+            for name, row in rows.items():
+                table.setdefault(name, []).append(row)
+            if each:
+                bar.clear()
+                yield "\n".join(["", *_rows(case.name, rows)])
+    means = {name: mean(rows) for name, rows in table.items()}
+    yield "\n".join(["", *_rows(f"mean of {len(paths)}", means), "", *_verdicts(means, Thresholds())])
+
+
+def mean(rows: Sequence[Scores]) -> Scores:
+    """Of each column over the pictures where it could be told."""
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Scores)}
+    told = {name: [value for value in values if not math.isnan(value)] for name, values in columns.items()}
+    return Scores(**{name: math.fsum(values) / len(values) for name, values in told.items() if values})
+
+
+def failures(row: Scores, bicubic: Scores, limits: Thresholds) -> list[str]:
+    """What a row exceeds, in words, beside bicubic on the same pictures; what is nan is not judged."""
+    ranges: dict[str, tuple[float, float, float]] = {  # value, least, most
+        "PSNR": (row.psnr, bicubic.psnr - limits.psnr_lost, math.inf),
+        "flat": (row.flat_energy, 0, limits.most_flat_energy),
+        "corr": (row.correlation, bicubic.correlation - limits.correlation_lost, math.inf),
+        "LR": (row.consistency, bicubic.consistency - limits.consistency_lost, math.inf),
+        "patch": (row.patch_seam, 0, limits.most_seam),
+        "block": (row.block_seam, 0, limits.most_seam),
+    }
+    if not math.isnan(row.psnr):  # else energy is over bicubic's
+        ranges["energy"] = (row.energy, limits.least_energy, limits.most_energy)
+    digits: dict[str, int] = dict(zip(_HEADS, _DIGITS, strict=True))
+    found = []
+    for name in (head for head in _HEADS if head in ranges):
+        value, least, most = ranges[name]
+        if value < least:
+            found.append(f"{name} {value:.{digits[name]}f} is under {least:.{digits[name]}f}")
+        elif value > most:
+            found.append(f"{name} {value:.{digits[name]}f} is over {most:.{digits[name]}f}")
+    return found
+
+
+# ---- pictures
+
+
+def _case(path: Path, crop: int | None, with_original: bool) -> _Case:
+    """Colours as the file has them; transparency is left out."""
+    picture = _to_bytes(read_picture(path).pixels[..., :3])
+    if crop is not None:
+        sides = [min(side, crop) for side in picture.shape[:2]]
+        top, left = ((whole - side) // 2 for whole, side in zip(picture.shape[:2], sides, strict=True))
+        picture = picture[top : top + sides[0], left : left + sides[1]]
+    if not with_original:
+        return _Case(path.name, picture, None)
+    height, width = (side // MULTIPLE * MULTIPLE for side in picture.shape[:2])
+    if not height or not width:
+        raise PictureError(
+            f"{path}: {picture.shape[1]}×{picture.shape[0]} is too small to be compared, which takes "
+            f"{MULTIPLE}×{MULTIPLE}: leave it out, or choose a larger --crop"
+        )
+    original = picture[:height, :width]
+    return _Case(path.name, _resized(original, height // LR_FACTOR, width // LR_FACTOR), original)
+
+
+def _contenders(
+    case: _Case, model: InfDiT, settings: Settings, counts: Sequence[int], bar: tqdm
+) -> dict[str, tuple[Bytes, float]]:
+    """(h, w, 3) uint8 and seconds by name."""
+    height, width = (LR_FACTOR * side for side in case.low.shape[:2])
+    found = {} if case.original is None else {ORIGINAL: (case.original, math.nan)}
+    for name, kernel in ((BICUBIC, Image.Resampling.BICUBIC), (LANCZOS, Image.Resampling.LANCZOS)):
+        start = time.perf_counter()
+        found[name] = _resized(case.low, height, width, kernel), time.perf_counter() - start
+    default = _default_steps(model, settings)
+    results: dict[str, tuple[Bytes, float]] = {}
+    for steps, count in zip(settings.steps, counts, strict=True):
+        name = f"{steps} step{'s' * (steps > 1)}" + " (default)" * (steps == default)
+        results[name] = _run(case, model, settings, steps, bar, count)
+        if steps == (settings.steps[-1] if default is None else default):
+            found[NOISE] = _with_noise(found[BICUBIC][0], results[name][0], settings.seed), math.nan
+    return found | results
+
+
+def _default_steps(model: InfDiT, settings: Settings) -> int | None:
+    """The row that is the model's own default, if there is one."""
+    given = (settings.sampler or model.defaults.sampler, settings.sigma_max or model.defaults.sigma_max)
+    own = given == (model.defaults.sampler, model.defaults.sigma_max) and model.defaults.steps in settings.steps
+    return model.defaults.steps if own else None
+
+
+def _run(
+    case: _Case, model: InfDiT, settings: Settings, steps: int, bar: tqdm, count: int
+) -> tuple[Bytes, float]:
+    """The model's picture; the bar moves by `count` in all."""
+    begun = bar.n
+
+    def progress(done: int, total: int, _: object) -> None:
+        bar.update(begun + count * done / total - bar.n)
+
+    image = torch.from_numpy(case.low.astype(np.float32) / 255)[None]
+    start = time.perf_counter()
+    result = upscale(
+        model,
+        image,
+        float(LR_FACTOR),
+        steps,
+        settings.sampler,
+        settings.sigma_max,
+        settings.seed,
+        settings.budget,
+        progress=progress,
+        device=settings.device,
+    )
+    return _to_bytes(result[0]), time.perf_counter() - start
+
+
+def _with_noise(bicubic: Bytes, result: Bytes, seed: int) -> Bytes:
+    """Bicubic and as much grey noise as brings it to the energy of a result: sharp by the figure, and no better."""
+    missing = scores.energy(scores.luma(result)) - scores.energy(scores.luma(bicubic))
+    noise = scores.blue_noise(bicubic.shape[:2], max(float(missing), 0), np.random.default_rng(seed))
+    return np.clip(np.rint(bicubic + noise[..., None] / scores.LUMA_OF_GREY), 0, 255).astype(np.uint8)
+
+
+def _resized(
+    picture: Bytes, height: int, width: int, kernel: Image.Resampling = Image.Resampling.BICUBIC
+) -> Bytes:
+    return np.asarray(Image.fromarray(picture).resize((width, height), kernel))
+
+
+def _to_bytes(pixels: torch.Tensor) -> Bytes:
+    return (pixels * 255 + 0.5).to(torch.uint8).numpy()
+
+
+def _score(case: _Case, contender: tuple[Bytes, float], bicubic: Bytes, config: InfDiTConfig) -> Scores:
+    picture, seconds = contender
+    y = scores.luma(picture)
+    patches, blocks = scores.seam(y, config.patch_size), scores.seam(y, config.block_size)
+    consistency = scores.psnr(_resized(picture, *case.low.shape[:2]), case.low)
+    if case.original is None:
+        plain = scores.luma(bicubic)
+        inherited = over(scores.seam(plain, config.block_size), scores.seam(plain, config.patch_size))
+        return Scores(
+            energy=scores.energy_ratio(y, plain),
+            consistency=consistency,
+            patch_seam=patches,
+            block_seam=over(blocks, inherited),
+            seconds=seconds,
+        )
+    truth = scores.luma(case.original)
+    flat = scores.flattest(truth)
+    return Scores(
+        psnr=scores.psnr(y, truth, BORDER),
+        ssim=scores.ssim(y, truth, BORDER),
+        energy=scores.energy_ratio(y, truth),
+        flat_energy=scores.energy_ratio(scores.tiles(y)[flat], scores.tiles(truth)[flat]),
+        correlation=scores.correlation(y, truth),
+        wide_correlation=scores.correlation(y, truth, scores.INPUT_NYQUIST),
+        consistency=consistency,
+        patch_seam=over(patches, scores.seam(truth, config.patch_size)),
+        block_seam=over(blocks, scores.seam(truth, config.block_size)),
+        seconds=seconds,
+    )
+
+
+# ---- text
+
+
+def _rows(title: str, rows: dict[str, Scores]) -> Iterator[str]:
+    """Head and rows; columns that no row has are left out."""
+    columns = zip(_HEADS, _DIGITS, *(asdict(row).values() for row in rows.values()), strict=True)
+    used = [column for column in columns if not all(map(math.isnan, column[2:]))]
+    yield f"{title[: _NAME - 1]:{_NAME}}" + "".join(f"{column[0]:>{_WIDTH}}" for column in used)
+    for i, name in enumerate(rows, start=2):
+        yield f"{name:{_NAME}}" + "".join(f"{_number(column[i], column[1]):>{_WIDTH}}" for column in used)
+
+
+def _number(value: float, digits: int) -> str:
+    """Fewer decimals from 100 up, so that columns do not run into each other."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
+
+
+def _verdicts(means: dict[str, Scores], limits: Thresholds) -> Iterator[str]:
+    for name, row in means.items():
+        failed = failures(row, means[BICUBIC], limits)
+        judged = "passes" if not math.isnan(row.psnr) else "passes LR and seams"
+        yield f"{name:{_NAME}}{'fails: ' + '; '.join(failed) if failed else judged}"
+    if NOISE in means and ORIGINAL in means and not failures(means[NOISE], means[BICUBIC], limits):
+        yield f"{NOISE} must not pass: on these pictures the figures cannot tell detail from noise."

@@ -1,0 +1,206 @@
+"""Sampling that survives a device that fills up.
+
+Memory can run out in a run that was planned well: another program took it. What the attempt held is then given back, a
+smaller plan is made, and sampling goes on from the beginning of the step that was under way. The picture is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from .denoiser import Conditioning, Denoiser
+from .device import out_of_memory
+from .memory import MemoryPlan
+from .model import InfDiT
+from .planner import amount
+from .samplers import EVALUATIONS, MULTISTEP, SAMPLERS, Sampler
+from .tiers import Tier
+from .uniba import Skip, place
+
+log = logging.getLogger(__name__)
+
+State = dict[str, "Tensor | int"]
+
+
+class OutOfMemory(MemoryError):  # noqa: N818 - as torch.cuda's
+    """No smaller plan is left."""
+
+
+@dataclass
+class Report:
+    """What a run did, filled in while it runs.
+
+    Attributes:
+        plan: that it began with, and after `replanned` that it ended with.
+        replanned: a sentence for each time that memory ran out.
+        seconds: of each step.
+        measured: bytes on the device at most, counted; None where nobody counted.
+    """
+
+    plan: MemoryPlan | None = None
+    replanned: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    measured: int | None = None
+
+
+@dataclass
+class _Position:
+    """Where a sampler stands at the beginning of a step: all that is needed to go on from there."""
+
+    step: int
+    x: Tensor
+    last: Tensor | None = None  # denoised of the step before, for samplers that look back
+    done: int = 0  # blocks
+
+    def move(self, device: torch.device) -> None:
+        self.x = self.x.to(device)
+        self.last = None if self.last is None else self.last.to(device)
+
+
+class Run:
+    """Pictures sampled one after another under a plan that shrinks when it must.
+
+    Args:
+        model: as it was loaded; the plan says where its parameters go.
+        plan: to begin with.
+        device: that computes.
+        smaller: makes a plan that takes less than the given one, or raises OutOfMemory.
+        progress: told the number of blocks done in all after each layer of a chunk.
+        report: is filled in.
+        skip: see `uniba.sweep`.
+    """
+
+    def __init__(
+        self,
+        model: InfDiT,
+        plan: MemoryPlan,
+        device: torch.device,
+        smaller: Callable[[MemoryPlan], MemoryPlan],
+        progress: Callable[[int], None],
+        report: Report,
+        skip: Skip | None = None,
+    ) -> None:
+        self.plan, self.device = plan, device
+        self._model, self._smaller, self._progress, self._skip = model, smaller, progress, skip
+        self._placed: InfDiT | None = None
+        self._report = report
+        self._done = 0
+        report.plan = plan
+
+    @property
+    def block_size(self) -> int:
+        """Pixels: pictures are padded to whole blocks."""
+        return self._model.config.block_size
+
+    @property
+    def images(self) -> torch.device:
+        """Where the pictures are while they are sampled."""
+        return self.device if self.plan.images == "device" else torch.device("cpu")
+
+    @property
+    def around(self) -> Tier:
+        """The tier of what lies around the sampling; on a CPU there is one memory, unless the plan says otherwise."""
+        return "device" if self.device.type == "cpu" and self.plan.images == "device" else "host"
+
+    def sample(
+        self,
+        conditioning: Conditioning,
+        start: list[Tensor],
+        sampler: str | Sampler,
+        sigmas: Tensor,
+        callback: Callable[[State], None],
+    ) -> Tensor:
+        """Sample one picture.
+
+        Args:
+            conditioning: on `images`.
+            start: x, (1, 3, h, w) on `images`; taken out of the list, so that it is let go of after the first step.
+            sampler: a name in SAMPLERS; or any function like those, which cannot go on from a step: after running
+                out of memory it starts anew.
+            sigmas: (n + 1,) noise levels.
+            callback: see `samplers`.
+
+        Raises:
+            OutOfMemory: not even the smallest plan fits.
+        """
+        position = _Position(0, start.pop(), done=self._done)
+        while True:
+            failure = ""
+            try:
+                return self._attempt(position, conditioning, sampler, sigmas, callback)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                failure = str(error)  # the error itself would keep all that the attempt held
+            self._make_room(failure, position, len(sigmas) - 1)
+            position.move(self.images)
+            conditioning = replace(
+                conditioning,
+                lr=conditioning.lr.to(self.images),
+                lr_upscaled=conditioning.lr_upscaled.to(self.images),
+            )
+
+    def _attempt(
+        self,
+        position: _Position,
+        conditioning: Conditioning,
+        sampler: str | Sampler,
+        sigmas: Tensor,
+        callback: Callable[[State], None],
+    ) -> Tensor:
+        self._placed = self._placed or place(self._model, self.plan, self.device)
+        denoiser = Denoiser(
+            self._placed, conditioning, self.plan, progress=self._advance, device=self.device, skip=self._skip
+        )
+        if not isinstance(sampler, str):
+            return sampler(denoiser, position.x, sigmas, callback=callback)
+        first, calls, began = position.step, count(), time.monotonic()
+        denoised: Tensor | None = position.last
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal began
+            step, repeated = divmod(next(calls), EVALUATIONS[sampler])
+            if not repeated:
+                if step:
+                    self._report.seconds.append(time.monotonic() - began)
+                began = time.monotonic()
+                position.step, position.x, position.last, position.done = first + step, x, denoised, self._done
+            return denoiser(x, sigma)
+
+        def evaluated(state: State) -> None:
+            nonlocal denoised
+            if sampler in MULTISTEP:
+                denoised = state["denoised"]  # type: ignore[assignment]
+            callback(state)
+
+        result = SAMPLERS[sampler](denoise, position.x, sigmas, evaluated, start=first, last=position.last)
+        self._report.seconds.append(time.monotonic() - began)
+        return result
+
+    def _advance(self, blocks: int) -> None:
+        self._done += blocks
+        self._progress(self._done)
+
+    def _make_room(self, failure: str, position: _Position, steps: int) -> None:
+        """Give back what the failed attempt held and make a smaller plan."""
+        self._placed = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._done = position.done
+        self._report.plan = self.plan = self._smaller(self.plan)
+        message = (
+            f"out of memory in step {position.step + 1} of {steps}: going on with a smaller plan of "
+            f"{amount(self.plan.peak_bytes or 0)}; the picture is the same"
+        )
+        log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
+        self._report.replanned.append(message)
+

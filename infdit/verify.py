@@ -1,0 +1,114 @@
+"""What a plan holds, counted without holding it.
+
+The whole of `upscale` runs on fake tensors, which have shapes and no memory, on a fake accelerator beside a fake host.
+Of each evaluation only those chunks are computed where the peak can lie: of the first and of the last group of layers
+the first line of blocks and a chunk more, by when the ring of keys and values is in full use, those where most keys
+are turned into another frame, and the last chunk, when all hidden states are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from .config import InfDiTConfig
+from .grid import BlockGrid
+from .measure import PeakMeter
+from .memory import MemoryPlan
+from .model import InfDiT
+from .run import Report, Run
+from .samplers import karras_sigmas
+from .tiers import Tier
+from .uniba import Geometry, Skip, streams
+from .upscale import pictures
+
+ACCELERATOR = "lazy:0"  # a device that PyTorch knows and that nobody has: only fake tensors can be on it
+STEPS = 3  # after which a sampler holds all that it ever does
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - PyTorch's own signature
+        if func is F.scaled_dot_product_attention and args[0].device.type != "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def counted_peak(
+    config: InfDiTConfig,
+    height: int,
+    width: int,
+    plan: MemoryPlan,
+    dtype: torch.dtype,
+    sampler: str = "heun",
+    batch: int = 1,
+    one_memory: bool = False,
+    whole: bool = False,
+) -> dict[Tier, int]:
+    """Bytes that `upscale` to height × width holds at most, on the device and on the host.
+
+    Args:
+        config, height, width, plan, dtype, sampler, batch, one_memory: see `memory.footprint`, which foretells them.
+        whole: compute every chunk; only slower.
+    """
+    device = torch.device("cpu" if one_memory else ACCELERATOR)
+    grid = BlockGrid.covering(height, width, config.block_size, plan.sweep)
+    sigmas = karras_sigmas(STEPS, 0.1, 1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
+        model = _fake_model(config, dtype)
+        image = torch.empty(batch, -(-height // 4), -(-width // 4), 3)
+        run = Run(model, plan, device, _refuse, lambda done: None, Report(), None if whole else _thin(config, grid, plan))
+        held: dict[Tier, list[Tensor]] = {"device": [], "host": []}
+        for name, parameter in model.named_parameters():
+            if streams(plan, name):
+                held["host"].append(parameter)
+            elif one_memory:  # else they are copied to the device
+                held["device"].append(parameter)
+        noise = torch.Generator().manual_seed(0)
+        with PeakMeter(held, device) as meter:
+            pictures(run, image, (height, width), None, sampler, sigmas, noise, lambda state: None)
+    return meter.peak
+
+
+def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
+    with torch.device("meta"):
+        model = InfDiT(config)
+    state = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in model.named_parameters()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _thin(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan) -> Skip:
+    """Leave out what cannot hold more than what is computed."""
+    filled, geometry = grid.line + 1 + plan.chunk, Geometry(config, grid)
+    wanted: set[range] = set()
+    most = 0
+    for blocks in grid.chunks(plan.chunk):
+        shifts = zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)
+        turned = sum(any(shift != (0, 0) for shift in slot) for slot in shifts)
+        if blocks.start <= filled or blocks.stop == grid.blocks or turned > most:
+            wanted.add(blocks)
+        most = max(most, turned)
+
+    def skip(layers: range, blocks: range) -> bool:
+        return (layers.start > 0 and layers.stop < config.num_layers) or blocks not in wanted
+
+    return skip
+
+
+def _refuse(plan: MemoryPlan) -> MemoryPlan:
+    raise AssertionError("fake tensors do not run out of memory")

@@ -1,0 +1,130 @@
+"""Peaks counted on fake tensors: as in real runs, as over whole evaluations, and as foretold up to 16384 × 16384."""
+
+import math
+import random
+import time
+
+import pytest
+import torch
+from test_memory import assert_within, held, random_case, random_model
+
+import infdit
+from infdit import InfDiTConfig, MemoryPlan, plan_memory
+from infdit.measure import PeakMeter
+from infdit.memory import footprint
+from infdit.planner import BudgetTooSmall
+from infdit.verify import counted_peak
+
+PUBLISHED, BF16 = InfDiTConfig(), torch.bfloat16
+MUCH = 2**50
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
+    config, h, w, plan, dtype, sampler, batch = random_case(random.Random(seed))
+    model = random_model(config, dtype)
+    with PeakMeter(held(model, plan)) as meter:
+        infdit.upscale(
+            model, torch.rand(batch, -(-h // 4), -(-w // 4), 3), size=(h, w), steps=3, sampler=sampler, plan=plan
+        )
+    fake = counted_peak(config, h, w, plan, dtype, sampler, batch, one_memory=True, whole=True)
+    for name in fake:
+        assert fake[name] == pytest.approx(meter.peak[name], rel=0.02)  # real positions are whole numbers of 8 bytes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
+    rng = random.Random(100 + seed)
+    config, h, w, plan, dtype, sampler, _ = random_case(rng)
+    one = rng.random() < 0.5
+    whole, part = (counted_peak(config, h, w, plan, dtype, sampler, 1, one, whole=whole) for whole in (True, False))
+    assert part == whole
+
+
+def random_request(rng: random.Random) -> dict:
+    config = rng.choice(
+        [
+            PUBLISHED,
+            InfDiTConfig(6, 128, 4, 4, 32, 0),
+            InfDiTConfig(3, 256, 4, 4, 64, 0),
+            InfDiTConfig(8, 512, 8, 4, 128, 768),
+        ]
+    )
+    h, w = (int(2 ** rng.uniform(6, 14)) for _ in range(2))
+    kind = rng.random()
+    if kind < 0.2:
+        w = rng.choice([64, 65, 127, 1000])  # a strip
+    elif kind < 0.3:
+        h = w = rng.choice([4096, 8192, 16384])
+    return {
+        "config": config,
+        "height": h,
+        "width": w,
+        "batch": rng.choice([1, 1, 1, 3]),
+        "dtype": rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        "sampler": rng.choice(list(infdit.samplers.SAMPLERS)),
+        "device": rng.choice(["cuda", "cuda", "cpu"]),
+    }
+
+
+def random_budget(rng: random.Random, request: dict) -> int:
+    with pytest.raises(BudgetTooSmall) as refusal:
+        plan_memory(**request, budget=1, host_budget=MUCH)
+    return int(refusal.value.least * rng.choice([1, 1.3, 2, 2 ** rng.uniform(0, 5)]))
+
+
+def assert_kept(seed: int, cases: int) -> None:
+    """Counted ≤ foretold ≤ budget, and foretold ≤ 1.25 × counted + 16 MiB, on both tiers."""
+    rng = random.Random(seed)
+    for _ in range(cases):
+        request = random_request(rng)
+        budget = random_budget(rng, request)
+        plan = plan_memory(**request, budget=budget, host_budget=MUCH)
+        one = request.pop("device") == "cpu"
+        counted = counted_peak(plan=plan, one_memory=one, **request)
+        foretold = footprint(plan=plan, one_memory=one, **request)
+        try:
+            assert plan.peak_bytes == foretold.device
+            assert foretold.device <= budget
+            assert_within(counted, foretold)
+        except AssertionError as error:
+            raise AssertionError(f"{request} {plan} counted {counted} foretold {foretold}: {error}") from error
+
+
+def test_random_budgets_are_kept() -> None:
+    assert_kept(seed=0, cases=4)
+
+
+@pytest.mark.slow
+def test_many_random_budgets_are_kept() -> None:
+    assert_kept(seed=1, cases=200)
+
+
+@pytest.mark.parametrize(("side", "gib"), [(4096, 0.4), pytest.param(16384, 1.0, marks=pytest.mark.slow)])
+def test_the_promised_sizes_are_counted(side: int, gib: float) -> None:
+    plan = plan_memory(PUBLISHED, side, side, dtype=BF16, device="cuda", budget=int(gib * 2**30), host_budget=MUCH)
+    began = time.monotonic()
+    counted = counted_peak(PUBLISHED, side, side, plan, BF16)
+    assert time.monotonic() - began < 120
+    assert counted["device"] <= gib * 2**30
+    assert_within(counted, footprint(PUBLISHED, side, side, plan, BF16))
+
+
+@pytest.mark.parametrize("one_memory", [False, True])
+def test_least_is_honest(one_memory: bool) -> None:
+    """No plan at all, whether the planner would look at it or not, holds much less than `least`."""
+    config, side = InfDiTConfig(4, 512, 8, 4, 64, 0), 200
+    with pytest.raises(BudgetTooSmall) as refusal:
+        plan_memory(config, side, side, dtype=torch.float32, device="cpu" if one_memory else "cuda", budget=1,
+                    host_budget=MUCH)  # fmt: skip
+    least, smallest = refusal.value.least, math.inf
+    for group in (1, 2, 4):
+        for chunk in (1, 3, 16):
+            for weights in ("resident",) if one_memory else ("resident", "streamed"):
+                for hidden in ("device",) if one_memory else ("device", "host"):
+                    for images in ("device",) if one_memory else ("device", "host"):
+                        plan = MemoryPlan(group, chunk, weights, hidden, images)
+                        counted = counted_peak(config, side, side, plan, torch.float32, "heun", 1, one_memory)
+                        smallest = min(smallest, counted["device"])
+    assert smallest <= least
+    assert smallest >= (least - 16 * 2**20) / 1.25
