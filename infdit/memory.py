@@ -185,7 +185,7 @@ def footprint(
         host_weights=weights.movable if streamed else 0,
         host_hidden=kept if hidden_away else 0,
         # where pictures are on the device, one on its way in or out
-        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0 if one_memory else 3 * picture),
+        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0 if one_memory else 7 * picture // 2),
     )
 
 

@@ -20,7 +20,7 @@ MakeModel = Callable[..., tuple[infdit.model.InfDiT, Weights]]
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_cores() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture

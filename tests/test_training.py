@@ -1,0 +1,307 @@
+"""The training program on models of a few thousand parameters and pictures of noise and edges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import infdit
+from infdit import Conditioning, MemoryPlan
+from infdit.config import InfDiTConfig, SamplingDefaults
+from infdit.denoiser import Denoiser
+from training import __main__ as command
+from training import data, degrade, validate
+from training.attention import PlainAttention
+from training.export import export
+from training.export import main as export_command
+from training.loop import Decay, Recipe, Trainer, _across
+from training.optimizer import Optimizer, orthogonal
+from training.start import from_nothing
+
+CONFIG = InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=16, vector_dim=0, position_period=64)
+TINY = Recipe(crop=32, crops=4, parts=2, warmup=5)
+
+
+def picture(seed: int, side: int = 96) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def trainer(recipe: Recipe = TINY, workers: int = 2) -> Trainer:
+    return Trainer(from_nothing(CONFIG, recipe.seed), recipe, [picture(i) for i in range(3)], workers)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, name in enumerate(("a_00", "a_v1", "b_00", "b_11", "c")):
+        Image.fromarray(picture(i)).save(pictures / f"{name}.png")
+    return pictures
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- pictures
+
+
+def test_photographs_are_held_out_whole() -> None:
+    names = ("budgie_a-b_00", "budgie_a-b_31", "budgie_a-b_v0", "x_300dpi_v1", "x_300dpi_10", "pia19808_v0", "pia19808")
+    assert {data.photograph(Path(f"{n}.jpg")) for n in names} == {"budgie_a-b", "x_300dpi", "pia19808"}
+    paths = [Path(f"{n}.jpg") for n in names]
+    for count in (1, 2):
+        train, held = data.split(paths, count)
+        assert sorted(train + held) == sorted(paths)
+        assert len({data.photograph(p) for p in held}) == count
+        assert not {data.photograph(p) for p in held} & {data.photograph(p) for p in train}
+        assert data.split(paths[::-1], count)[1] == held[::-1]
+    with pytest.raises(ValueError, match="hold out 1 to 2"):
+        data.split(paths, 3)
+
+
+def test_crops_follow_from_the_seed_and_lie_on_their_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(degrade, "DAMAGED", 0.0)
+    pictures = [picture(i) for i in range(3)]
+    for seed in range(8):
+        crops, again = (data.draw(pictures, 2, 32, (7, seed, 0)) for _ in range(2))
+        other = data.draw(pictures, 2, 32, (7, seed, 1))
+        assert torch.equal(crops.hr, again.hr)
+        assert torch.equal(crops.lr, again.lr)
+        assert not torch.equal(crops.hr, other.hr)
+        # the pictures are smooth, so every filter gives nearly the mean of 4×4 pixels
+        assert (F.avg_pool2d(crops.hr, 4) - crops.lr).abs().mean() < 0.01
+        assert (crops.up - crops.hr).abs().mean() < 0.01
+        shifted = (crops.up - crops.hr.roll(2, -1))[..., 2:]
+        assert shifted.abs().mean() > 2 * (crops.up - crops.hr).abs().mean(), "half a low-resolution pixel off"
+
+
+def test_most_low_resolution_pictures_are_clean() -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    undamaged = {degrade.clean(tile, r).tobytes() for r in degrade._FILTERS}
+    rng = np.random.default_rng(1)
+    made = [degrade.degrade(tile, rng) for _ in range(400)]
+    assert all(x.shape == (16, 16, 3) and x.dtype == np.uint8 for x in made)
+    assert 0.75 < sum(x.tobytes() in undamaged for x in made) / 400 < 0.9
+    assert {x.tobytes() for x in made} >= undamaged
+
+
+# ---- one step
+
+
+def test_loss_is_plain_l2_on_the_network_output() -> None:
+    """With one noise level for all crops, F by hand from D: F = (D − c_skip·x)/c_out, and what it should have been."""
+    sigma = 0.7
+    recipe = Recipe(crop=32, crops=2, parts=1, sigma_mean=float(np.log(sigma)), sigma_std=0.0, precision="float32")
+    run = trainer(recipe, workers=1)
+    for parameter in run.model.parameters():  # modulation, too, so that the noise level matters
+        torch.nn.init.normal_(parameter, 0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    run.step = 3
+    crops = run._crops(3, 0)
+    rng = np.random.default_rng([0, 3, 0, 1])
+    noise = torch.from_numpy(rng.standard_normal(crops.hr.shape, np.float32))
+    row, column = (int(block) * 4 for block in rng.integers(64 // 4 - 2 + 1, size=2))
+    x = crops.hr + sigma * noise
+    plan = MemoryPlan(9, 99)
+    with torch.no_grad():
+        denoise = Denoiser(run.model, Conditioning(crops.lr, crops.up), plan, origin=(row, column))
+        denoised = denoise(x, sigma)
+    skip, out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
+    given, wanted = (denoised - skip * x) / out, (crops.hr - skip * x) / out
+    assert run.advance() == pytest.approx(float((given - wanted).square().mean()), rel=1e-4)
+
+
+def test_seam_term_counts_differences_across_lines_only() -> None:
+    """Half the squared step, averaged over lines and axes: 1 for pure noise of size 1."""
+    noise = torch.randn(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_across(noise, 4), torch.ones(2), rtol=0, atol=0.01)
+    torch.testing.assert_close(_across(noise, 512), torch.zeros(2))
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # columns step by 1 everywhere, rows not at all
+    torch.testing.assert_close(_across(ramp, 4), torch.tensor([0.25]))
+    steps = torch.tensor([0.0, 5.0, 0.0, 5.0, 2.0, 9.0, 2.0, 9.0]).expand(1, 3, 8, 8)  # from 5 to 2 across the line
+    torch.testing.assert_close(_across(steps, 4), torch.tensor([9 / 4]))
+
+
+def test_positions_lie_all_over_the_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins: list[tuple[int, int]] = []
+
+    class Recorded(Denoiser):
+        def __init__(self, *args: object, origin: tuple[int, int]) -> None:
+            origins.append(origin)
+            super().__init__(*args, origin=origin)
+
+    monkeypatch.setattr("training.loop.Denoiser", Recorded)
+    run = trainer(workers=1)
+    for _ in range(60):
+        run.advance()
+    assert {x % 4 for origin in origins for x in origin} == {0}
+    assert {x for origin in origins for x in origin} == set(range(0, 64 - 8 + 1, 4)), "all places, none across the seam"
+
+
+def test_plain_attention_is_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, generator=generator) for n in (5, 7, 7))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    with PlainAttention():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_orthogonal_updates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 16), (2, 64, 16), (2, 16, 64)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=generator)))
+        assert 0.6 < values.min() <= values.max() < 1.3
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_optimizers_descend(kind: str) -> None:
+    """Least squares in 8 unknown columns: the error falls a hundredfold."""
+    generator = torch.Generator().manual_seed(0)
+    given, truth = (torch.randn(n, 8, generator=generator) for n in (64, 8))
+    weight = torch.zeros(8, 8, requires_grad=True)
+    optimizer = Optimizer(["layers.0.out.weight"], [weight], kind)
+    errors = []
+    for step in range(300):
+        error = (given @ (weight - truth)).square().mean()
+        optimizer.step(torch.autograd.grad(error, [weight]), 0.2 * (1 - step / 300))
+        errors.append(error.item())
+    assert errors[-1] < errors[0] / 100
+
+
+def test_adamw_is_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.ones(4, 3, requires_grad=True) for _ in range(2))
+    optimizer = Optimizer(["head.weight"], [ours], "muon")  # no matrix of a layer
+    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+    for _ in range(5):
+        gradient = torch.randn(4, 3, generator=generator)
+        optimizer.step([gradient], 0.1)
+        theirs.grad = gradient
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_decay_is_a_straight_line() -> None:
+    decay = Decay(start=80, factor=0.5, length=20)
+    assert [decay.at(step) for step in (80, 90, 100, 101)] == [0.5, 0.25, 0.0, 0.0]
+
+
+def test_a_new_model_looks_at_its_own_place() -> None:
+    """Of the tokens of the window, each patch gives most weight to the one that it lies in."""
+    config = InfDiTConfig(1, 64, 2, block_size=32, vector_dim=0)
+    cross = from_nothing(config, 0).layers[0].cross
+    products = torch.einsum("thd,whd->htw", cross.query_position, cross.key_position)
+    side, tokens = 8, 12  # patches of a block; low-resolution tokens, of two patches each, of three blocks
+    row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    own = (4 + row // 2) * tokens + 4 + column // 2
+    assert (products.argmax(-1) == own).all()
+
+
+# ---- whole runs
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_first_losses_repeat_and_workers_do_not_matter(precision: str) -> None:
+    recipe = Recipe(crop=32, crops=4, parts=2, warmup=5, precision=precision)
+    runs = [trainer(recipe, workers) for workers in (2, 2, 1)]
+    losses = [[run.advance() for _ in range(20)] for run in runs]
+    assert losses[0] == losses[1] == losses[2]
+    other = trainer(Recipe(seed=1, crop=32, crops=4, parts=2, warmup=5, precision=precision))
+    assert other.advance() != losses[0][0]
+    assert np.mean(losses[0][-5:]) < 0.8 * np.mean(losses[0][:5])
+
+
+def train(*arguments: object) -> int:
+    sizes = "--layers 2 --width 16 --heads 2 --block 16 --crop 32 --crops 2 --parts 2 --hold-out 1 --warmup 2"
+    return command.main([str(a) for a in arguments] + [*sizes.split(), "--device", "cpu", "--workers", "2"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resuming_is_not_having_stopped(folder: Path, tmp_path: Path, precision: str) -> None:
+    """Ten steps, the last two decaying, at once and in ten sessions of a step each."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    options = (folder, "--precision", precision, "--decay", 0.2, "--validate-every", 4)
+    assert train(*options, "-o", whole, "--steps", 10) == 0
+    assert train(*options, "-o", pieces, "--steps", 10, "--stop-after", 0) == 0
+    for done in range(1, 10):
+        assert torch.load(pieces / "state.pt", weights_only=True)["trainer"]["step"] == done
+        assert train(*options, "-o", pieces, "--resume", "--stop-after", 0) == 0
+    states = [torch.load(f / "state.pt", weights_only=True)["trainer"] for f in (whole, pieces)]
+    assert states[0]["step"] == 10
+    assert states[0]["decay"] == states[1]["decay"] == {"start": 8, "factor": 1.0, "length": 2}
+    for key in ("model", "ema"):
+        assert all(torch.equal(a, b) for a, b in zip(*(s[key] for s in states), strict=True))
+    for key in ("first", "second"):
+        assert all(torch.equal(a, b) for a, b in zip(*(s["optimizer"][key] for s in states), strict=True))
+    tensors = [infdit.checkpoint.read_checkpoint(f / "last.safetensors").tensors for f in (whole, pieces)]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_what_a_run_leaves(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert train(folder, "-o", out, "--minutes", 0.02, "--validate-every", 3, "--provenance", "A test.") == 0
+    assert {p.name for p in out.iterdir()} == {"state.pt", "log.jsonl", "best.safetensors", "last.safetensors"}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "gain" in line]
+    assert validated[-1]["step"] == lines[-1]["step"] > 0
+    assert validated[-1]["rate"] == 0.0
+    assert {"loss", "minutes", "gain_1", "gain_2", "gain_5", "patch_seam", "block_seam"} <= validated[-1].keys()
+    checkpoint = infdit.checkpoint.read_checkpoint(out / "best.safetensors")
+    assert checkpoint.verify()
+    assert checkpoint.metadata["provenance"].startswith("A test.")
+    assert {t.dtype for t in checkpoint.tensors.values()} == {torch.bfloat16}
+    assert train(folder, "-o", out, "--resume", "--minutes", 0.03, "--decay-from-now", "--seam", 1) == 0
+    longer = torch.load(out / "state.pt", weights_only=True)
+    assert longer["trainer"]["step"] > lines[-1]["step"]
+    assert longer["recipe"]["seam"] == 1
+    assert longer["recipe"]["crop"] == 32
+    capsys.readouterr()
+    assert train(folder, "-o", out, "--steps", 1) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train(tmp_path / "out", "-o", tmp_path / "new", "--steps", 1) == 2
+    assert "no pictures" in capsys.readouterr().err
+
+
+def test_exported_weights_come_back(tmp_path: Path) -> None:
+    model = from_nothing(CONFIG, 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    export(tmp_path / "m.safetensors", model.state_dict(), CONFIG, "here")
+    back = infdit.load_model(tmp_path / "m.safetensors", dtype=torch.float32, device="cpu")
+    assert back.config == CONFIG
+    assert back.defaults.sampler in infdit.samplers.SAMPLERS
+    expected = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    files = [str(tmp_path / name) for name in ("m.safetensors", "n.safetensors")]
+    export_command([*files, "--steps", "3", "--sampler", "heun", "--sigma-max", "2"])
+    again = infdit.checkpoint.read_checkpoint(tmp_path / "n.safetensors")
+    assert again.verify()
+    assert again.metadata["provenance"] == "here"
+    assert again.defaults == SamplingDefaults(steps=3, sampler="heun", sigma_max=2.0, sigma_min=0.01)
+    assert all(torch.equal(tensor.float(), expected[name]) for name, tensor in again.state_dict().items())
+
+
+# ---- validation
+
+
+def test_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.rand(3, 64, 64, generator=generator) - 0.5
+    # an offset of 8 grey levels everywhere: 20·log10(255/8), up to the rounding of the originals
+    assert validate.psnr(flat + 16 / 255, flat) == pytest.approx(30.07, abs=0.05)
+    assert validate.seam(flat, 4) == pytest.approx(1, abs=0.05)
+    cells = torch.rand(3, 16, 16, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2) - 0.5
+    assert validate.seam(flat + cells, 4) > 1.3
