@@ -13,13 +13,11 @@ import torch
 
 from .config import LR_FACTOR, InfDiTConfig
 from .grid import BlockGrid, Sweep
+from .samplers import Method, method_of
 from .tiers import Tier
 
 WeightsKept = Literal["resident", "streamed"]
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
-# pictures of the padded size that a sampler and its denoiser hold at most, x and denoised among them
-SAMPLER_PICTURES = {"euler": 4, "heun": 6, "dpmpp_2m": 7}
-
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
 
 
@@ -145,10 +143,11 @@ def footprint(
     width: int,
     plan: MemoryPlan,
     dtype: torch.dtype,
-    sampler: str = "heun",
+    sampler: str | Method = "heun",
     batch: int = 1,
     one_memory: bool = False,
     source: tuple[int, int, int] | None = None,
+    noise_given: bool = False,
 ) -> Footprint:
     """The bytes of a whole `upscale()` to height × width.
 
@@ -160,6 +159,7 @@ def footprint(
         batch: pictures of the run, which are worked on one after another.
         one_memory: the device is the CPU: inputs and results, which else are on the host, fill the same memory.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        noise_given: whether the noise of all pictures is given, in place of a generator.
     """
     grid = BlockGrid.covering(height, width, config.block_size, plan.sweep)
     weights = Weights.of(config, dtype)
@@ -169,13 +169,15 @@ def footprint(
     ring = 0 if chunk == blocks else 2 * group * min(grid.line + 1 + chunk, blocks) * unit
     kept = blocks * unit if group < depth else 0
     picture = 3 * FLOAT32 * grid.height * grid.width
-    held = (1 + SAMPLER_PICTURES[sampler]) * picture + picture // LR_FACTOR**2
+    held = (1 + method_of(sampler).pictures) * picture + picture // LR_FACTOR**2
     source_height, source_width, channels = source or (-(-height // LR_FACTOR), -(-width // LR_FACTOR), 3)
     given = channels * FLOAT32 * (batch * height * width + (batch + 2) * source_height * source_width)
     given += height * width * FLOAT32 * 2 * (channels - 3)  # alpha on its way
+    given += batch * picture if noise_given else 0
     vectors = (4 * depth + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)  # modulations and their making
     streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
     around = given if one_memory and not images_away else 0
+    on_the_way = 0 if one_memory else 7 * picture // 2  # to or from the device
     return Footprint(
         weights=weights.trunk + weights.streamed(group) if streamed else weights.total,
         ring=ring,
@@ -184,8 +186,7 @@ def footprint(
         workspace=chunk * _workspace(config, dtype, grid) + vectors,
         host_weights=weights.movable if streamed else 0,
         host_hidden=kept if hidden_away else 0,
-        # where pictures are on the device, one on its way in or out
-        host_images=given - around + (held + chunk * _pixels(config) if images_away else 0 if one_memory else 7 * picture // 2),
+        host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
     )
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
@@ -16,9 +15,11 @@ import torch
 from .config import InfDiTConfig
 from .grid import BlockGrid
 from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint
+from .samplers import Method
 from .tiers import Tier
 
 GIB = 2**30
+CPU = torch.device("cpu")
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
 
 
@@ -82,11 +83,128 @@ class CostModel:
         return max(compute, copies) + self.exposed * min(compute, copies)
 
 
-class _Candidate(NamedTuple):
+@dataclass(frozen=True)
+class Request:
+    """A run to be planned.
+
+    Attributes:
+        config: of the model.
+        height, width: of the result in pixels.
+        batch: pictures of the run.
+        dtype: of the network.
+        device: that computes. On a CPU there is one memory, and everything is in it.
+        sampler: whose state is held.
+        weights: only plans that keep them so; None: any.
+        source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        noise_given: see `memory.footprint`.
+    """
+
+    config: InfDiTConfig
+    height: int
+    width: int
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = CPU
+    sampler: str | Method = "heun"
+    weights: WeightsKept | None = None
+    source: tuple[int, int, int] | None = None
+    noise_given: bool = False
+
+    @property
+    def one_memory(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return self.device.type == "cpu"
+
+    def footprint(self, plan: MemoryPlan) -> Footprint:
+        """What a plan holds."""
+        return footprint(
+            self.config,
+            self.height,
+            self.width,
+            plan,
+            self.dtype,
+            self.sampler,
+            self.batch,
+            self.one_memory,
+            self.source,
+            self.noise_given,
+        )
+
+    def candidates(self) -> list[_Candidate]:
+        """All plans with their cost."""
+        costs, grid = CostModel.of(self.device, self.dtype), self.grid
+        found: list[_Candidate] = []
+        for plan in schedules(self.config, grid, self.one_memory):
+            if self.weights in (None, plan.weights):
+                held = self.footprint(plan)
+                traffic = _traffic(self.config, grid, plan, self.dtype)
+                seconds = costs.evaluation(self.config, grid, plan, held, traffic)
+                found.append(_Candidate(seconds, held.device, plan, held))
+        return found
+
+    @property
+    def grid(self) -> BlockGrid:
+        """Of the result."""
+        return BlockGrid.covering(self.height, self.width, self.config.block_size)
+
+    def plan(self, budget: int | None = None, host_budget: int | None = None) -> MemoryPlan:
+        """The fastest plan within a budget: see `plan_memory`."""
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget {budget} must be at least one byte")
+        budget = free_bytes(self.device) if budget is None else budget
+        candidates = self.candidates()
+        fitting = [candidate for candidate in candidates if candidate.peak <= budget]
+        if not fitting:
+            least = min(candidates, key=lambda candidate: candidate.peak)
+            raise BudgetTooSmall(
+                f"{amount(budget)} is too little for {self.width}×{self.height}: at least {amount(least.peak)} "
+                f"(the largest part: {_largest(least.held)}); give more, or make a smaller picture",
+                least.peak,
+            )
+        # the fastest, and of equally fast ones the smallest
+        chosen, fastest = (min(some) for some in (self._affordable(fitting, budget, host_budget), candidates))
+        slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {amount(fastest.peak)}"
+        reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
+        return chosen.explained(f"{amount(chosen.peak)} of {amount(budget)}; {reason}")
+
+    def thrifty_plan(self, host_budget: int | None = None, slower: float = 0.1) -> MemoryPlan:
+        """The smallest plan that is at most `slower` behind the fastest that there is at any budget.
+
+        Raises:
+            BudgetTooSmall: the host cannot hold what it would.
+        """
+        affordable = self._affordable(self.candidates(), None, host_budget)
+        limit = (1 + slower) * min(affordable).seconds
+        chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
+        return chosen.explained(f"{amount(chosen.peak)}; more memory would save less than {slower:.0%} of the time")
+
+    def _affordable(
+        self, candidates: list[_Candidate], budget: int | None, host_budget: int | None
+    ) -> list[_Candidate]:
+        """Those that the host can hold."""
+        host_budget = free_bytes(CPU) if host_budget is None else host_budget
+        affordable = [candidate for candidate in candidates if candidate.held.host <= host_budget]
+        if affordable:
+            return affordable
+        needed = min(candidate.held.host for candidate in candidates)
+        within = "" if budget is None else f" within {amount(budget)} on the device"
+        raise BudgetTooSmall(
+            f"{self.width}×{self.height}{within} takes {amount(needed)} of host memory, and {amount(host_budget)} is "
+            "free: close other programs, allow more on the device, or make a smaller picture",
+            needed,
+            "host",
+        )
+
+
+@dataclass(frozen=True, order=True)
+class _Candidate:
     seconds: float
     peak: int
-    plan: MemoryPlan
-    held: Footprint
+    plan: MemoryPlan = field(compare=False)
+    held: Footprint = field(compare=False)
+
+    def explained(self, reason: str) -> MemoryPlan:
+        return replace(self.plan, peak_bytes=self.peak, host_bytes=self.held.host, reason=reason)
 
 
 def plan_memory(
@@ -96,25 +214,17 @@ def plan_memory(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
-    sampler: str = "heun",
+    sampler: str | Method = "heun",
     budget: int | None = None,
     host_budget: int | None = None,
     weights: WeightsKept | None = None,
-    source: tuple[int, int, int] | None = None,
 ) -> MemoryPlan:
     """The fastest plan within a budget.
 
     Args:
-        config: of the model.
-        height, width: of the result in pixels.
-        batch: pictures of the run.
-        dtype: of the network.
-        device: that computes; None: the CPU. On a CPU there is one memory, and everything is in it.
-        sampler: whose state is held.
+        config, height, width, batch, dtype, device, sampler, weights: see `Request`; device None is the CPU.
         budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin.
         host_budget: bytes on the host; None: what is free there, less a margin.
-        weights: only plans that keep them so; None: any.
-        source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
 
     Returns:
         A plan with its predicted `peak_bytes` and `host_bytes`, and the `reason` for it.
@@ -123,43 +233,8 @@ def plan_memory(
         BudgetTooSmall: with the least number of bytes that works.
         ValueError: a budget under one byte.
     """
-    device = torch.device(device or "cpu")
-    if budget is not None and budget < 1:
-        raise ValueError(f"budget {budget} must be at least one byte")
-    budget = free_bytes(device) if budget is None else budget
-    host_budget = free_bytes(torch.device("cpu")) if host_budget is None else host_budget
-    one_memory, costs = device.type == "cpu", CostModel.of(device, dtype)
-    grid = BlockGrid.covering(height, width, config.block_size)
-
-    candidates: list[_Candidate] = []
-    for plan in schedules(config, grid, one_memory):
-        if weights in (None, plan.weights):
-            held = footprint(config, height, width, plan, dtype, sampler, batch, one_memory, source)
-            seconds = costs.evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
-            candidates.append(_Candidate(seconds, held.device, plan, held))
-    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
-    if not fitting:
-        least = min(candidates, key=lambda candidate: candidate.peak)
-        raise BudgetTooSmall(
-            f"{amount(budget)} is too little for {width}×{height}: at least {amount(least.peak)} "
-            f"(the largest part: {_largest(least.held)}); give more, or make a smaller picture",
-            least.peak,
-        )
-    affordable = [candidate for candidate in fitting if candidate.held.host <= host_budget]
-    if not affordable:
-        needed = min(candidate.held.host for candidate in fitting)
-        raise BudgetTooSmall(
-            f"{width}×{height} within {amount(budget)} on the device takes {amount(needed)} of host memory, and "
-            f"{amount(host_budget)} is free: close other programs, allow more on the device, or make a smaller picture",
-            needed,
-            "host",
-        )
-    # the fastest, and of equally fast ones the smallest
-    chosen, fastest = (min(some, key=lambda candidate: candidate[:2]) for some in (affordable, candidates))
-    slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {amount(fastest.peak)}"
-    reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
-    reason = f"{amount(chosen.peak)} of {amount(budget)}; {reason}"
-    return replace(chosen.plan, peak_bytes=chosen.peak, host_bytes=chosen.held.host, reason=reason)
+    request = Request(config, height, width, batch, dtype, torch.device(device or "cpu"), sampler, weights)
+    return request.plan(budget, host_budget)
 
 
 def seconds_per_evaluation(

@@ -21,14 +21,11 @@ from .device import out_of_memory
 from .memory import MemoryPlan
 from .model import InfDiT
 from .planner import amount
-from .samplers import EVALUATIONS, MULTISTEP, SAMPLERS, Sampler
+from .samplers import Callback, Method, State
 from .tiers import Tier
 from .uniba import Skip, place
 
 log = logging.getLogger(__name__)
-
-State = dict[str, "Tensor | int"]
-
 
 class OutOfMemory(MemoryError):  # noqa: N818 - as torch.cuda's
     """No smaller plan is left."""
@@ -41,7 +38,7 @@ class Report:
     Attributes:
         plan: that it began with, and after `replanned` that it ended with.
         replanned: a sentence for each time that memory ran out.
-        seconds: of each step.
+        seconds: of each step; one that was repeated may be there twice.
         measured: bytes on the device at most, counted; None where nobody counted.
     """
 
@@ -114,17 +111,16 @@ class Run:
         self,
         conditioning: Conditioning,
         start: list[Tensor],
-        sampler: str | Sampler,
+        sampler: Method,
         sigmas: Tensor,
-        callback: Callable[[State], None],
+        callback: Callback,
     ) -> Tensor:
         """Sample one picture.
 
         Args:
             conditioning: on `images`.
             start: x, (1, 3, h, w) on `images`; taken out of the list, so that it is let go of after the first step.
-            sampler: a name in SAMPLERS; or any function like those, which cannot go on from a step: after running
-                out of memory it starts anew.
+            sampler: one that cannot resume starts anew when memory has run out.
             sigmas: (n + 1,) noise levels.
             callback: see `samplers`.
 
@@ -152,38 +148,45 @@ class Run:
         self,
         position: _Position,
         conditioning: Conditioning,
-        sampler: str | Sampler,
+        sampler: Method,
         sigmas: Tensor,
-        callback: Callable[[State], None],
+        callback: Callback,
     ) -> Tensor:
         self._placed = self._placed or place(self._model, self.plan, self.device)
         denoiser = Denoiser(
             self._placed, conditioning, self.plan, progress=self._advance, device=self.device, skip=self._skip
         )
-        if not isinstance(sampler, str):
-            return sampler(denoiser, position.x, sigmas, callback=callback)
-        first, calls, began = position.step, count(), time.monotonic()
-        denoised: Tensor | None = position.last
+        if not sampler.resumes:
+            return sampler.sample(denoiser, position.x, sigmas, self._timed(callback))
+        first, calls = position.step, count()
+        denoised = position.last
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            nonlocal began
-            step, repeated = divmod(next(calls), EVALUATIONS[sampler])
+            step, repeated = divmod(next(calls), sampler.evaluations)
             if not repeated:
-                if step:
-                    self._report.seconds.append(time.monotonic() - began)
-                began = time.monotonic()
                 position.step, position.x, position.last, position.done = first + step, x, denoised, self._done
             return denoiser(x, sigma)
 
         def evaluated(state: State) -> None:
             nonlocal denoised
-            if sampler in MULTISTEP:
-                denoised = state["denoised"]  # type: ignore[assignment]
+            if sampler.looks_back:
+                denoised = state["denoised"]
             callback(state)
 
-        result = SAMPLERS[sampler](denoise, position.x, sigmas, evaluated, start=first, last=position.last)
-        self._report.seconds.append(time.monotonic() - began)
-        return result
+        return sampler.sample(denoise, position.x, sigmas, self._timed(evaluated), start=first, last=position.last)
+
+    def _timed(self, callback: Callback) -> Callback:
+        """The callback, with the seconds since the step before noted in the report."""
+        began = time.monotonic()
+
+        def timed(state: State) -> None:
+            nonlocal began
+            now = time.monotonic()
+            self._report.seconds.append(now - began)
+            began = now
+            callback(state)
+
+        return timed
 
     def _advance(self, blocks: int) -> None:
         self._done += blocks

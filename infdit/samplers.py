@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Callback = Callable[[dict[str, Tensor | int]], None]
+
+
+class State(TypedDict):
+    """Where a sampler stands after the first evaluation of a step, in k-diffusion's words."""
+
+    x: Tensor
+    i: int
+    sigma: Tensor
+    sigma_hat: Tensor
+    denoised: Tensor
+
+
+Callback = Callable[[State], None]
 Sampler = Callable[..., Tensor]
 
 
@@ -127,13 +141,46 @@ def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoise
         callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
 
 
-SAMPLERS: dict[str, Sampler] = {"heun": sample_heun, "euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}
+@dataclass(frozen=True)
+class Method:
+    """A sampler and what it costs.
 
-EVALUATIONS = {"heun": 2, "euler": 1, "dpmpp_2m": 1}  # of a step; the step to 0 always takes one
-MULTISTEP = {"dpmpp_2m"}  # look back at the step before
+    Attributes:
+        sample: takes the arguments of `sample_euler`.
+        evaluations: of a step; the step to 0 takes one.
+        pictures: that it and its denoiser hold at most, x and denoised among them.
+        resumes: whether it takes `start` and `last`; looks_back: whether `last` matters to it.
+    """
+
+    sample: Sampler
+    evaluations: int
+    pictures: int
+    resumes: bool = True
+    looks_back: bool = False
 
 
-def evaluations(sampler: str, sigmas: Tensor) -> int:
+METHODS = {
+    "heun": Method(sample_heun, 2, 6),
+    "euler": Method(sample_euler, 1, 4),
+    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, looks_back=True),
+}
+SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in METHODS.items()}
+
+
+def method_of(sampler: str | Method) -> Method:
+    """The method of this name; one that is given itself is taken.
+
+    Raises:
+        ValueError: a name that is none of SAMPLERS.
+    """
+    if isinstance(sampler, Method):
+        return sampler
+    if sampler not in METHODS:
+        raise ValueError(f"sampler {sampler!r} is none of {', '.join(METHODS)}")
+    return METHODS[sampler]
+
+
+def evaluations(sampler: str | Method, sigmas: Tensor) -> int:
     """How often a sampler calls `denoise` over these noise levels."""
-    steps = len(sigmas) - 1
-    return steps + sum(level > 0 for level in sigmas[1:].tolist()) if sampler == "heun" else steps
+    above = sum(level > 0 for level in sigmas[1:].tolist())
+    return len(sigmas) - 1 + (method_of(sampler).evaluations - 1) * above

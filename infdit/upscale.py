@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from weakref import WeakSet
 
 import torch
@@ -17,13 +17,13 @@ from .alpha import upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
 from .grid import BlockGrid
-from .memory import MemoryPlan, Weights, WeightsKept, footprint
+from .memory import MemoryPlan, Weights
 from .model import InfDiT
-from .planner import BudgetTooSmall, free_bytes, plan_memory
+from .planner import BudgetTooSmall, Request, free_bytes
 from .resample import conditioning_pictures
-from .run import OutOfMemory, Report, Run, State
-from .samplers import SAMPLERS, evaluations, karras_sigmas
-from .tiers import tier
+from .run import OutOfMemory, Report, Run
+from .samplers import Callback, Method, State, evaluations, karras_sigmas, method_of
+from .tiers import Tier, tier
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def upscale(
     image: Tensor,
     scale: float = 4.0,
     steps: int | None = None,
-    sampler: str | None = None,
+    sampler: str | Method | None = None,
     sigma_max: float | None = None,
     seed: int = 0,
     budget: int | None = None,
@@ -50,8 +50,11 @@ def upscale(
     *,
     size: tuple[int, int] | None = None,
     denoise: float = 1.0,
+    sigmas: Tensor | None = None,
+    noise: Callable[[tuple[int, int, int, int]], Tensor] | None = None,
     clip_embedding: Tensor | None = None,
     progress: Progress | None = None,
+    callback: Callback | None = None,
     device: torch.device | str | None = None,
     report: Report | None = None,
 ) -> Tensor:
@@ -62,18 +65,22 @@ def upscale(
         image: (B, h, w, 3) or (B, h, w, 4) in 0..1, floating point, of any size from 1×1; a fourth channel is
             straight alpha, which is enlarged by Lanczos.
         scale: above 1, at most 4. The sides of the result are rounded half up.
-        steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`.
+        steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`, or a method
+            of somebody else's.
         seed: 0..2^64 − 1, of the noise: one float32 draw of `torch.randn` on the CPU for all pictures at the size of
             whole blocks, as ComfyUI's RandomNoise.
         budget: bytes on the device that the run may hold, see `plan_memory`; None: what is free there, less a margin.
         plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding.
         size: (height, width) of the result in place of `scale`; from once to 4 times each side.
         denoise: 0..1, an artist's strength: how far up the schedule sampling begins. 0 is bicubic.
+        sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
+        noise: makes the noise of all pictures, (B, 3, H, W) of float32 at the size of whole blocks, in place of seed.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
         progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
             evaluations × pictures; `done` falls back when memory ran out and a step is repeated. After each step
             preview is a function that makes the denoised picture as (h, w, 3) uint8, at most 512 pixels a side. An
             exception that progress raises ends the run at once.
+        callback: called after the first evaluation of each step with pictures of the padded size, see `samplers`.
         device: that computes; None: where the model is. A model on the CPU can be streamed to it by the plan; one that
             is on the device stays there.
         report: is filled in with what was done.
@@ -90,21 +97,47 @@ def upscale(
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
     target = target_size(image.shape[1], image.shape[2], scale, size)
-    sampler = sampler or model.defaults.sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
+    method = method_of(sampler or model.defaults.sampler)
     vectors = _clip_vectors(model, clip_embedding, len(image))
-    sigmas = schedule(model.defaults, steps, sigma_max, denoise)
+    sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _falling(sigmas)
     device = torch.device(device or model.device)
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
-    planner = _Planner(model, image, target, device, sampler)
+    planner = _Planner(model, image, target, device, method, noise is not None)
     plan = plan or planner.within(budget)
-    blocks = BlockGrid.covering(*target, model.config.block_size).blocks
-    meter = _Meter(progress, evaluations(sampler, sigmas) * model.config.num_layers * blocks * len(image), target)
+    grid = planner.request.grid
+    units = evaluations(method, sigmas) * model.config.num_layers * grid.blocks * len(image)
+    meter = _Meter(progress, units, target, callback)
     run = Run(model, plan, device, planner.smaller, meter.advance, report or Report())
-    noise = torch.Generator().manual_seed(seed)
-    return pictures(run, image, target, vectors, sampler, sigmas, noise, meter.step)
+    draws = _draws(seed, noise, (len(image), 3, grid.height, grid.width), run.around)
+    return pictures(run, image, target, vectors, method, sigmas, draws, meter.step)
+
+
+def _falling(sigmas: Tensor) -> Tensor:
+    levels = sigmas.tolist() if sigmas.dim() == 1 else []
+    if not levels or not all(a > b for a, b in pairwise(levels)) or levels[-1] < 0 or not math.isfinite(levels[0]):
+        raise ValueError(f"sigmas {levels or tuple(sigmas.shape)} must be a list of falling noise levels, not below 0")
+    return sigmas
+
+
+def _draws(
+    seed: int,
+    noise: Callable[[tuple[int, int, int, int]], Tensor] | None,
+    shape: tuple[int, int, int, int],
+    around: Tier,
+) -> Iterator[Tensor]:
+    """The noise of one picture after the other, (1, 3, H, W) each."""
+    if noise is None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(shape[0]):
+            yield torch.randn((1, *shape[1:]), generator=generator)
+        return
+    with tier(around):
+        given = noise(shape)
+    if given.shape != shape:
+        raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
+    for draw in given.split(1):
+        yield draw.float().cpu().clone()  # it becomes the start, in place
 
 
 def pictures(
@@ -112,10 +145,10 @@ def pictures(
     image: Tensor,
     target: tuple[int, int],
     vectors: Sequence[Tensor] | None,
-    sampler: str,
+    method: Method,
     sigmas: Tensor,
-    noise: torch.Generator,
-    callback: Callable[[State], None],
+    draws: Iterator[Tensor],
+    callback: Callback,
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
     grid = BlockGrid.covering(*target, run.block_size)
@@ -128,8 +161,8 @@ def pictures(
             colour = visible_colour(picture) * 2 - 1
             lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
             del colour
-            start = [_start(up, sigmas[0], noise)]
-        y = run.sample(Conditioning(lr, up, vector), start, sampler, sigmas, callback)
+            start = [_start(up, sigmas[0], next(draws))]
+        y = run.sample(Conditioning(lr, up, vector), start, method, sigmas, callback)
         with tier(run.around):
             result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
@@ -147,40 +180,53 @@ class _Planner:
     """Plans for one run, and smaller ones when they turn out not to fit."""
 
     def __init__(
-        self, model: InfDiT, image: Tensor, target: tuple[int, int], device: torch.device, sampler: str
+        self,
+        model: InfDiT,
+        image: Tensor,
+        target: tuple[int, int],
+        device: torch.device,
+        method: Method,
+        noise_given: bool,
     ) -> None:
         # weights that are on an accelerator already stay there: they are not free, but part of this run
         there = device.type != "cpu" and model.device.type == device.type
         self._held = Weights.of(model.config, model.dtype).total if there else 0
-        self._device = device
-        kept: WeightsKept | None = "resident" if there else None
-        common = {"dtype": model.dtype, "batch": len(image), "sampler": sampler, "source": tuple(image.shape[1:])}
-        self._plan = partial(plan_memory, model.config, *target, **common, device=device, weights=kept)
-        self._footprint = partial(footprint, model.config, *target, **common, one_memory=device.type == "cpu")
+        h, w, channels = image.shape[1:]
+        self.request = Request(
+            model.config,
+            *target,
+            batch=len(image),
+            dtype=model.dtype,
+            device=device,
+            sampler=method,
+            weights="resident" if there else None,
+            source=(h, w, channels),
+            noise_given=noise_given,
+        )
 
     def within(self, budget: int | None) -> MemoryPlan:
         """The fastest plan; None: within what is free."""
-        return self._plan(budget=self._free if budget is None else budget)
+        return self.request.plan(self._free if budget is None else budget)
 
     @property
     def _free(self) -> int:
-        return free_bytes(self._device) + self._held
+        return free_bytes(self.request.device) + self._held
 
     def smaller(self, plan: MemoryPlan) -> MemoryPlan:
         """A plan that takes less than one for which there was no room: what is free now, or a quarter less."""
-        peak = plan.peak_bytes or self._footprint(plan=plan).device
+        peak = plan.peak_bytes or self.request.footprint(plan).device
         try:
-            return self._plan(budget=max(1, min(self._free, peak * 3 // 4)))
+            return self.request.plan(max(1, min(self._free, peak * 3 // 4)))
         except BudgetTooSmall as error:
             if error.tier == "device" and error.least < peak:
-                return self._plan(budget=error.least)
+                return self.request.plan(error.least)
             refusal = str(error)
-        raise OutOfMemory(f"out of memory on {self._device}, and no smaller plan works: {refusal}")
+        raise OutOfMemory(f"out of memory on {self.request.device}, and no smaller plan works: {refusal}")
 
 
-def _start(up: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
+def _start(up: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x = up + σ·ε, not σ·ε alone: that keeps the colours (INFDIT.md section 2)."""
-    return torch.randn(up.shape, generator=noise).mul_(sigma).to(up.device).add_(up)
+    return noise.mul_(sigma.cpu()).to(up.device).add_(up)
 
 
 def schedule(
@@ -206,8 +252,10 @@ def schedule(
 class _Meter:
     """Turns "n blocks done" and "a step is done" into progress(done, total, preview)."""
 
-    def __init__(self, progress: Progress | None, total: int, size: tuple[int, int]) -> None:
-        self._progress, self._total, self._size = progress, total, size
+    def __init__(
+        self, progress: Progress | None, total: int, size: tuple[int, int], callback: Callback | None
+    ) -> None:
+        self._progress, self._total, self._size, self._callback = progress, total, size, callback
         self._done = 0
 
     def advance(self, done: int) -> None:
@@ -216,9 +264,10 @@ class _Meter:
             self._progress(self._done, self._total, None)
 
     def step(self, state: State) -> None:
+        if self._callback is not None:
+            self._callback(state)
         if self._progress is not None:
             denoised = state["denoised"]
-            assert isinstance(denoised, Tensor), "k-diffusion's callback"
             self._progress(self._done, self._total, lambda: _preview(denoised, self._size))
 
 

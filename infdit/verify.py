@@ -23,7 +23,7 @@ from .measure import PeakMeter
 from .memory import MemoryPlan
 from .model import InfDiT
 from .run import Report, Run
-from .samplers import karras_sigmas
+from .samplers import Method, karras_sigmas, method_of
 from .tiers import Tier
 from .uniba import Geometry, Skip, streams
 from .upscale import pictures
@@ -54,7 +54,7 @@ def counted_peak(
     width: int,
     plan: MemoryPlan,
     dtype: torch.dtype,
-    sampler: str = "heun",
+    sampler: str | Method = "heun",
     batch: int = 1,
     one_memory: bool = False,
     whole: bool = False,
@@ -71,16 +71,17 @@ def counted_peak(
     with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
         model = _fake_model(config, dtype)
         image = torch.empty(batch, -(-height // 4), -(-width // 4), 3)
-        run = Run(model, plan, device, _refuse, lambda done: None, Report(), None if whole else _thin(config, grid, plan))
+        skip = None if whole else _thin(config, grid, plan)
+        run = Run(model, plan, device, _refuse, lambda done: None, Report(), skip)
         held: dict[Tier, list[Tensor]] = {"device": [], "host": []}
         for name, parameter in model.named_parameters():
             if streams(plan, name):
                 held["host"].append(parameter)
             elif one_memory:  # else they are copied to the device
                 held["device"].append(parameter)
-        noise = torch.Generator().manual_seed(0)
         with PeakMeter(held, device) as meter:
-            pictures(run, image, (height, width), None, sampler, sigmas, noise, lambda state: None)
+            draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(batch))
+            pictures(run, image, (height, width), None, method_of(sampler), sigmas, draws, lambda state: None)
     return meter.peak
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from infdit.__main__ import _bytes, main
+from infdit.__main__ import main
+from infdit.shell.arguments import bytes_of
 
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 
@@ -116,7 +117,7 @@ def test_out_of_memory_on_one_picture(
 
     sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
     with monkeypatch.context() as patch:
-        patch.setattr("infdit.__main__.upscale", too_large)
+        patch.setattr("infdit.shell.upscaling.upscale", too_large)
         assert run("upscale", sources[0], "-o", tmp_path / "out.png") == 2
         assert "out of memory" in one_line(capsys)
         assert run("upscale", *sources, "-o", tmp_path / "out") == 2
@@ -186,7 +187,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     [("4GiB", 4 * 2**30), ("512MiB", 2**29), ("1.5g", 3 * 2**29), ("2 GB", 2**31), ("1000", 1000), ("8k", 8192)],
 )
 def test_amounts_of_memory(text: str, expected: int) -> None:
-    assert _bytes(text) == expected
+    assert bytes_of(text) == expected
 
 
 def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +234,7 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
 
         return encode
 
-    monkeypatch.setattr("infdit.__main__.load_clip", load)
+    monkeypatch.setattr("infdit.shell.upscaling.load_clip", load)
     source, model = make_picture(tmp_path / "in.png"), tmp_path / "tiny.safetensors"
     assert run("convert", PUBLISHED, model) == 0
     options = ("--model", model, "--steps", 2, "--dtype", "fp32")
@@ -260,7 +261,7 @@ def test_interrupt_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("infdit.__main__.upscale", interrupted)
+    monkeypatch.setattr("infdit.shell.upscaling.upscale", interrupted)
     source = make_picture(tmp_path / "in.png")
     assert run("upscale", source, "-o", tmp_path / "out.png") == 130
     assert "interrupted" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_the_step_is_repeated_with_a_smaller_plan_and_the_picture_is_the_same(
     assert report.plan.peak_bytes is not None
     assert report.plan != plan
     assert done[-1][0] == done[-1][1], "the bar ends full although a step was repeated"
-    assert len(report.seconds) == STEPS
+    assert STEPS <= len(report.seconds) <= STEPS + 1, "one step was repeated"
 
 
 def test_what_the_failed_attempt_held_is_free_before_the_next_begins(

@@ -1,0 +1,76 @@
+"""What the commands' arguments have in common: kinds of values, memory and device."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+import torch
+
+from ..device import default_device
+
+BAD_INPUT = 2  # exit status
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line in place of argparse's usage and message."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """--budget, --device, --dtype."""
+    parser.add_argument("--budget", type=bytes_of, metavar="X", help="memory to use, like 4GiB; default: what is free")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
+
+
+def device_of(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    device = known_device(name)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def known_device(name: str) -> torch.device:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
+        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1 or mps")
+    return torch.device(name)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """WxH → (height, width)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(width) < 8 and len(height) < 8):
+        raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT in pixels, like 4096x2304")
+    return int(height), int(width)
+
+
+def bytes_of(text: str) -> int:
+    """4GiB, 512MiB, 1.5g → bytes."""
+    match = re.fullmatch(r"([0-9.]+) *([kmgt]?)i?b?", text.strip().lower())
+    if match is None or match[1].count(".") > 1 or match[1] == "." or len(match[1]) > 20:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an amount of memory like 4GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+def steps_of(text: str) -> tuple[int, ...]:
+    """1,4,8 → (1, 4, 8)."""
+    steps = text.split(",")
+    if not all(step.isdecimal() and 0 < len(step) < 6 and int(step) for step in steps):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of steps from 1 like 1,4,8")
+    return tuple(map(int, steps))
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

@@ -1,0 +1,57 @@
+"""bench: how good a model's pictures are, and how far off the planner's idea of a device is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..bench import quality
+from ..checkpoint import load_model
+from ..device import default_dtype
+from ..picture import find_pictures
+from ..samplers import SAMPLERS
+from .arguments import DTYPES, add_memory, device_of, steps_of
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    p = commands.add_parser("bench", help="how good a model's pictures are", description=run.__doc__)
+    p.set_defaults(command=run)
+    folder = {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"}
+    p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
+    p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
+    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
+    p.add_argument("--steps", type=steps_of, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16)")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    p.add_argument("--limit", type=int, metavar="N", help="pictures of a folder to take, the first by name")
+    p.add_argument("--crop", type=int, metavar="N", help="take the centre of each picture, N pixels a side")
+    p.add_argument("--each", action="store_true", help="print the rows of each picture, not only the means")
+    add_memory(p)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure a model's pictures beside bicubic, Lanczos and noise, and hold them against limits."""
+    if not options.quality and not options.without_original:
+        raise ValueError("bench has nothing to measure: give --quality FOLDER or --without-original FOLDER")
+    find_pictures([*options.quality, *options.without_original])  # a missing folder is not found out after an hour
+    device = device_of(options.device)
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    settings = quality.Settings(
+        options.steps,
+        options.sampler,
+        options.sigma_max,
+        options.seed,
+        options.budget,
+        device,
+        options.limit,
+        options.crop,
+    )
+    print(f"model {options.model}")
+    for folders, with_original in ((options.quality, True), (options.without_original, False)):
+        for folder in folders:
+            for text in quality.report(folder, model, settings, with_original, options.each):
+                print(text, flush=True)
+            print()
+    return 0

@@ -1,0 +1,183 @@
+"""upscale: pictures in, pictures out; nothing is overwritten that was not meant to be."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..alpha import visible_colour
+from ..checkpoint import clip_path, load_model, read_checkpoint
+from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
+from ..device import default_dtype, out_of_memory
+from ..model import InfDiT
+from ..picture import PictureError, check_target, find_pictures, read_picture, write_picture
+from ..run import OutOfMemory
+from ..samplers import SAMPLERS
+from ..upscale import MAX_SCALE, Preview, target_size, upscale
+from .arguments import BAD_INPUT, DTYPES, add_memory, device_of, size_of
+
+OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    p = commands.add_parser("upscale", help="upscale pictures", description="Upscale pictures by up to 4.")
+    p.set_defaults(command=run)
+    p.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture, or folder of pictures")
+    p.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="picture; for several, a folder")
+    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, default=4.0, metavar="X", help=f"above 1, at most {MAX_SCALE} (default 4)")
+    size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")
+    p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
+    p.add_argument("--positive", default="", metavar="TEXT", help=f'what to lead the picture to, like "{POSITIVE}"')
+    p.add_argument("--negative", default="", metavar="TEXT", help=f'what to lead it away from, like "{NEGATIVE}"')
+    p.add_argument("--strength", type=float, default=STRENGTH, metavar="X", help=f"of the texts (default {STRENGTH:g})")
+    add_memory(p)
+    p.add_argument("--force", action="store_true", help="replace existing results")
+
+
+def run(options: argparse.Namespace) -> int:
+    jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
+    device = device_of(options.device)
+    # on the CPU, mapped from the file: the plan says what goes to the device
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    vectors = _vectors(options, model, [source for source, _ in jobs])
+    if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
+        _make_folder(options.output)
+    failed = 0
+    with logging_redirect_tqdm():
+        for source, target in jobs:
+            try:
+                _upscale_one(source, target, model, vectors.get(source), device, options)
+            except (ValueError, MemoryError, RuntimeError) as error:
+                memory = out_of_memory(error)
+                if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
+                    raise
+                failed += 1  # the others are not lost
+                own = isinstance(error, OutOfMemory) or not memory
+                print(f"infdit: {source}: {error if own else OUT_OF_MEMORY}", file=sys.stderr)
+    return BAD_INPUT if failed else 0
+
+
+def _upscale_one(
+    source: Path,
+    target: Path,
+    model: InfDiT,
+    vector: torch.Tensor | None,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> None:
+    picture = read_picture(source)
+    height, width = picture.pixels.shape[:2]
+    size = target_size(height, width, options.scale, options.size)
+    image = picture.pixels[None]
+    check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
+    with closing(_Bar(source.name)) as bar:
+        result = upscale(
+            model,
+            image,
+            steps=options.steps,
+            sampler=options.sampler,
+            seed=options.seed,
+            budget=options.budget,
+            size=size,
+            denoise=options.denoise,
+            clip_embedding=vector,
+            progress=bar,
+            device=device,
+        )
+    write_picture(target, replace(picture, pixels=result[0]))
+    print(f"{target}: {size[1]}×{size[0]}")
+
+
+class _Bar:
+    """The progress of one picture, with time left; nothing is shown of a picture that is refused at once."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._bar = name, None
+
+    def __call__(self, done: int, total: int, preview: Preview | None) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc=self._name, total=total, bar_format=_BAR)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:
+    """(source, target) pairs, refused as a whole before anything is done if one of them would destroy a file."""
+    several = len(sources) > 1 or inputs[0].is_dir() or output.is_dir()
+    if several:
+        if output.exists() and not output.is_dir():
+            raise PictureError(f"{output} is a file: for several pictures give a folder")
+        jobs = [(source, output / f"{source.stem}.png") for source in sources]
+    else:
+        jobs = [(sources[0], output)]
+    taken: dict[str, Path] = {}
+    for source, target in jobs:
+        # no two names that some disks take for one
+        other = taken.setdefault(str(target.resolve()).casefold(), source)
+        if other is not source:
+            raise PictureError(f"{other} and {source} would both become {target}: rename one or run them apart")
+        if target.exists() and any(target.samefile(original) for original in sources):
+            raise PictureError(f"{target} is an input and is never overwritten: choose another OUT")
+        if target.exists() and not force:
+            raise PictureError(f"{target} exists: choose another OUT, or replace it with --force")
+    return jobs
+
+
+def _vectors(options: argparse.Namespace, model: InfDiT, sources: list[Path]) -> dict[Path, torch.Tensor]:
+    """CLIP's vector of each picture, made before the first upscale, for CLIP's memory is free then."""
+    encoder = _clip(options, model)
+    if encoder is None:
+        return {}
+    direction = text_direction(encoder, options.positive, options.negative) if options.strength else None
+    vectors: dict[Path, torch.Tensor] = {}
+    for source in tqdm(sources, desc="CLIP", leave=False, disable=len(sources) == 1):
+        try:
+            image = read_picture(source).pixels[None]
+        except PictureError:
+            continue  # told when its turn comes
+        vectors[source] = guide(encoder(visible_colour(image) * 2 - 1), direction, options.strength)
+    return vectors
+
+
+def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPEncoder | None:
+    """The encoder named, or the one that `convert` put beside the model, if the model listens to it."""
+    text = bool(options.positive.strip() or options.negative.strip())
+    if not model.config.vector_dim:
+        if options.clip is not None or text:
+            logging.getLogger(__name__).warning(
+                "this model has no CLIP input: --clip, --positive and --negative are ignored"
+            )
+        return None
+    beside = clip_path(options.model)
+    path = options.clip or (beside if beside.exists() else None)
+    if path is None and read_checkpoint(options.model).clip:
+        path = options.model
+    if path is None and text:
+        raise ValueError(f"--positive and --negative need CLIP: give --clip FILE, {WEIGHTS}")
+    return None if path is None else load_clip(path, device="cpu")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be made ({error.strerror}): choose another OUT") from error
