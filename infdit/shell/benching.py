@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..bench import quality
-from ..checkpoint import load_model
+from ..bench import quality, speed
+from ..checkpoint import load_model, read_checkpoint
+from ..config import InfDiTConfig
 from ..device import default_dtype
 from ..picture import find_pictures
 from ..samplers import SAMPLERS
-from .arguments import DTYPES, add_memory, device_of, steps_of
+from .arguments import DTYPES, add_memory, device_of, size_of, steps_of
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    p = commands.add_parser("bench", help="how good a model's pictures are", description=run.__doc__)
+    p = commands.add_parser("bench", help="how fast plans are, how good a model's pictures", description=run.__doc__)
     p.set_defaults(command=run)
     folder = {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"}
     p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
     p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
-    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
+    p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
+    p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
+    p.add_argument("--layers", type=int, default=2, metavar="N", help="of the timed model, of the published width (2)")
     p.add_argument("--steps", type=steps_of, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16)")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
@@ -32,12 +35,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure a model's pictures beside bicubic, Lanczos and noise, and hold them against limits."""
+    """Time plans beside what the planner foretells. With folders: hold a model's pictures against limits instead."""
     if not options.quality and not options.without_original:
-        raise ValueError("bench has nothing to measure: give --quality FOLDER or --without-original FOLDER")
+        return _speed(options)
     find_pictures([*options.quality, *options.without_original])  # a missing folder is not found out after an hour
     device = device_of(options.device)
-    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    model = load_model(options.model or "mini", DTYPES[options.dtype] or default_dtype(device), "cpu")
     settings = quality.Settings(
         options.steps,
         options.sampler,
@@ -48,10 +51,19 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         options.crop,
     )
-    print(f"model {options.model}")
+    print(f"model {options.model or 'mini'}")
     for folders, with_original in ((options.quality, True), (options.without_original, False)):
         for folder in folders:
             for text in quality.report(folder, model, settings, with_original, options.each):
                 print(text, flush=True)
             print()
+    return 0
+
+
+def _speed(options: argparse.Namespace) -> int:
+    device = device_of(options.device)
+    config = read_checkpoint(options.model).config if options.model else InfDiTConfig(num_layers=options.layers)
+    dtype = DTYPES[options.dtype] or default_dtype(device)
+    for line in speed.report(config, options.size, dtype, device):
+        print(line, flush=True)
     return 0

@@ -1,0 +1,178 @@
+"""How fast plans are on this device, and how far off the planner's idea of it is.
+
+Plans are timed in turns, round after round, so that a machine that slows down slows all of them; figures are medians.
+The constants of `planner.CostModel` are for a family of devices: what counts is that they put plans in order.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..config import InfDiTConfig
+from ..denoiser import Conditioning, Denoiser
+from ..grid import BlockGrid
+from ..memory import MemoryPlan
+from ..model import InfDiT
+from ..planner import GIB, CostModel, Request, amount, seconds_per_evaluation
+from ..tiers import Lane
+
+SIGMA = 1.0
+MATRIX = 4096  # rows of the product that shows how much arithmetic a device does
+COPIED = 2**28  # bytes of the copy that shows the bus
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one evaluation under a plan, those foretold, and what the device held."""
+
+    plan: MemoryPlan
+    measured: float
+    foretold: float
+    peak: int
+    allocated: int | None
+    reserved: int | None
+
+
+def random_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
+    """A network of small random weights on the CPU: as fast as a trained one."""
+    with torch.device("meta"):
+        model = InfDiT(config).to(dtype)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def default_plans(config: InfDiTConfig, device: torch.device) -> list[MemoryPlan]:
+    """The largest, the usual and the smallest with everything on the device, and what streams and keeps on the host."""
+    depth, usual = config.num_layers, MemoryPlan.default(config).chunk
+    return [
+        MemoryPlan(depth, 4 * usual),
+        MemoryPlan(depth, usual),
+        MemoryPlan(max(1, depth // 2), usual),
+        MemoryPlan(1, 1),
+        MemoryPlan(1, usual, "streamed"),
+        MemoryPlan(1, usual, "streamed", "host", "host"),
+    ]
+
+
+@torch.no_grad()
+def time_plans(
+    model: InfDiT, plans: Sequence[MemoryPlan], height: int, width: int, device: torch.device, rounds: int = 3
+) -> list[Timing]:
+    """Time one evaluation of each plan in `rounds` interleaved rounds, after one that is not counted.
+
+    Args:
+        model: on the CPU; each plan places it.
+        plans: to be compared.
+        height, width: of the result in pixels.
+    """
+    grid = BlockGrid.covering(height, width, model.config.block_size)
+    generator = torch.Generator().manual_seed(0)
+    x, up = (torch.randn((1, 3, grid.height, grid.width), generator=generator) for _ in range(2))
+    lr = torch.randn((1, 3, grid.height // 4, grid.width // 4), generator=generator)
+    seconds: list[list[float]] = [[] for _ in plans]
+    held: list[tuple[int | None, int | None]] = [(None, None)] * len(plans)
+    for _ in range(rounds + 1):
+        for i, plan in enumerate(plans):
+            images = device if plan.images == "device" else torch.device("cpu")
+            denoise = Denoiser(model, Conditioning(lr.to(images), up.to(images)), plan, device=device)
+            start = x.to(images)
+            with _held(device) as peak:
+                seconds[i].append(_seconds(partial(denoise, start, SIGMA), device))
+            held[i] = peak()
+    request = Request(model.config, height, width, dtype=model.dtype, device=device, sampler="euler")
+    return [
+        Timing(
+            plan,
+            statistics.median(times[1:]),
+            seconds_per_evaluation(model.config, grid, plan, model.dtype, device),
+            request.footprint(plan).device,
+            *most,
+        )
+        for plan, times, most in zip(plans, seconds, held, strict=True)
+    ]
+
+
+class _held:  # noqa: N801 - reads as a function
+    """On CUDA: bytes allocated and reserved at most inside the block; nothing elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> Callable[[], tuple[int | None, int | None]]:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return self._peaks
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def _peaks(self) -> tuple[int | None, int | None]:
+        if self._device.type != "cuda":
+            return None, None
+        return torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one large matrix product."""
+    a, b = (torch.randn((MATRIX, MATRIX), device=device).to(dtype) for _ in range(2))
+    return 2 * MATRIX**3 / min(_seconds(lambda: a @ b, device) for _ in range(4))
+
+
+def bus(device: torch.device) -> float | None:
+    """Bytes a second from the host to the device; None where they are one memory."""
+    if device.type == "cpu":
+        return None
+    source = Lane(device).host_empty((COPIED,), torch.uint8)
+    return COPIED / min(_seconds(lambda: source.to(device, non_blocking=True), device) for _ in range(4))
+
+
+def report(config: InfDiTConfig, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """Lines: the cost model's constants beside what is measured, then plans with time foretold and measured."""
+    costs, (height, width) = CostModel.of(device, dtype), size
+    yield f"{device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    yield f"{'arithmetic':12}{costs.flops / 1e12:8.2f} TFLOP/s assumed, {flops(device, dtype) / 1e12:.2f} measured"
+    speed = bus(device)
+    if speed is not None:
+        yield f"{'bus':12}{costs.bus / 1e9:8.1f} GB/s assumed, {speed / 1e9:.1f} measured"
+    yield f"one evaluation of {width}×{height}, {config.num_layers} layers of width {config.hidden_size}:"
+    timings = time_plans(random_model(config, dtype), default_plans(config, device), height, width, device)
+    fastest = min(timing.measured for timing in timings)
+    yield f"{'seconds':>9} {'foretold':>9} {'off by':>7} {'of best':>8} {'peak':>10}   plan"
+    for t in timings:
+        plan = t.plan
+        kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
+        held = amount(t.peak)
+        if t.allocated is not None and t.reserved is not None:
+            held += f" (allocated {t.allocated / GIB:.2f}, reserved {t.reserved / GIB:.2f} GiB)"
+        yield (
+            f"{t.measured:9.3f} {t.foretold:9.3f} {t.measured / t.foretold:7.2f} {t.measured / fastest:8.2f} "
+            f"{held:>10}   {plan.group} layers × {plan.chunk} blocks; {kept}"
+        )
+    resident, streamed = timings[1].measured, timings[4].measured
+    yield f"weights streamed take {streamed / resident:.2f} times as long as resident"

@@ -1,0 +1,81 @@
+"""The speed bench: what it prints, and that plans are as fast as they should be (slow: a quiet machine is needed)."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+import infdit
+from infdit import InfDiTConfig, MemoryPlan
+from infdit.__main__ import main
+from infdit.bench.speed import Timing, random_model, time_plans
+from infdit.measure import PeakMeter
+from infdit.memory import Weights
+
+CPU = torch.device("cpu")
+
+
+def test_it_prints_constants_and_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", "mini", "--size", "64x96", "--device", "cpu", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert "TFLOP/s assumed" in out
+    assert out.count(" layers × ") == 6
+    assert "weights streamed take" in out
+
+
+def test_timings_are_of_the_plans_in_their_order() -> None:
+    model = infdit.load_model("mini", dtype=torch.float32, device="cpu")
+    plans = [MemoryPlan(6, 12), MemoryPlan(1, 1, "streamed", "host", "host")]
+    timings = time_plans(model, plans, 96, 128, CPU, rounds=1)
+    assert [t.plan for t in timings] == plans
+    assert all(t.measured > 0 and t.foretold > 0 for t in timings)
+    assert timings[0].peak > timings[1].peak
+
+
+def fastest_of(timings: list[Timing]) -> Timing:
+    return min(timings, key=lambda t: t.measured)
+
+
+@pytest.mark.slow
+def test_the_chosen_of_five_plans_is_as_fast_as_the_fastest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    model = infdit.load_model("mini", dtype=torch.float32, device="cpu")
+    plans = [MemoryPlan(6, 256), MemoryPlan(6, 64), MemoryPlan(2, 16), MemoryPlan(1, 4), MemoryPlan(1, 1)]
+    timings = time_plans(model, plans, 512, 512, CPU, rounds=5)
+    with capsys.disabled():
+        print()
+        for t in timings:
+            print(f"{t.plan.group} layers × {t.plan.chunk} blocks: {t.measured:.3f} s, foretold {t.foretold:.3f} s")
+    for most in sorted(t.peak for t in timings):
+        fitting = [t for t in timings if t.peak <= most]
+        chosen = min(fitting, key=lambda t: (t.foretold, t.peak))
+        assert chosen.measured <= 1.15 * fastest_of(fitting).measured, most
+
+
+@pytest.mark.slow
+def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> None:
+    """Width 1280, 4 layers, 512 × 512, float32: memory over the weights, and time against all blocks at once."""
+    config = InfDiTConfig(num_layers=4, vector_dim=0)
+    model = random_model(config, torch.float32)
+    smallest, dense, streamed = MemoryPlan(1, 1), MemoryPlan(4, 16), MemoryPlan(1, 1, "streamed")
+    generator = torch.Generator().manual_seed(0)
+    x, up = (torch.randn((1, 3, 512, 512), generator=generator) for _ in range(2))
+    conditioning = infdit.Conditioning(torch.randn((1, 3, 128, 128), generator=generator), up)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(3):
+        for name, plan in (("smallest", smallest), ("dense", dense), ("streamed", streamed)):
+            denoise = infdit.Denoiser(model, conditioning, plan)
+            began = time.perf_counter()
+            with torch.no_grad():
+                denoise(x, 1.0)
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    with PeakMeter({"device": [x, up, conditioning.lr]}) as meter, torch.no_grad():
+        infdit.Denoiser(model, conditioning, smallest)(x, 1.0)
+    working = meter.peak["device"]
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    with capsys.disabled():
+        print(f"\nworking memory {working / 2**20:.0f} MiB over weights of {Weights.of(config, torch.float32).total >> 20}")
+        print(", ".join(f"{name} {value:.1f} s" for name, value in median.items()))
+        print(f"streamed over resident: {median['streamed'] / median['smallest']:.3f}")
+    assert working <= 280 * 2**20
+    assert median["smallest"] <= 1.15 * median["dense"]
