@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -183,11 +183,17 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def convert(source: str | Path, target: str | Path) -> list[Path]:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Mapping[str, str] | None = None,
+) -> list[Path]:
     """Write a checkpoint as .safetensors: what the model needs, its configuration, defaults and a SHA-256.
 
     The CLIP model, where the source holds one, goes to TARGET's name with .clip.safetensors. Each file appears whole
-    or not at all; an existing one is replaced.
+    or not at all; an existing one is replaced. `progress` is told (done, total) while it goes on, and an exception
+    that it raises ends it; `note` is written into the model's metadata.
 
     Returns:
         The files written.
@@ -203,18 +209,32 @@ def convert(source: str | Path, target: str | Path) -> list[Path]:
     clip = clip_path(target)
     if checkpoint.path.absolute() == clip.absolute():
         raise CheckpointError(target, f"would take the place of its source {clip.name}", "choose another name")
+    tally = _Tally(progress, 3 * (len(checkpoint.clip) + len(checkpoint.tensors)))  # read, hashed, written
+    tally.add(tally.total // 3)
     if checkpoint.clip:
-        _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"})
+        _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"}, tally)
         written.append(clip)
     metadata = checkpoint.metadata | {
         "config": json.dumps(asdict(checkpoint.config)),
         "defaults": json.dumps(asdict(checkpoint.defaults)),
     }
-    _save(target, checkpoint.tensors, metadata)
+    _save(target, checkpoint.tensors, metadata | dict(note or {}), tally)
     if not checkpoint.clip and checkpoint.path.absolute() != target.absolute():
         with suppress(OSError):
             clip.unlink(missing_ok=True)  # that of another model would be taken for this one's
     return [*written, target]
+
+
+class _Tally:
+    """Counts up to a total and tells it."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self.total = total
+        self._progress, self._done = progress, 0
+
+    def add(self, count: int = 1) -> None:
+        self._done += count
+        self._progress(self._done, self.total)
 
 
 def clip_path(path: str | Path) -> Path:
@@ -326,16 +346,17 @@ def _verify_once(checkpoint: Checkpoint) -> None:
         _verified.add(key)
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], tally: _Tally) -> None:
     """Write beside the target, then rename: nobody ever sees half a file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors)}
+    metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors, tally.add)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(temporary), metadata)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        tally.add(len(tensors))
     except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
         raise CheckpointError(path, f"cannot be written ({error})", remedy) from error

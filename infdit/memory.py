@@ -6,7 +6,7 @@ The bytes are closed forms, counted as they are when most is held, tensor by ten
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from .config import LR_FACTOR, InfDiTConfig
 from .grid import BlockGrid, Sweep
 from .samplers import Method, method_of
-from .tiers import Tier
+from .tiers import Tier, slab_bytes
 
 WeightsKept = Literal["resident", "streamed"]
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
@@ -72,11 +72,13 @@ class Weights:
 
     Attributes:
         trunk: embeddings and head, always on the device; modulation: of one layer; layers: of each layer.
+        largest: of all tensors.
     """
 
     trunk: int
     modulation: int
     layers: tuple[int, ...]
+    largest: int
 
     @classmethod
     def of(cls, config: InfDiTConfig, dtype: torch.dtype) -> Weights:
@@ -94,7 +96,8 @@ class Weights:
         layer = linear(D, 3 * D) + linear(D, D) + linear(D, 4 * D) + linear(4 * D, D) + 2 * d + 4 * D
         cross = 2 * linear(D, D) + linear(D, 2 * D) + 4 * d + D * (config.block_tokens + config.window_tokens) + 2 * D
         layers = tuple(e * (layer + (cross if i == 0 else 0)) for i in range(config.num_layers))
-        return cls(e * trunk, e * linear(D, 4 * D), layers)
+        largest = max(4 * D * D, D * config.window_tokens)
+        return cls(e * trunk, e * linear(D, 4 * D), layers, e * largest)
 
     @property
     def movable(self) -> int:
@@ -169,25 +172,49 @@ def footprint(
     ring = 0 if chunk == blocks else 2 * group * min(grid.line + 1 + chunk, blocks) * unit
     kept = blocks * unit if group < depth else 0
     picture = 3 * FLOAT32 * grid.height * grid.width
-    held = (1 + method_of(sampler).pictures) * picture + picture // LR_FACTOR**2
+    conditioning, method = picture + picture // LR_FACTOR**2, method_of(sampler)
     source_height, source_width, channels = source or (-(-height // LR_FACTOR), -(-width // LR_FACTOR), 3)
     given = channels * FLOAT32 * (batch * height * width + (batch + 2) * source_height * source_width)
     given += height * width * FLOAT32 * 2 * (channels - 3)  # alpha on its way
     given += batch * picture if noise_given else 0
-    vectors = (4 * depth + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)  # modulations and their making
     streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
     around = given if one_memory and not images_away else 0
     on_the_way = 0 if one_memory else 7 * picture // 2  # to or from the device
-    return Footprint(
+
+    def phase(pictures: int, **parts: int) -> Footprint:
+        """What is held while the sampler holds so many pictures."""
+        held = conditioning + pictures * picture
+        return Footprint(
+            **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
+            images=around + (0 if images_away else held),
+            host_weights=_slabs(weights.movable, weights.largest, one_memory) if streamed else 0,
+            host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
+        )
+
+    evaluating = phase(
+        method.evaluating,
         weights=weights.trunk + weights.streamed(group) if streamed else weights.total,
         ring=ring,
         hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
-        images=around + (0 if images_away else held),
-        workspace=chunk * _workspace(config, dtype, grid) + vectors,
-        host_weights=weights.movable if streamed else 0,
-        host_hidden=kept if hidden_away else 0,
-        host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
+        workspace=workspace(config, dtype, grid, chunk),
+        host_hidden=_slabs(kept, chunk * unit, one_memory) if hidden_away else 0,
     )
+    between = phase(method.pictures, weights=weights.trunk if streamed else weights.total)
+    device = max(evaluating, between, key=lambda held: held.device)
+    host = max(evaluating, between, key=lambda held: held.host)
+    return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+
+
+def _slabs(size: int, piece: int, one_memory: bool) -> int:
+    """Bytes of host memory that `tiers.HostMemory` takes for tensors of together `size`, each a `piece` at most."""
+    slab = slab_bytes(piece)
+    return size if one_memory else -(-size // (slab - piece)) * slab
+
+
+def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+    """Bytes of a chunk of blocks while it is computed, and of the modulations of all layers and their making."""
+    vectors = (4 * config.num_layers + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)
+    return chunk * _workspace(config, dtype, grid) + vectors
 
 
 def _workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid) -> int:

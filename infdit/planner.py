@@ -14,7 +14,7 @@ import torch
 
 from .config import InfDiTConfig
 from .grid import BlockGrid
-from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint
+from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint, workspace
 from .samplers import Method
 from .tiers import Tier
 
@@ -69,17 +69,15 @@ class CostModel:
         flops = threads * (75e9 if half else 40e9)
         return cls(flops, rows=16, cache=32e6, spill=0.07, call=4e-4, bus=8e9, exposed=1)
 
-    def evaluation(
-        self, config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, held: Footprint, traffic: float
-    ) -> float:
+    def evaluation(self, config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype) -> float:
         """Seconds that one evaluation takes."""
         chunk = min(plan.chunk, grid.blocks)
         rows = chunk * config.block_tokens
-        slower = 1 + self.spill * math.log2(max(1.0, held.workspace / self.cache))
+        slower = 1 + self.spill * math.log2(max(1.0, workspace(config, dtype, grid, chunk) / self.cache))
         arithmetic = _flops(config, grid) / self.flops * (1 + self.rows / rows) * slower
         calls = -(-grid.blocks // chunk) * config.num_layers * self.call
         compute = arithmetic + calls if self.exposed == 1 else max(arithmetic, calls)
-        copies = traffic / self.bus
+        copies = _traffic(config, grid, plan, dtype) / self.bus
         return max(compute, copies) + self.exposed * min(compute, copies)
 
 
@@ -137,8 +135,7 @@ class Request:
         for plan in schedules(self.config, grid, self.one_memory):
             if self.weights in (None, plan.weights):
                 held = self.footprint(plan)
-                traffic = _traffic(self.config, grid, plan, self.dtype)
-                seconds = costs.evaluation(self.config, grid, plan, held, traffic)
+                seconds = costs.evaluation(self.config, grid, plan, self.dtype)
                 found.append(_Candidate(seconds, held.device, plan, held))
         return found
 
@@ -241,8 +238,7 @@ def seconds_per_evaluation(
     config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Predicted time of one evaluation of one picture, by the cost model of the device's family."""
-    held = footprint(config, grid.height, grid.width, plan, dtype, one_memory=device.type == "cpu")
-    return CostModel.of(device, dtype).evaluation(config, grid, plan, held, _traffic(config, grid, plan, dtype))
+    return CostModel.of(device, dtype).evaluation(config, grid, plan, dtype)
 
 
 def schedules(config: InfDiTConfig, grid: BlockGrid, one_memory: bool) -> Iterator[MemoryPlan]:

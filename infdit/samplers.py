@@ -148,21 +148,22 @@ class Method:
     Attributes:
         sample: takes the arguments of `sample_euler`.
         evaluations: of a step; the step to 0 takes one.
-        pictures: that it and its denoiser hold at most, x and denoised among them.
+        pictures: that it holds at most between two evaluations; evaluating: during one, with x and the result.
         resumes: whether it takes `start` and `last`; looks_back: whether `last` matters to it.
     """
 
     sample: Sampler
     evaluations: int
     pictures: int
+    evaluating: int
     resumes: bool = True
     looks_back: bool = False
 
 
 METHODS = {
-    "heun": Method(sample_heun, 2, 6),
-    "euler": Method(sample_euler, 1, 4),
-    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, looks_back=True),
+    "heun": Method(sample_heun, 2, 6, 5),
+    "euler": Method(sample_euler, 1, 4, 3),
+    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, 4, looks_back=True),
 }
 SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in METHODS.items()}
 

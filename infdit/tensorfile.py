@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,13 +97,17 @@ def read_tensors(path: str | Path) -> TensorFile:
     return _read_safetensors(path)
 
 
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, dtypes, shapes and bytes in the order of names: whatever the order in a file."""
+def tensor_digest(tensors: Mapping[str, Tensor], each: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 (hex) of names, dtypes, shapes and bytes in the order of names: whatever the order in a file.
+
+    each: called after each tensor.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        each()
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ apart, what belongs to a tier is made under `tier(...)`; what is computed from h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 Tier = Literal["device", "host"]
+ALIGNMENT = 512  # bytes, at which pieces of a slab begin
 _tier: ContextVar[Tier | None] = ContextVar("tier", default=None)
 
 
@@ -44,10 +46,9 @@ class Lane:
         self._stream = _copy_stream(device) if device.type == "cuda" else None
         self._last: torch.cuda.Event | None = None
 
-    def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the host that the device can reach quickly."""
-        with tier("host"):
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+    def host(self, piece: int) -> HostMemory:
+        """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
+        return HostMemory(piece, self.device)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the device."""
@@ -100,6 +101,38 @@ class Lane:
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all runs: the allocator keeps a pool of memory for every stream."""
     return torch.cuda.Stream(device)
+
+
+class HostMemory:
+    """Tensors on the host; beside an accelerator they are cut from pinned slabs.
+
+    PyTorch rounds every pinned allocation up to a power of two. A slab is one, and holds eight pieces or more: what is
+    lost is an eighth at most.
+    """
+
+    def __init__(self, piece: int, device: torch.device) -> None:
+        self._slab_bytes, self._pinned = slab_bytes(piece), device.type == "cuda"
+        self._cut = device.type not in ("cpu", "mps")
+        self._slab: Tensor | None = None
+        self._used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape; it keeps its slab alive."""
+        with tier("host"):
+            if not self._cut:
+                return torch.empty(tuple(shape), dtype=dtype)
+            size = math.prod(shape) * dtype.itemsize
+            if self._slab is None or self._used + size > len(self._slab):
+                self._slab = torch.empty(max(size, self._slab_bytes), dtype=torch.uint8, pin_memory=self._pinned)
+                self._used = 0
+            piece = self._slab[self._used : self._used + size].view(dtype).view(tuple(shape))
+            self._used += -(-size // ALIGNMENT) * ALIGNMENT
+            return piece
+
+
+def slab_bytes(piece: int) -> int:
+    """The power of two that holds at least eight pieces."""
+    return 2 ** math.ceil(math.log2(8 * max(piece, ALIGNMENT)))
 
 
 class Fetch:

@@ -11,11 +11,13 @@ the hidden states of all blocks are kept. The result is the same for every group
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,9 @@ from torch.func import functional_call
 
 from .config import InfDiTConfig
 from .grid import BlockGrid, Place
-from .memory import MemoryPlan
+from .memory import MemoryPlan, WeightsKept
 from .model import InfDiT, rotary_angles, rotate
-from .tiers import Fetch, Lane, Tier
+from .tiers import Fetch, HostMemory, Lane, Tier
 
 Positions = Literal["continuous", "wrapped"]
 # blocks at (row, column) → their pixels (B, n, 6, h, w) and windows of the low-resolution picture (B, n, 3, w, w)
@@ -147,6 +149,7 @@ class HiddenStates:
 
     def __init__(self, lane: Lane, place: Tier) -> None:
         self._lane, self._place = lane, place
+        self._host: HostMemory | None = None
         self._kept: dict[range, Tensor] = {}
         self._ahead: dict[range, Fetch] = {}
 
@@ -156,7 +159,7 @@ class HiddenStates:
             self._kept[blocks] = h
             return
         if blocks not in self._kept:
-            self._kept[blocks] = self._lane.host_empty(h.shape, h.dtype)
+            self._kept[blocks] = self._host_empty(h.shape, h.dtype)
         self._lane.store(h, self._kept[blocks])
 
     def take(self, blocks: range, following: range | None) -> Tensor:
@@ -171,7 +174,7 @@ class HiddenStates:
 
     def reserve(self, blocks: range, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Take the room of a chunk that is not computed."""
-        make = self._lane.empty if self._place == "device" else self._lane.host_empty
+        make = self._lane.empty if self._place == "device" else self._host_empty
         self._kept[blocks] = make(shape, dtype)
 
     def forget(self, blocks: range, last: bool) -> None:
@@ -179,6 +182,10 @@ class HiddenStates:
         self._ahead.pop(blocks, None)
         if last and self._place == "device":
             del self._kept[blocks]
+
+    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._host = self._host or self._lane.host(math.prod(shape) * dtype.itemsize)
+        return self._host.empty(shape, dtype)
 
     def _prefetch(self, blocks: range) -> None:
         if blocks not in self._ahead:
@@ -195,21 +202,29 @@ def place(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
 
     Parameters that are there already are shared; if all are, this is the model itself.
     """
+    if _placed.get(model) == (plan.weights, device):
+        return model
+    parameters = dict(model.named_parameters())
+    host = Lane(device).host(max(tensor.numel() * tensor.itemsize for tensor in parameters.values()))
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
         if not streams(plan, name):
             return tensor.to(device)
-        host = tensor.to("cpu")
-        return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
+        if device.type == "cpu" or tensor.is_pinned():
+            return tensor.to("cpu")
+        return host.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
-    parameters = dict(model.named_parameters())
     state = {name: wanted(name, parameter) for name, parameter in parameters.items()}
     if all(state[name] is parameter for name, parameter in parameters.items()):
         return model
     with torch.device("meta"):
         placed = InfDiT(model.config, model.defaults)
     placed.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
+    _placed[placed] = plan.weights, device
     return placed.requires_grad_(False).eval()
+
+
+_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, torch.device]] = WeakKeyDictionary()  # what `place` has made
 
 
 def callables(groups: Iterable[Sequence[nn.Module]], plan: MemoryPlan, lane: Lane) -> Iterator[list[Call]]:

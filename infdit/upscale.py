@@ -33,6 +33,14 @@ RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens 
 
 Preview = Callable[[], Tensor]
 Progress = Callable[[int, int, "Preview | None"], None]
+
+
+class PictureState(State):
+    """Where the sampler stands, and in which picture of the batch."""
+
+    picture: int
+
+
 _told: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
 
 
@@ -54,7 +62,7 @@ def upscale(
     noise: Callable[[tuple[int, int, int, int]], Tensor] | None = None,
     clip_embedding: Tensor | None = None,
     progress: Progress | None = None,
-    callback: Callback | None = None,
+    callback: Callable[[PictureState], None] | None = None,
     device: torch.device | str | None = None,
     report: Report | None = None,
 ) -> Tensor:
@@ -80,7 +88,8 @@ def upscale(
             evaluations × pictures; `done` falls back when memory ran out and a step is repeated. After each step
             preview is a function that makes the denoised picture as (h, w, 3) uint8, at most 512 pixels a side. An
             exception that progress raises ends the run at once.
-        callback: called after the first evaluation of each step with pictures of the padded size, see `samplers`.
+        callback: called after the first evaluation of each step with pictures of the padded size, see `samplers`, and
+            with the index of the picture as "picture".
         device: that computes; None: where the model is. A model on the CPU can be streamed to it by the plan; one that
             is on the device stays there.
         report: is filled in with what was done.
@@ -92,7 +101,7 @@ def upscale(
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
     """
-    _check_image(image)
+    check_image(image)
     seed = operator.index(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
@@ -148,13 +157,13 @@ def pictures(
     method: Method,
     sigmas: Tensor,
     draws: Iterator[Tensor],
-    callback: Callback,
+    callback: Callable[[PictureState], None],
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
     grid = BlockGrid.covering(*target, run.block_size)
     height, width = target
 
-    def one(picture: Tensor, vector: Tensor | None) -> Tensor:
+    def one(index: int, picture: Tensor, vector: Tensor | None) -> Tensor:
         """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
         with tier(run.around):
             picture = picture.detach().float().cpu().clamp(0, 1)
@@ -162,7 +171,8 @@ def pictures(
             lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
             del colour
             start = [_start(up, sigmas[0], next(draws))]
-        y = run.sample(Conditioning(lr, up, vector), start, method, sigmas, callback)
+        step: Callback = lambda state: callback({**state, "picture": index})  # noqa: E731 - as short as it is
+        y = run.sample(Conditioning(lr, up, vector), start, method, sigmas, step)
         with tier(run.around):
             result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
@@ -172,7 +182,7 @@ def pictures(
     with tier(run.around):
         results = image.new_empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
     for i, picture in enumerate(image.split(1)):
-        results[i : i + 1] = one(picture, None if vectors is None else vectors[i])
+        results[i : i + 1] = one(i, picture, None if vectors is None else vectors[i])
     return results
 
 
@@ -230,7 +240,11 @@ def _start(up: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 
 
 def schedule(
-    defaults: SamplingDefaults, steps: int | None = None, sigma_max: float | None = None, denoise: float = 1.0
+    defaults: SamplingDefaults,
+    steps: int | None = None,
+    sigma_max: float | None = None,
+    denoise: float = 1.0,
+    rho: float = RHO,
 ) -> Tensor:
     """Noise levels of a run: a Karras schedule that begins a fraction `denoise` of the way from sigma_min to sigma_max.
 
@@ -243,17 +257,21 @@ def schedule(
         raise ValueError(f"denoise {denoise} must be between 0 (bicubic) and 1 (full strength)")
     sigma_max = defaults.sigma_max if sigma_max is None else sigma_max
     steps = defaults.steps if steps is None else operator.index(steps)
-    low, high = defaults.sigma_min ** (1 / RHO), max(sigma_max, 0) ** (1 / RHO)
+    low, high = defaults.sigma_min ** (1 / rho), max(sigma_max, 0) ** (1 / rho)
     if denoise in (0, 1):
-        return karras_sigmas(steps, defaults.sigma_min, sigma_max, RHO)[0 if denoise else -1 :]
-    return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** RHO, RHO)
+        return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho)[0 if denoise else -1 :]
+    return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** rho, rho)
 
 
 class _Meter:
     """Turns "n blocks done" and "a step is done" into progress(done, total, preview)."""
 
     def __init__(
-        self, progress: Progress | None, total: int, size: tuple[int, int], callback: Callback | None
+        self,
+        progress: Progress | None,
+        total: int,
+        size: tuple[int, int],
+        callback: Callable[[PictureState], None] | None,
     ) -> None:
         self._progress, self._total, self._size, self._callback = progress, total, size, callback
         self._done = 0
@@ -263,7 +281,7 @@ class _Meter:
         if self._progress is not None:
             self._progress(self._done, self._total, None)
 
-    def step(self, state: State) -> None:
+    def step(self, state: PictureState) -> None:
         if self._callback is not None:
             self._callback(state)
         if self._progress is not None:
@@ -281,7 +299,12 @@ def _preview(denoised: Tensor, size: tuple[int, int]) -> Tensor:
     return ((picture[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1)
 
 
-def _check_image(image: Tensor) -> None:
+def check_image(image: Tensor) -> None:
+    """Whether `upscale` can take these pictures.
+
+    Raises:
+        ValueError: shape, dtype or values that cannot be.
+    """
     if image.dim() != 4 or image.shape[-1] not in (3, 4) or not image.is_floating_point():
         raise ValueError(
             f"image of shape {tuple(image.shape)} and {image.dtype} must be (batch, height, width, 3 or 4) "

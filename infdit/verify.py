@@ -74,11 +74,9 @@ def counted_peak(
         skip = None if whole else _thin(config, grid, plan)
         run = Run(model, plan, device, _refuse, lambda done: None, Report(), skip)
         held: dict[Tier, list[Tensor]] = {"device": [], "host": []}
-        for name, parameter in model.named_parameters():
-            if streams(plan, name):
-                held["host"].append(parameter)
-            elif one_memory:  # else they are copied to the device
-                held["device"].append(parameter)
+        if one_memory:  # else they are copied to where they are wanted
+            for name, parameter in model.named_parameters():
+                held["host" if streams(plan, name) else "device"].append(parameter)
         with PeakMeter(held, device) as meter:
             draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(batch))
             pictures(run, image, (height, width), None, method_of(sampler), sigmas, draws, lambda state: None)

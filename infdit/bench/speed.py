@@ -148,7 +148,7 @@ def bus(device: torch.device) -> float | None:
     """Bytes a second from the host to the device; None where they are one memory."""
     if device.type == "cpu":
         return None
-    source = Lane(device).host_empty((COPIED,), torch.uint8)
+    source = Lane(device).host(COPIED).empty((COPIED,), torch.uint8)
     return COPIED / min(_seconds(lambda: source.to(device, non_blocking=True), device) for _ in range(4))
 
 
