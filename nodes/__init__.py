@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .loader import InfDiTModelLoader, register_model_folder
+from .advanced import InfDiTScheduler, InfDiTUpscaleAdvanced
+from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
+from .files import register_model_folder
+from .loader import InfDiTModelLoader
+from .plan import InfDiTMemoryPlan
 from .upscale import InfDiTUpscale
 
 
@@ -12,7 +16,15 @@ class InfDiTExtension(ComfyExtension):
     """What this pack adds to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [InfDiTModelLoader, InfDiTUpscale]
+        return [
+            InfDiTModelLoader,
+            InfDiTCLIPLoader,
+            InfDiTCLIPEncode,
+            InfDiTUpscale,
+            InfDiTMemoryPlan,
+            InfDiTUpscaleAdvanced,
+            InfDiTScheduler,
+        ]
 
 
 async def comfy_entrypoint() -> InfDiTExtension:

@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..infdit import CheckpointError
-from .host import host_model
-from .schema import CATEGORY, InfDiTModel, search_aliases
+from .files import BUNDLED, FOLDER, converted, fingerprint, missing_model, model_files, model_path
+from .host import Bar, host_model
+from .schema import ADVANCED, CATEGORY, InfDiTModel, search_aliases
 
-FOLDER = "infdit"
-EXTENSIONS = {".safetensors", ".pt"}
-BUNDLED = "mini (bundled)"  # in the list of files
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def register_model_folder() -> None:
-    """Make models/infdit known, beside whatever the user's extra model paths already say about it."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
-
-
-def model_path(model_name: str) -> str:
-    """The file behind an entry of the list; "mini" for the bundled one.
-
-    Raises:
-        CheckpointError: the file is gone.
-    """
-    if model_name == BUNDLED:
-        return "mini"
-    path = folder_paths.get_full_path(FOLDER, model_name)
-    if path is None:
-        raise CheckpointError(
-            model_name, "is no longer in models/infdit", "put it back, or press R and choose another model"
-        )
-    return path
-
-
-def model_files() -> list[str]:
-    """Files of models/infdit, without the CLIP models that `convert` puts beside them."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if not name.endswith(".clip.safetensors")]
 
 
 class InfDiTModelLoader(io.ComfyNode):
@@ -60,9 +26,9 @@ class InfDiTModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[BUNDLED, *model_files()],
+                    options=model_files(),
                     tooltip="The small model that comes with the pack, or a file (.safetensors, or the published .pt) "
-                    "in models/infdit.",
+                    "in models/infdit. A .pt is converted to a .safetensors beside it when it is first used.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -70,23 +36,27 @@ class InfDiTModelLoader(io.ComfyNode):
                     default="auto",
                     tooltip="The precision that the model computes in. auto: bf16 where your hardware computes it "
                     "natively, else fp32. bf16 and fp16 need half the memory of fp32.",
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[
                 InfDiTModel.Output(display_name="model", tooltip="The model, for the Inf-DiT Upscale nodes."),
             ],
+            hidden=[io.Hidden.unique_id],
             **search_aliases("inf-dit", "infdit", "load upscaler", "upscale model", "super resolution"),
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        """In place of ComfyUI's own check of the list: the same, with a way out. A link's value is not known yet."""
+        return model_name is None or model_name in model_files() or missing_model(model_name)
+
+    @classmethod
     def fingerprint_inputs(cls, model_name: str, dtype: str) -> str:
         """Changes when the file does, so that a model that was replaced is loaded again."""
-        path = None if model_name == BUNDLED else folder_paths.get_full_path(FOLDER, model_name)
-        if path is None:
-            return model_name
-        stat = Path(path).stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+        return model_name if model_name == BUNDLED else fingerprint((FOLDER,), model_name)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(host_model(model_name, model_path(model_name), DTYPES[dtype]))
+        path = converted(model_path(model_name), Bar(cls.hidden.unique_id).move)
+        return io.NodeOutput(host_model(model_name, path, DTYPES[dtype]))

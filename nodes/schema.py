@@ -1,4 +1,4 @@
-"""What the schemas share: the link type, the category, and fields that only newer versions of ComfyUI know."""
+"""What the schemas share: link types, the category, inputs of several nodes, fields that only newer ComfyUIs know."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 
 CATEGORY = "image/upscaling/Inf-DiT"
+MAX_BUDGET = 64.0  # GiB
+MAX_SEED = 2**64 - 1
 
 InfDiTModel = io.Custom("INFDIT_MODEL")
+InfDiTCLIP = io.Custom("INFDIT_CLIP")
+InfDiTConditioning = io.Custom("INFDIT_CONDITIONING")
+
+SLIDER = io.NumberDisplay.slider
+ADVANCED = {"advanced": True}  # as extra_dict: io's own keyword for it exists only since 0.10
 
 
 def search_aliases(*names: str) -> dict[str, Sequence[str]]:
@@ -19,3 +26,42 @@ def search_aliases(*names: str) -> dict[str, Sequence[str]]:
     """
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return {"search_aliases": list(names)} if "search_aliases" in known else {}
+
+
+def model_input() -> io.Input:
+    """The model that upscales."""
+    return InfDiTModel.Input("model", tooltip="From Load Inf-DiT Model.")
+
+
+def memory_budget_input(tooltip: str) -> io.Input:
+    """How much memory a run may hold."""
+    return io.Float.Input(
+        "memory_budget", default=0.0, min=0.0, max=MAX_BUDGET, step=0.05, round=0.01, display_mode=SLIDER,
+        tooltip=tooltip,
+    )  # fmt: skip
+
+
+RUN_BUDGET = (
+    "GiB of the graphics card's memory that this run may hold, model included (without a card: of main memory). The "
+    "picture is the same with any, only the time differs. 0: as much as makes it fast, if unloading other models can "
+    "free that; otherwise what is free then."
+)
+
+
+def conditioning_input() -> io.Input:
+    """What CLIP tells the model, for models that listen."""
+    return InfDiTConditioning.Input(
+        "conditioning",
+        optional=True,
+        tooltip="From Inf-DiT CLIP Encode: what the picture shows and where to lead it. The published model was "
+        "trained with it; models without a CLIP input, such as the bundled one, ignore it and the report says so.",
+    )
+
+
+def report_output() -> io.Output:
+    """Text for people."""
+    return io.String.Output(
+        display_name="report",
+        tooltip="What was done, in a few lines: size, steps, memory plan, predicted and measured peak, time. Connect "
+        "Preview as Text to read it.",
+    )

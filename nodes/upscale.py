@@ -1,27 +1,31 @@
-"""Inf-DiT Upscale: one picture in, one picture out."""
+"""Inf-DiT Upscale: pictures in, larger pictures out."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..infdit import MemoryPlan, upscale
-from ..infdit.memory import footprint
-from ..infdit.model import InfDiT
+from ..infdit.alpha import upscale_alpha
 from ..infdit.samplers import SAMPLERS
-from ..infdit.upscale import target_size
-from .host import HostedModel, Progress, bring_to_device, from_image, to_image
-from .schema import CATEGORY, InfDiTModel, search_aliases
+from ..infdit.upscale import check_image, schedule
+from .clip import GuidedVector
+from .host import HostedModel, from_image, to_image
+from .job import Job
+from .schema import (
+    ADVANCED,
+    CATEGORY,
+    MAX_SEED,
+    RUN_BUDGET,
+    SLIDER,
+    conditioning_input,
+    memory_budget_input,
+    model_input,
+    report_output,
+    search_aliases,
+)
+from .size import Size, result_size, size_input
 
 AUTO = "auto"
-MAX_SEED = 2**64 - 1
-
-
-def working_bytes(network: InfDiT, height: int, width: int, batch: int) -> int:
-    """What a run with all weights on the device would like to hold there beside them; with less it takes less."""
-    plan = MemoryPlan.default(network.config)
-    held = footprint(network.config, height, width, plan, network.dtype, batch=batch)
-    return held.device - held.weights
 
 
 class InfDiTUpscale(io.ComfyNode):
@@ -33,29 +37,24 @@ class InfDiTUpscale(io.ComfyNode):
             node_id="InfDiTUpscale",
             display_name="Inf-DiT Upscale",
             category=CATEGORY,
-            description="Enlarges a picture up to four times with an Inf-DiT model: a diffusion transformer that "
-            "works on the whole picture at once, without tiles or seams. It needs no prompt.",
+            description="Enlarges pictures up to four times with an Inf-DiT model: a diffusion transformer that works "
+            "on the whole picture at once, without tiles or seams. It needs no prompt.",
             inputs=[
-                InfDiTModel.Input("model", tooltip="From Load Inf-DiT Model."),
+                model_input(),
                 io.Image.Input(
-                    "image", tooltip="The pictures to enlarge: any size, any number. Transparency is enlarged along."
+                    "image",
+                    tooltip="The pictures to enlarge: any size, any number. Transparency (a fourth channel) is "
+                    "enlarged along.",
                 ),
-                io.Float.Input(
-                    "scale",
-                    default=4.0,
-                    min=1.01,
-                    max=4.0,
-                    step=0.01,
-                    tooltip="How many times larger each side becomes. The model is trained for up to 4; for more, use "
-                    "the node twice.",
-                ),
+                size_input(),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Sampling steps: more take longer and add finer detail. 0: as many as the model was made "
-                    "for.",
+                    tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
+                    "made for.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -63,6 +62,7 @@ class InfDiTUpscale(io.ComfyNode):
                     default=AUTO,
                     tooltip="How the steps are taken. auto: the sampler that the model was made for. heun computes "
                     "each step twice.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "denoise",
@@ -70,6 +70,7 @@ class InfDiTUpscale(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    display_mode=SLIDER,
                     tooltip="How freely the model invents detail. 1: as it was trained to; lower values stay closer "
                     "to the plain enlargement; 0 is the plain enlargement.",
                 ),
@@ -81,8 +82,25 @@ class InfDiTUpscale(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise that detail grows from: the same seed gives the same picture.",
                 ),
+                memory_budget_input(RUN_BUDGET),
+                conditioning_input(),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="A mask to enlarge along with the picture, such as the transparency from Load Image. It "
+                    "comes out at the size of the result and does not change the picture.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The enlarged pictures.")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The enlarged pictures, exactly of the size asked for."),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="The mask given, enlarged. Without one: what is transparent in a picture with a fourth "
+                    "channel (1 where nothing is seen, as from Load Image), else 0 everywhere.",
+                ),
+                report_output(),
+            ],
+            hidden=[io.Hidden.unique_id],
             **search_aliases("inf-dit", "infdit", "upscaler", "super resolution", "enlarge image", "hires", "4x"),
         )
 
@@ -91,22 +109,50 @@ class InfDiTUpscale(io.ComfyNode):
         cls,
         model: HostedModel,
         image: Tensor,
-        scale: float,
         steps: int,
         sampler_name: str,
         denoise: float,
         seed: int,
+        memory_budget: float,
+        size: Size | None = None,
+        conditioning: GuidedVector | None = None,
+        mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        height, width = target_size(image.shape[1], image.shape[2], scale)
-        network = bring_to_device(model, working_bytes(model.network, height, width, len(image)))
-        result = upscale(
-            network,
-            from_image(image),
-            scale,
-            steps=steps or None,
-            sampler=None if sampler_name == AUTO else sampler_name,
-            denoise=denoise,
-            seed=seed,
-            progress=Progress(),
+        pictures = from_image(image)
+        check_image(pictures)
+        target = result_size(size, *pictures.shape[1:3])
+        defaults = model.network.defaults
+        sampler = defaults.sampler if sampler_name == AUTO else sampler_name
+        job = Job(
+            model,
+            pictures,
+            target,
+            sampler,
+            schedule(defaults, steps or None, denoise=denoise),
+            memory_budget,
+            conditioning,
+            node_id=cls.hidden.unique_id,
+            sampler_name=sampler,
+            noise_name=f"seed {seed}",
         )
-        return io.NodeOutput(to_image(result))
+        masks = None if mask is None else enlarged_mask(from_image(mask), target)
+        result, report = job.run(seed)
+        if masks is None:
+            masks = transparency(result)
+        return io.NodeOutput(to_image(result), to_image(masks), report)
+
+
+def enlarged_mask(mask: Tensor, target: tuple[int, int]) -> Tensor:
+    """(B, h, w) or (h, w), of any size → (B, height, width), as the alpha of a picture is enlarged.
+
+    Raises:
+        ValueError: nothing to enlarge.
+    """
+    if mask.dim() not in (2, 3) or 0 in mask.shape:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} must be (batch, height, width), of at least one pixel")
+    return upscale_alpha(mask.reshape(-1, 1, *mask.shape[-2:]).clamp(0, 1), target)[:, 0]
+
+
+def transparency(image: Tensor) -> Tensor:
+    """(B, h, w, 3 or 4) → (B, h, w) as Load Image gives it: 1 where nothing is seen."""
+    return 1 - image[..., 3] if image.shape[-1] == 4 else image.new_zeros(image.shape[:3])

@@ -74,7 +74,8 @@ def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> 
     working = meter.peak["device"]
     median = {name: statistics.median(times) for name, times in seconds.items()}
     with capsys.disabled():
-        print(f"\nworking memory {working / 2**20:.0f} MiB over weights of {Weights.of(config, torch.float32).total >> 20}")
+        weights = Weights.of(config, torch.float32).total
+        print(f"\nworking memory {working / 2**20:.0f} MiB over weights of {weights / 2**20:.0f} MiB")
         print(", ".join(f"{name} {value:.1f} s" for name, value in median.items()))
         print(f"streamed over resident: {median['streamed'] / median['smallest']:.3f}")
     assert working <= 280 * 2**20

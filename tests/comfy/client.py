@@ -23,9 +23,17 @@ import aiohttp
 from PIL import Image
 
 ADDRESS, PACK, FINDINGS = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-PREVIEW, PREVIEW_WITH_META = 1, 4  # kinds of binary messages on the socket
+PREVIEW, TEXT, PREVIEW_WITH_META = 1, 3, 4  # kinds of binary messages on the socket
 PATIENCE = 120  # seconds for one prompt
-NODES = ("InfDiTModelLoader", "InfDiTUpscale")
+NODES = (
+    "InfDiTModelLoader",
+    "InfDiTCLIPLoader",
+    "InfDiTCLIPEncode",
+    "InfDiTUpscale",
+    "InfDiTMemoryPlan",
+    "InfDiTUpscaleAdvanced",
+    "InfDiTScheduler",
+)
 
 
 def picture(width: int, height: int) -> bytes:
@@ -49,6 +57,14 @@ def _preview(data: bytes) -> dict | None:
         return None
     image = Image.open(io.BytesIO(body))
     return {"node": about.get("node_id"), "format": image.format, "size": list(image.size)}
+
+
+def _text(data: bytes) -> dict | None:
+    """What is written on a node, and the node, from a binary message."""
+    if struct.unpack(">I", data[:4])[0] != TEXT:
+        return None
+    (length,) = struct.unpack(">I", data[4:8])
+    return {"node": data[8 : 8 + length].decode(), "text": data[8 + length :].decode()}
 
 
 class Browser:
@@ -75,7 +91,7 @@ class Browser:
 
     async def run(self, prompt: dict, stop_at: int | None = None) -> dict:
         """Queue a prompt and follow it to its end; stop_at: press stop at that many messages of progress."""
-        seen: dict = {"moves": [], "previews": [], "end": None, "message": ""}
+        seen: dict = {"moves": [], "previews": [], "texts": [], "end": None, "message": ""}
         async with self.session.ws_connect(f"{ADDRESS}/ws?clientId={self.id}", max_msg_size=0) as ws:
             await ws.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
             status, answer = await self.queue(prompt)
@@ -99,6 +115,8 @@ class Browser:
         if message.type == aiohttp.WSMsgType.BINARY:
             if (preview := _preview(message.data)) is not None:
                 seen["previews"].append(preview)
+            if (text := _text(message.data)) is not None:
+                seen["texts"].append(text)
         elif message.type == aiohttp.WSMsgType.TEXT:
             event = json.loads(message.data)
             data = event.get("data", {})
@@ -174,7 +192,8 @@ async def refused(browser: Browser) -> dict:
     return {
         "missing": await browser.run(workflow(loader={"model_name": "nowhere.safetensors"})),
         "broken": await browser.run(workflow(loader={"model_name": "broken.safetensors"})),
-        "scale": await browser.run(workflow(upscale={"scale": 16})),
+        "scale": await browser.run(workflow(upscale={"size.scale": 16})),
+        "budget": await browser.run(workflow(upscale={"memory_budget": 0.001})),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_model_folder_of_the_user_is_kept(inside: dict) -> None:
         ("batch", [2, 36, 48, 3]),
         ("alpha", [1, 40, 36, 4]),
         ("pixel", [1, 4, 4, 3]),
-        ("wide", [1, 61, 152, 3]),  # 24 × 60 by 2.53 is 60.72 × 151.8
+        ("wide", [1, 61, 153, 3]),  # 24 × 60 to a height of 61: 152.5 wide
     ],
 )
 def test_node_gives_the_picture_of_the_library(inside: dict, name: str, shape: list[int]) -> None:
@@ -59,6 +60,7 @@ def test_node_gives_the_picture_of_the_library(inside: dict, name: str, shape: l
 def test_picture_of_half_precision(inside: dict) -> None:
     found = inside["half_picture"]
     assert (found["end"], found["shape"], found["dtype"]) == ("success", [1, 48, 40, 3], "torch.float32")
+    assert found.get("wanted", ["torch.float16"] * 2) == ["torch.float16"] * 2
     assert found["finite"]
 
 
@@ -68,27 +70,96 @@ def test_largest_seeds_work(inside: dict) -> None:
     assert found["again"] == 0
 
 
-def test_dtype_choices(inside: dict) -> None:
-    found = inside["dtypes"]
-    loaded = {name: case["dtypes"] for name, case in found.items()}
-    assert loaded == {
-        "auto": [found["auto"]["expected"]],
-        "bf16": ["torch.bfloat16"],
-        "fp16": ["torch.float16"],
-        "fp32": ["torch.float32"],
-    }
-    for case in found.values():
-        assert case["end"] == "success"
-        assert case["finite"]
-        assert case["dtype"] == "torch.float32"
+@pytest.mark.parametrize(
+    ("asked", "outcome"),
+    [
+        ("scale by {'scale': 4.0} of 9x12", [36, 48]),
+        ("scale by {'scale': 1.5} of 3x5", [5, 8]),  # halves up
+        ("width and height {'width': 100, 'height': 0} of 30x40", [75, 100]),
+        ("width and height {'width': 0, 'height': 100} of 30x40", [100, 133]),
+        ("width and height {'width': 41, 'height': 120} of 30x40", [120, 41]),
+        ("longest side {'longest_side': 100} of 40x30", [100, 75]),
+        ("longest side {'longest_side': 160} of 40x1", [160, 4]),
+        ("megapixels {'megapixels': 1.0} of 512x512", [1024, 1024]),
+        ("megapixels {'megapixels': 0.25} of 200x300", [418, 627]),  # by √(2^18 / 60000) = 2.0902
+        ("scale by {'scale': 1.01} of 10x10", "10×10 is not larger"),
+        ("width and height {'width': 0, 'height': 0} of 30x40", "are both 0: give at least one"),
+        ("width and height {'width': 161, 'height': 0} of 30x40", "161×121 is more than 4 times the picture's 40×30"),
+        ("width and height {'width': 80, 'height': 29} of 30x40", "80×29 is not larger"),
+        ("longest side {'longest_side': 40} of 30x40", "40×30 is not larger"),
+        ("megapixels {'megapixels': 16.0} of 1000x1000", "ask for 4000×4000 at most, and use the node twice"),
+        ("twice {} of 30x40", "must be one of scale by, width and height, longest side, megapixels"),
+    ],
+)
+def test_ways_to_say_a_size(inside: dict, asked: str, outcome: list[int] | str) -> None:
+    found = inside["sizes"]["asked"][asked]
+    if isinstance(outcome, str):
+        assert outcome in found
+        assert "\n" not in found
+    else:
+        assert found == outcome
 
 
-def test_weights_are_in_comfyui_memory_management(inside: dict) -> None:
-    found = inside["memory"]
-    assert found["loaded"] == ["InfDiTWeights"]
-    assert found["left"] == []
+def test_sizes_through_the_node(inside: dict) -> None:
+    # 24 × 60 with a longest side of 100; with 10486 pixels, by √(10485.76 / 1440) = 2.6985
+    assert inside["sizes"]["through the node"] == [[1, 40, 100, 3], [1, 65, 162, 3]]
+
+
+@pytest.mark.parametrize("name", ["given", "several", "flat", "half", "beside alpha", "alpha", "none"])
+def test_mask_is_of_the_results_size(inside: dict, name: str) -> None:
+    found = inside["masks"][name]
+    assert (found["end"], found["message"]) == ("success", "")
+    assert found["shape"][1:] == found["image"][1:3]
+    assert found["shape"][0] == {"several": 2, "none": 2}.get(name, 1)
+    assert found["difference"] <= 1e-6
+    assert found["dtype"] == "torch.float32"
+    if name == "none":
+        assert found["most"] == 0
+    else:
+        assert found["most"] - found["least"] > 0.3
+
+
+def test_mask_beside_alpha_leaves_the_alpha(inside: dict) -> None:
+    assert inside["masks"]["beside alpha"]["image"][-1] == 4
+    assert inside["masks"]["beside alpha"]["least"] != inside["masks"]["alpha"]["least"]
+
+
+def test_empty_mask_is_refused(inside: dict) -> None:
+    assert inside["masks"]["empty"]["end"] == "error"
+    assert "of at least one pixel" in inside["masks"]["empty"]["message"]
+
+
+def amount(text: str) -> float:
+    """MiB out of "15.2 MiB" or "0.3 GiB"."""
+    number, unit = text.split()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
+
+
+def test_report_says_what_ran(inside: dict) -> None:
+    found = inside["reports"]["plain"]
+    lines = found["report"].splitlines()
     assert found["end"] == "success"
-    assert found["difference"] == 0  # thrown out and brought back, the model is what it was
+    assert lines[:2] == ["10×12 to 40×48", "model: mini (bundled), float32 on cpu"]
+    assert lines[2].startswith("sampling: 3 steps of euler, noise ")
+    assert lines[2].endswith(", seed 5")
+    assert lines[3].startswith("plan: ")
+    predicted, measured = re.fullmatch(r"peak: (.+) predicted, (.+) measured", lines[5]).groups()
+    assert 0.5 * amount(predicted) < amount(measured) <= amount(predicted)
+    assert re.fullmatch(r"time: [\d.]+ s a step, [\d.]+ s in all", lines[6])
+    assert len(lines) == 7
+    assert max(map(len, lines)) < 100
+
+
+def test_report_of_several_pictures_within_a_budget(inside: dict) -> None:
+    lines = inside["reports"]["budget"]["report"].splitlines()
+    assert lines[0] == "12×9 to 48×36, 2 pictures"
+    assert "of 20.5 MiB" in lines[4]
+
+
+def test_report_without_steps_and_without_a_count(inside: dict) -> None:
+    assert "sampling: none, this is the plain enlargement" in inside["reports"]["none"]["report"]
+    assert "a step" not in inside["reports"]["none"]["report"]
+    assert "not measured (counting would take longer than the work)" in inside["reports"]["uncounted"]["report"]
 
 
 def test_bar_and_live_pictures(inside: dict) -> None:
@@ -108,64 +179,56 @@ def test_bar_is_not_moved_too_often(inside: dict) -> None:
     assert all(later - earlier >= 0.9 * BAR_INTERVAL for earlier, later in itertools.pairwise(moves))
 
 
+def test_time_left_is_told_on_the_node(inside: dict) -> None:
+    told = [text for text, node in inside["bar"]["told"] if node == "upscale"]
+    assert len(told) == len(inside["bar"]["told"]) >= 2
+    assert all(re.fullmatch(r"\d+%, .+ left", text) for text in told[:-1])
+    assert re.fullmatch(r"240×96 in [\d.]+ s", told[-1])
+
+
 def test_interrupt_stops_at_once_and_the_next_run_is_whole(inside: dict) -> None:
     found = inside["interrupt"]
     assert found["stopped"] == "interrupted"
+    assert found["told"] == [["stopped", "upscale"]]
     assert found["looks"] == 5  # nothing looked at the button after it was pressed: nothing went on
     assert found["whole"] == "success"
     assert found["looks_in_whole"] >= 4 * LAYERS  # at least once a layer of an evaluation
     assert found["shape"] == [1, 96, 240, 3]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("vanishing.safetensors", "no longer in models/infdit"),
-        ("cut.safetensors", "not a complete"),
-        ("noise.safetensors", "not a complete"),
-        ("noise.pt", "not a complete"),
-        ("empty.safetensors", "not a complete"),
-    ],
-)
-def test_unusable_file_gives_one_sentence(inside: dict, name: str, what: str) -> None:
-    found = inside["files"][name]
-    message = found["message"].strip()
-    assert found["end"] == "error"
-    assert found["type"].endswith("CheckpointError")
-    assert name in message
-    assert what in message
-    assert message.endswith(".")
-    assert "\n" not in message
-
-
-def test_file_that_was_never_there_is_rejected(inside: dict) -> None:
-    found = inside["files"]["unlisted"]
-    assert found["end"] == "rejected"
-    assert "nowhere.safetensors" in found["message"]
-
-
-def test_clip_beside_a_model_is_no_model(inside: dict) -> None:
-    assert inside["files"]["clip"]["end"] == "rejected"
-
-
-def test_replaced_file_is_loaded_again(inside: dict) -> None:
-    loads = ["loader" in ran for ran in inside["replaced"]["ran"]]
-    assert loads == [True, False, True, False]  # first; unchanged; newer; unchanged
-
-
 def test_values_beyond_the_limits_are_rejected(inside: dict) -> None:
     found = inside["limits"]["beyond"]
-    assert len(found) == 13
+    assert len(found) == 24
     assert [case for case, accepted in found.items() if accepted] == []
 
 
 def test_values_at_the_limits_are_accepted(inside: dict) -> None:
     found = inside["limits"]["within"]
-    assert len(found) == 8
+    assert len(found) == 16
     assert [case for case, accepted in found.items() if not accepted] == []
 
 
 def test_least_denoise_and_scale(inside: dict) -> None:
     found = inside["least_denoise"]
-    assert (found["end"], found["shape"]) == ("success", [1, 12, 10, 3])
+    assert (found["end"], found["shape"]) == ("success", [1, 24, 61, 3])  # 24.24 × 60.6
     assert found["finite"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("empty batch", "is empty: give at least one picture"),
+        ("not finite", "not finite"),
+        ("one channel", "must be (batch, height, width, 3 or 4)"),
+        ("pixel by 1.01", "1×1 is not larger than the picture's 1×1"),
+        ("too large", "ask for 40×48 at most, and use the node twice for more"),
+        ("no size", "size must be one of"),
+        ("size unsaid", "size must be one of"),
+    ],
+)
+def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> None:
+    found = inside["refusals"][name]
+    assert (found["end"], found["type"]) == ("error", "ValueError")
+    assert words in found["message"]
+    assert "\n" not in found["message"].strip()
+    assert found["loaded"] == 0  # refused before weights are moved

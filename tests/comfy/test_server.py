@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,21 +12,105 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
+SIZE = "COMFY_DYNAMICCOMBO_V3"
 # ids, inputs in their order and outputs are a public format: saved workflows depend on them; only append
 INPUTS = {
     "InfDiTModelLoader": {"model_name": "COMBO", "dtype": "COMBO"},
+    "InfDiTCLIPLoader": {"clip_name": "COMBO"},
+    "InfDiTCLIPEncode": {
+        "clip": "INFDIT_CLIP",
+        "image": "IMAGE",
+        "positive": "STRING?",
+        "negative": "STRING?",
+        "strength": "FLOAT?",
+        "view": "COMBO?",
+    },
     "InfDiTUpscale": {
         "model": "INFDIT_MODEL",
         "image": "IMAGE",
-        "scale": "FLOAT",
+        "size": SIZE,
         "steps": "INT",
         "sampler_name": "COMBO",
         "denoise": "FLOAT",
         "seed": "INT",
+        "memory_budget": "FLOAT",
+        "conditioning": "INFDIT_CONDITIONING?",
+        "mask": "MASK?",
+    },
+    "InfDiTMemoryPlan": {
+        "model": "INFDIT_MODEL",
+        "width": "INT",
+        "height": "INT",
+        "size": SIZE,
+        "memory_budget": "FLOAT",
+        "image": "IMAGE?",
+    },
+    "InfDiTUpscaleAdvanced": {
+        "model": "INFDIT_MODEL",
+        "image": "IMAGE",
+        "size": SIZE,
+        "noise": "NOISE",
+        "sampler": "SAMPLER",
+        "sigmas": "SIGMAS",
+        "memory_budget": "FLOAT",
+        "conditioning": "INFDIT_CONDITIONING?",
+    },
+    "InfDiTScheduler": {"steps": "INT", "sigma_max": "FLOAT", "sigma_min": "FLOAT", "rho": "FLOAT", "denoise": "FLOAT"},
+}
+SIZES = {
+    "scale by": {"scale": "FLOAT"},
+    "width and height": {"width": "INT", "height": "INT"},
+    "longest side": {"longest_side": "INT"},
+    "megapixels": {"megapixels": "FLOAT"},
+}
+OUTPUTS = {
+    "InfDiTModelLoader": ["INFDIT_MODEL"],
+    "InfDiTCLIPLoader": ["INFDIT_CLIP"],
+    "InfDiTCLIPEncode": ["INFDIT_CONDITIONING"],
+    "InfDiTUpscale": ["IMAGE", "MASK", "STRING"],
+    "InfDiTMemoryPlan": ["STRING", "IMAGE"],
+    "InfDiTUpscaleAdvanced": ["IMAGE", "IMAGE", "STRING"],
+    "InfDiTScheduler": ["SIGMAS"],
+}
+TITLES = {
+    "InfDiTModelLoader": "Load Inf-DiT Model",
+    "InfDiTCLIPLoader": "Load Inf-DiT CLIP",
+    "InfDiTCLIPEncode": "Inf-DiT CLIP Encode",
+    "InfDiTUpscale": "Inf-DiT Upscale",
+    "InfDiTMemoryPlan": "Inf-DiT Memory Plan",
+    "InfDiTUpscaleAdvanced": "Inf-DiT Upscale (Advanced)",
+    "InfDiTScheduler": "Inf-DiT Scheduler",
+}
+# default, least, most
+RANGES = {
+    "InfDiTCLIPEncode": {"strength": [2.0, 0.0, 10.0]},
+    "InfDiTUpscale": {
+        "steps": [0, 0, 1000],
+        "denoise": [1.0, 0.0, 1.0],
+        "seed": [0, 0, 2**64 - 1],
+        "memory_budget": [0.0, 0.0, 64.0],
+    },
+    "InfDiTMemoryPlan": {
+        "width": [1024, 1, 65536],
+        "height": [1024, 1, 65536],
+        "memory_budget": [0.0, 0.0, 64.0],
+    },
+    "InfDiTUpscaleAdvanced": {"memory_budget": [0.0, 0.0, 64.0]},
+    "InfDiTScheduler": {
+        "steps": [20, 1, 1000],
+        "sigma_max": [40.0, 0.01, 5000.0],
+        "sigma_min": [0.002, 0.0001, 100.0],
+        "rho": [7.0, 1.0, 100.0],
+        "denoise": [1.0, 0.0, 1.0],
     },
 }
-OUTPUTS = {"InfDiTModelLoader": ["INFDIT_MODEL"], "InfDiTUpscale": ["IMAGE"]}
-TITLES = {"InfDiTModelLoader": "Load Inf-DiT Model", "InfDiTUpscale": "Inf-DiT Upscale"}
+SIZE_RANGES = {
+    "scale": [4.0, 1.01, 4.0],
+    "width": [4096, 0, 65536],
+    "height": [0, 0, 65536],
+    "longest_side": [4096, 1, 65536],
+    "megapixels": [16.0, 0.01, 4096.0],
+}
 VIRTUAL = {"MarkdownNote", "Note"}  # nodes of the frontend only
 
 
@@ -33,32 +119,87 @@ def options(entry: list) -> list[str]:
     return entry[0] if isinstance(entry[0], list) else entry[1]["options"]
 
 
+def inputs_of(node: dict) -> dict[str, list]:
+    """All inputs in their order, the optional ones last."""
+    order = node["input_order"]
+    return {
+        name: node["input"][kind][name] for kind in ("required", "optional") for name in order.get(kind, [])
+    }
+
+
+def kind(entry: list) -> str:
+    return "COMBO" if isinstance(entry[0], list) else entry[0]
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_node_is_listed_with_its_schema(online: dict, name: str) -> None:
     node = online["describe"][name]
-    required = node["input"]["required"]
-    types = {key: "COMBO" if isinstance(entry[0], list) else entry[0] for key, entry in required.items()}
+    optional = node["input"].get("optional", {})
+    types = {key: kind(entry) + ("?" if key in optional else "") for key, entry in inputs_of(node).items()}
     assert types == INPUTS[name]
-    assert node["input_order"]["required"] == list(INPUTS[name])
-    assert not node["input"].get("optional")
+    assert list(types) == list(INPUTS[name])
     assert node["output"] == OUTPUTS[name]
     assert node["display_name"] == TITLES[name]
     assert node["category"] == "image/upscaling/Inf-DiT"
     assert node["description"]
-    assert all(len(entry[1].get("tooltip", "")) > 10 for entry in required.values())
+    assert node["output_node"] == (name == "InfDiTMemoryPlan")
+    assert all(len(entry[1].get("tooltip", "")) > 10 for entry in inputs_of(node).values())
     assert all(len(tooltip) > 10 for tooltip in node["output_tooltips"])
 
 
-def test_choices_and_limits(online: dict) -> None:
-    loader = online["describe"]["InfDiTModelLoader"]["input"]["required"]
+@pytest.mark.parametrize("name", ["InfDiTUpscale", "InfDiTMemoryPlan", "InfDiTUpscaleAdvanced"])
+def test_size_is_said_in_four_ways(online: dict, name: str) -> None:
+    offered = inputs_of(online["describe"][name])["size"][1]["options"]
+    found = {option["key"]: option["inputs"]["required"] for option in offered}
+    assert {key: {name: kind(entry) for name, entry in inputs.items()} for key, inputs in found.items()} == SIZES
+    assert list(found) == list(SIZES)  # the first is the default
+    settings = {name: entry[1] for inputs in found.values() for name, entry in inputs.items()}
+    assert {name: [x[what] for what in ("default", "min", "max")] for name, x in settings.items()} == SIZE_RANGES
+    assert all(len(x["tooltip"]) > 10 for x in settings.values())
+    assert settings["scale"]["display"] == "slider"
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(online: dict, name: str) -> None:
+    asked = inputs_of(online["describe"][name])
+    found = {key: [asked[key][1][what] for what in ("default", "min", "max")] for key in RANGES[name]}
+    assert found == RANGES[name]
+    numbers = {key for key, entry in asked.items() if entry[0] in ("INT", "FLOAT")}
+    assert numbers == set(RANGES[name])
+
+
+def test_choices(online: dict) -> None:
+    loader = inputs_of(online["describe"]["InfDiTModelLoader"])
     assert options(loader["model_name"]) == ["mini (bundled)", "broken.safetensors"]
     assert options(loader["dtype"]) == ["auto", "bf16", "fp16", "fp32"]
-    asked = online["describe"]["InfDiTUpscale"]["input"]["required"]
-    assert options(asked["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m"]
-    limits = {key: [asked[key][1][what] for what in ("default", "min", "max")] for key in ("scale", "steps", "denoise")}
-    assert limits == {"scale": [4.0, 1.01, 4.0], "steps": [0, 0, 1000], "denoise": [1.0, 0.0, 1.0]}
-    assert asked["seed"][1]["max"] == 2**64 - 1
-    assert asked["seed"][1]["control_after_generate"]
+    upscale = inputs_of(online["describe"]["InfDiTUpscale"])
+    assert options(upscale["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m"]
+    assert upscale["seed"][1]["control_after_generate"]
+    assert options(inputs_of(online["describe"]["InfDiTCLIPEncode"])["view"]) == ["crop", "pad"]
+    assert options(inputs_of(online["describe"]["InfDiTCLIPLoader"])["clip_name"]) == ["broken.safetensors"]
+
+
+def test_sliders_and_folded_inputs(online: dict) -> None:
+    sliders, folded = set(), set()
+    for name in INPUTS:
+        for key, entry in inputs_of(online["describe"][name]).items():
+            sliders |= {(name, key)} if entry[1].get("display") == "slider" else set()
+            folded |= {(name, key)} if entry[1].get("advanced") else set()
+    budgets = {(name, "memory_budget") for name in ("InfDiTUpscale", "InfDiTMemoryPlan", "InfDiTUpscaleAdvanced")}
+    others = {("InfDiTUpscale", "denoise"), ("InfDiTScheduler", "denoise"), ("InfDiTCLIPEncode", "strength")}
+    assert sliders == budgets | others
+    assert folded == {
+        ("InfDiTModelLoader", "dtype"),
+        ("InfDiTUpscale", "steps"),
+        ("InfDiTUpscale", "sampler_name"),
+        ("InfDiTScheduler", "sigma_min"),
+        ("InfDiTScheduler", "rho"),
+    }
+
+
+def test_search_aliases_where_comfyui_has_them(online: dict, checkout: object) -> None:
+    if tuple(map(int, checkout.version.split("."))) >= (0, 11):
+        assert all("inf-dit" in " ".join(online["describe"][name]["search_aliases"]) for name in INPUTS)
 
 
 def test_workflow_is_a_template_with_a_thumbnail(online: dict) -> None:
@@ -86,6 +227,8 @@ def test_progress_and_live_picture_reach_the_page(online: dict) -> None:
     assert moves[-1][0] == moves[-1][1]
     previews = [preview for preview in found["previews"] if preview["node"] in ("3", None)]
     assert previews
+    assert found["texts"][-1]["node"] == "3"
+    assert re.fullmatch(r"256×192 in [\d.]+ s", found["texts"][-1]["text"])
     # ComfyUI scales a live picture to the longest side that a node asks for
     assert all((preview["format"], preview["size"]) == ("JPEG", [512, 384]) for preview in previews)
 
@@ -102,6 +245,8 @@ def test_stop_button_and_the_run_after_it(online: dict) -> None:
 def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
+    assert found["budget"]["end"] == "error"
+    assert "is too little for 256×192: at least " in found["budget"]["message"]
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
@@ -119,12 +264,18 @@ def test_workflow_and_its_api_twin_say_the_same(online: dict, path: Path) -> Non
         said = twin[key]["inputs"]
         assert {name: value for name, value in said.items() if isinstance(value, list)} == linked
         schema = online["describe"].get(node["type"])
-        if schema is None:
+        if schema is not None:
+            assert node["widgets_values"] == list(widgets(schema, said, linked))
+            assert [output["type"] for output in node["outputs"]] == OUTPUTS[node["type"]]
+
+
+def widgets(schema: dict, said: dict, linked: dict) -> Iterator[object]:
+    """What the frontend keeps of a node's widgets, in its order, from the inputs of the API twin."""
+    for name, entry in inputs_of(schema).items():
+        if name in linked or kind(entry) not in ("COMBO", "INT", "FLOAT", "STRING", SIZE):
             continue
-        widgets = []
-        for name in schema["input_order"]["required"]:
-            if name not in linked:
-                widgets.append(said[name])
-                if schema["input"]["required"][name][1].get("control_after_generate"):
-                    widgets.append("fixed")
-        assert node["widgets_values"] == widgets
+        yield said[name]
+        if entry[1].get("control_after_generate"):
+            yield "fixed"
+        if entry[0] == SIZE:
+            yield from (said[f"{name}.{nested}"] for nested in SIZES[said[name]])

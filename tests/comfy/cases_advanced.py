@@ -1,0 +1,269 @@
+"""Inf-DiT Upscale (Advanced) with ComfyUI's own sockets, its scheduler, and the memory plan. See drive.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.samplers
+import torch
+from harness import (
+    BASE,
+    PACK_DIR,
+    PICTURES,
+    TAKEN,
+    case,
+    facts,
+    give,
+    library,
+    loader,
+    pack,
+    patched,
+    prompt,
+    run,
+    take,
+)
+from safetensors.torch import load_file, save_file
+
+WORKING = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "deis", "gradient_estimation")
+OTHERS = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_cfg_pp", "dpm_fast", "uni_pc", "lcm")
+MINI = {"sigma_max": 2.0, "sigma_min": 0.01}  # near what the bundled model is made for
+
+
+def advanced(picture: str = "small", loading: dict | None = None, **changes: Any) -> dict:
+    """Upscale (Advanced) with RandomNoise, KSamplerSelect and InfDiTScheduler; changes of any of their inputs."""
+    asked = {"noise_seed": 7, "sampler_name": "heun", "memory_budget": 0.0, "scale": 4.0} | changes
+    levels = {"steps": 20, "sigma_max": 40.0, "sigma_min": 0.002, "rho": 7.0, "denoise": 1.0}
+    levels |= {name: asked[name] for name in levels if name in asked}
+    links = {"model": ["loader", 0], "image": ["give", 0], "noise": ["noise", 0], "sigmas": ["sigmas", 0]}
+    said = {"size": "scale by", "size.scale": asked["scale"], "memory_budget": asked["memory_budget"]}
+    return {
+        "loader": loader(**(loading or {})),
+        "give": give(picture),
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": asked["noise_seed"]}},
+        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": asked["sampler_name"]}},
+        "sigmas": {"class_type": "InfDiTScheduler", "inputs": levels},
+        "upscale": {"class_type": "InfDiTUpscaleAdvanced", "inputs": links | {"sampler": ["sampler", 0]} | said},
+        "take": take("IMAGE", "upscale", 0),
+        "take denoised": take("IMAGE", "upscale", 1, "denoised"),
+        "take report": take("STRING", "upscale", 2, "report"),
+    }
+
+
+def published_defaults() -> str:
+    """The bundled model without its own sampling defaults, so that it has the paper's."""
+    path = BASE / "models" / "infdit" / "paper.safetensors"
+    if not path.exists():
+        mini = PACK_DIR / "infdit" / "weights" / "mini.safetensors"
+        save_file(load_file(mini), path, {"config": json.dumps({"position_period": 1024})})
+    return path.name
+
+
+@case
+def advanced_equals() -> dict:
+    """heun with everything else at its default beside Inf-DiT Upscale's heun; and the same for a batch."""
+    loading = {"model_name": published_defaults()}
+    found = {}
+    for name, seed in (("small", 2**64 - 1), ("batch", 3)):
+        first = run(prompt(name, loading, steps=0, sampler_name="heun", seed=seed))
+        image = TAKEN["value"]
+        second = run(advanced(name, loading, noise_seed=seed))
+        found[name] = {
+            "ends": [first["end"], second["end"]],
+            "difference": (image - TAKEN["value"]).abs().max().item(),
+            "denoised": (TAKEN["denoised"] - TAKEN["value"]).abs().max().item(),
+            "contrast": image.std().item(),
+            "bar": [list(move[1:3]) for move in second["bar"]],
+            "pictures": sum(move[3] is not None for move in second["bar"]),
+            "report": TAKEN["report"],
+        }
+    return found
+
+
+@case
+def core_samplers() -> dict:
+    """Each sampler that works: how far its picture is from a finely stepped one, where the bar ends."""
+    run(prompt("small", steps=24, sampler_name="heun"))
+    fine = TAKEN["value"]
+    found = {}
+    for name in WORKING:
+        ended = run(advanced(sampler_name=name, steps=8, **MINI))
+        found[name] = {"end": ended["end"], "message": ended["message"]}
+        if ended["end"] == "success":
+            found[name] |= facts(TAKEN["value"]) | {
+                "difference": (TAKEN["value"] - fine).abs().mean().item(),
+                "bar": list(ended["bar"][-1][1:3]),
+                "report": TAKEN["report"],
+            }
+    run(prompt("small", steps=0, denoise=0.0))
+    return {"samplers": found, "bicubic": (TAKEN["value"] - fine).abs().mean().item()}
+
+
+@case
+def options() -> dict:
+    """Linear multistep of order 1 is Euler's method; its order comes from its own node."""
+    asked = advanced(sampler_name="euler", steps=5, **MINI)
+    run(asked)
+    euler = TAKEN["value"]
+    found = {}
+    for order in (1, 4):
+        asked["sampler"] = {"class_type": "SamplerLMS", "inputs": {"order": order}}
+        found[f"order {order}"] = run(asked) and (TAKEN["value"] - euler).abs().max().item()
+    return found
+
+
+@case
+def refused_samplers() -> dict:
+    """How samplers that need more than a denoiser are refused."""
+    found = {}
+    for name in OTHERS:
+        ended = run(advanced(sampler_name=name, steps=2, **MINI))
+        found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
+    return found
+
+
+@case
+def levels() -> dict:
+    """The scheduler's noise levels, and those that cannot be."""
+    found: dict[str, Any] = {}
+    for name, changes in (
+        ("default", {}),
+        ("rho", {"rho": 3.0, "steps": 4}),
+        ("half", {"denoise": 0.5, "steps": 4}),
+        ("none", {"denoise": 0.0}),
+        ("crossed", {"sigma_max": 0.01, "sigma_min": 1.0}),
+    ):
+        inputs = {"steps": 20, "sigma_max": 40.0, "sigma_min": 0.002, "rho": 7.0, "denoise": 1.0} | changes
+        scheduler = {"class_type": "InfDiTScheduler", "inputs": inputs}
+        ended = run({"sigmas": scheduler, "take": take("SIGMAS", "sigmas", 0)})
+        found[name] = TAKEN["value"].tolist() if ended["end"] == "success" else ended["message"]
+    return found
+
+
+@case
+def denoised() -> dict:
+    """The second picture where noise is left in the first, where there is no step, and levels that do not fall."""
+    asked = advanced("batch", sampler_name="euler", steps=4, **MINI)
+    run(asked)
+    whole = TAKEN["value"]
+    asked["split"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["sigmas", 0], "step": 2}}
+    asked["upscale"]["inputs"]["sigmas"] = ["split", 0]
+    ended = run(asked)
+    found: dict[str, Any] = {
+        "end": ended["end"],
+        "shape": list(TAKEN["denoised"].shape),
+        "noise left": (TAKEN["value"] - whole).abs().mean().item(),
+        "denoised": (TAKEN["denoised"] - whole).abs().mean().item(),
+        "apart": (TAKEN["denoised"][0] - TAKEN["denoised"][1]).abs().mean().item(),
+    }
+    alpha = run(advanced("alpha", denoise=0.0))
+    found["no step"] = {
+        "end": alpha["end"],
+        "shapes": [list(TAKEN["value"].shape), list(TAKEN["denoised"].shape)],
+        "difference": (TAKEN["value"][..., :3] - TAKEN["denoised"]).abs().max().item(),
+    }
+    asked["flip"] = {"class_type": "FlipSigmas", "inputs": {"sigmas": ["sigmas", 0]}}
+    asked["upscale"]["inputs"]["sigmas"] = ["flip", 0]
+    found["rising"] = run(asked)["message"]
+    return found
+
+
+@case
+def core_memory() -> dict:
+    """Pictures that each sampler holds, counted, beside what is foretold: more than one between evaluations, during."""
+    infdit, core = library(), pack("nodes.core")
+    measure = pack("infdit.measure")
+    upscale, plans = pack("infdit.upscale"), pack("infdit.memory")
+    config, defaults = pack("infdit.config").InfDiTConfig, pack("infdit.config").SamplingDefaults
+    assert infdit.samplers
+
+    def model(width: int, heads: int) -> torch.nn.Module:
+        sizes = config(num_layers=1, hidden_size=width, num_heads=heads, patch_size=8, block_size=64, vector_dim=0)
+        torch.manual_seed(0)
+        return pack("infdit.model").InfDiT(sizes, defaults()).requires_grad_(False).eval()
+
+    narrow, wide = model(16, 2), model(256, 4)
+    found = {}
+    for name in WORKING:
+        method, _ = core.core_method(comfy.samplers.sampler_object(name), 7, 0)
+        for kind, network, side, chunk in (("between", narrow, 192, 1), ("during", wide, 128, 4)):
+            plan = plans.MemoryPlan(1, chunk)
+            with measure.PeakMeter({"device": network.parameters()}) as meter:
+                upscale.upscale(network, torch.rand(1, side // 4, side // 4, 3), steps=6, sampler=method, plan=plan)
+            source = (side // 4, side // 4, 3)
+            foretold = plans.footprint(
+                network.config, side, side, plan, torch.float32, method, one_memory=True, source=source
+            )
+            picture = 3 * 4 * side * side
+            found[f"{name} {kind}"] = (foretold.device - meter.peak["device"]) / picture
+    return found
+
+
+# ---- the memory plan
+
+
+def plan_prompt(loading: dict | None = None, **changes: Any) -> dict:
+    asked = {"width": 64, "height": 48, "size": "scale by", "size.scale": 4.0, "memory_budget": 0.0} | changes
+    return {
+        "loader": loader(**(loading or {})),
+        "plan": {"class_type": "InfDiTMemoryPlan", "inputs": {"model": ["loader", 0], **asked}},
+        "take": take("IMAGE", "plan", 1),
+        "take report": take("STRING", "plan", 0, "report"),
+    }
+
+
+@case
+def plans() -> dict:
+    """The memory plan: of a size, of pictures, with too little of this or that memory."""
+    PICTURES["two with alpha"] = torch.rand(2, 48, 64, 4)
+    found: dict[str, Any] = {}
+    for name, changes in (
+        ("size", {}),
+        ("pictures", {"image": ["give", 0], "width": 1, "height": 1}),
+        ("budget", {"memory_budget": 0.03}),
+        ("too little", {"memory_budget": 0.01}),
+        ("too large", {"width": 65536, "height": 65536, "size.scale": 1.01}),
+        ("not larger", {"size": "longest side", "size.longest_side": 64}),
+    ):
+        asked = plan_prompt(**changes) | ({"give": give("two with alpha")} if "image" in changes else {})
+        ended = run(asked)
+        found[name] = {"end": ended["end"], "message": ended["message"], "report": TAKEN.get("report", "")}
+        if ended["end"] == "success":
+            plot = TAKEN["value"]
+            colours = {tuple(round(255 * x) for x in colour) for colour in plot[0, ::4, ::4].reshape(-1, 3).tolist()}
+            found[name] |= facts(plot) | {"colours": sorted(colours), "shown": ended["shown"]}
+    run(prompt("two with alpha", steps=0, sampler_name="auto"))
+    found["as it ran"] = TAKEN["report"]
+    return found
+
+
+@case
+def plans_of_a_card() -> dict:
+    """The same on a graphics card that is not there: what is said of both memories."""
+    plan_node, config = pack("nodes.plan"), pack("infdit.config").InfDiTConfig()
+    requests = pack("infdit.planner")
+    gib = 2**30
+    request = requests.Request(config, 4096, 4096, device=torch.device("cuda:0"), source=(1024, 1024, 3))
+    found = {}
+    for name, budget, room, host_room in (
+        ("automatic", None, 22 * gib, 64 * gib),
+        ("little", gib // 2, 22 * gib, 64 * gib),
+        ("too little", gib // 8, 22 * gib, 64 * gib),
+        ("host too small", gib // 2, 22 * gib, 2 * gib),
+    ):
+        rooms = {"cuda": room, "cpu": host_room}
+        with (
+            patched(plan_node, obtainable=lambda device, rooms=rooms: rooms[device.type]),
+            patched(pack("nodes.host"), obtainable=lambda device, rooms=rooms: rooms[device.type]),
+            patched(requests, free_bytes=lambda device, rooms=rooms: rooms[device.type]),
+        ):
+            outlook = plan_node.foresee(request, budget)
+        found[name] = {
+            "fits": outlook.fits,
+            "verdict": outlook.verdict,
+            "words": [plan_node.filling_words(filling) for filling in outlook.fillings()],
+            "totals": [filling.total for filling in outlook.fillings()],
+            "limits": [filling.limit for filling in outlook.fillings()],
+            "alternatives": outlook.alternatives(),
+        }
+    return found

@@ -1,0 +1,348 @@
+"""Memory: weights in ComfyUI's management, budgets, plans, and what happens when there is not enough. See drive.py."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
+from harness import PICTURES, TAKEN, case, pack, patched, prompt, run
+
+MIB = 2**20
+CARD = torch.device("cuda:0")  # which is not there: what would move to it is a stand-in
+
+
+@case
+def memory() -> dict:
+    """Whether the weights are ComfyUI's: in its list of loaded models, and back after it has thrown them out."""
+    run(prompt("pixel", steps=1))
+    first = TAKEN["value"]
+    loaded = [type(m.model.model).__name__ for m in mm.current_loaded_models]
+    patcher = mm.current_loaded_models[0].model
+    run(prompt("pixel", steps=1, seed=9))
+    same = mm.current_loaded_models[0].model is patcher
+    mm.unload_all_models()
+    left = [type(m.model.model).__name__ for m in mm.current_loaded_models]
+    ended = run(prompt("pixel", steps=1, seed=8))["end"]
+    run(prompt("pixel", steps=1))
+    return {
+        "loaded": loaded,
+        "same": same,
+        "left": left,
+        "end": ended,
+        "difference": (first - TAKEN["value"]).abs().max().item(),
+    }
+
+
+@case
+def budgets() -> dict:
+    """The same picture under several budgets, with the peaks that the library's own meter counts."""
+    PICTURES["square"] = PICTURES["wide"][:, :, :24].repeat(1, 2, 2, 1)
+    job, planner = pack("nodes.job"), pack("infdit.planner")
+    seen: list[Any] = []
+
+    def spy(request: Any, *args: Any) -> Any:
+        seen.append(choose(request, *args))
+        return seen[-1]
+
+    choose, found = job.choose_plan, {}
+    for name, mib in (("automatic", 0), ("14 MiB", 14), ("60 MiB", 60), ("2 MiB", 2)):
+        with patched(job, choose_plan=spy, COUNTING=0.0):  # counting is always allowed
+            ended = run(prompt("square", steps=2, memory_budget=mib / 1024))
+        found[name] = {key: ended[key] for key in ("end", "message", "type")} | {"report": TAKEN.get("report")}
+        if ended["end"] == "success":
+            found[name] |= {"peak": seen[-1].peak_bytes, "group": seen[-1].group, "chunk": seen[-1].chunk}
+            found.setdefault("pictures", []).append(TAKEN["value"])
+    pictures = found.pop("pictures")
+    found["difference"] = max((pictures[0] - other).abs().max().item() for other in pictures[1:])
+    host, small = pack("nodes.host"), 20 * MIB
+    with patched(planner, free_bytes=lambda device: small), patched(host, free_bytes=lambda device: small):
+        for name, mib in (("little free", 0), ("less free than asked", 200)):
+            with patched(job, choose_plan=spy):
+                ended = run(prompt("square", steps=1, memory_budget=mib / 1024))
+            found[name] = {"end": ended["end"], "message": ended["message"], "peak": seen[-1].peak_bytes}
+    return found
+
+
+@case
+def host_too_small() -> dict:
+    """More than this machine has: refused before anything is loaded, and the next run works."""
+    planner, host = pack("infdit.planner"), pack("nodes.host")
+    mm.unload_all_models()
+    with patched(planner, free_bytes=lambda device: MIB), patched(host, free_bytes=lambda device: MIB):
+        ended = run(prompt("wide", steps=1, seed=71))
+    found = {key: ended.get(key) for key in ("end", "message", "type")} | {"loaded": len(mm.current_loaded_models)}
+    return found | {"after": run(prompt("wide", steps=1, seed=71))["end"]}
+
+
+class OutOf:
+    """Stands in for a function, and says a number of times that memory has run out."""
+
+    def __init__(self, function: Any, times: int, after: int = 0) -> None:
+        self.function, self.times, self.after, self.calls = function, times, after, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.after < self.calls <= self.after + self.times:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
+        return self.function(*args, **kwargs)
+
+
+@case
+def out_of_memory() -> dict:
+    """Memory that runs out in every attempt, and where no plan can help; each time a good run after it."""
+    denoiser, upscale = pack("infdit.denoiser"), pack("infdit.upscale")
+    unloaded: list[str] = []
+    found = {}
+    for name, module, attribute, times in (
+        ("always", denoiser, "sweep", 10**6),
+        ("outside", upscale, "conditioning_pictures", 1),
+    ):
+        failing = OutOf(getattr(module, attribute), times)
+        with (
+            patched(module, **{attribute: failing}),
+            patched(mm, unload_all_models=lambda: unloaded.append("all")),
+        ):
+            ended = run(prompt("wide", steps=1, seed=32))
+        found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
+        found[name] |= {"calls": failing.calls, "unloaded": list(unloaded), "alive": live()}
+        found[name]["after"] = run(prompt("small", steps=1, seed=33 + failing.calls))["end"]
+        TAKEN.clear()
+        found[name]["alive after"] = live()
+    return found
+
+
+@case
+def resumed() -> dict:
+    """A run that goes on after memory ran out gives the picture of an undisturbed one."""
+    denoiser = pack("infdit.denoiser")
+    asked = {"steps": 3, "sampler_name": "heun", "seed": 41}
+    failing = OutOf(denoiser.sweep, 1, 2)
+    with patched(denoiser, sweep=failing):
+        ended = run(prompt("wide", **asked))
+    image, report = TAKEN["value"], TAKEN["report"]
+    run(prompt("wide", **asked | {"denoise": 0.0}))  # so that nothing of the first is cached
+    again = run(prompt("wide", **asked))
+    return {
+        "ends": [ended["end"], again["end"]],
+        "calls": failing.calls,
+        "report": report,
+        "difference": (image - TAKEN["value"]).abs().max().item(),
+    }
+
+
+def live() -> tuple[int, int]:
+    """Number and bytes of the tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return len(storages), sum(storages.values())
+
+
+@case
+def given_back() -> dict:
+    """Tensors alive after each of some runs, after one that was stopped, after one that failed."""
+    found = []
+    for seed in range(50, 55):
+        run(prompt("small", seed=seed))
+        TAKEN.clear()
+        found.append(live())
+    look = mm.throw_exception_if_processing_interrupted
+
+    def press() -> None:
+        raise mm.InterruptProcessingException
+
+    with patched(mm, throw_exception_if_processing_interrupted=press):
+        stopped = run(prompt("small", seed=60))["end"]
+    assert mm.throw_exception_if_processing_interrupted is look
+    run(prompt("small", seed=61))
+    TAKEN.clear()
+    return {"alive": found, "stopped": stopped, "after": live()}
+
+
+# ---- a graphics card that is not there
+
+
+class Network:
+    """What `host` asks of a network."""
+
+    def __init__(self, config: Any, calls: list) -> None:
+        self.config, self.dtype, self.calls = config, torch.bfloat16, calls
+
+    def to(self, device: object) -> Network:
+        self.calls.append(("to", str(device)))
+        return self
+
+
+def other_model(size: int) -> SimpleNamespace:
+    return SimpleNamespace(device=CARD, model=object(), model_loaded_memory=lambda: size)
+
+
+@case
+def card() -> dict:
+    """Which plan is chosen and what ComfyUI is asked for, by what is free and what idle models hold."""
+    host, job, planner = pack("nodes.host"), pack("nodes.job"), pack("infdit.planner")
+    config, weights = pack("infdit.config").InfDiTConfig(), pack("infdit.memory").Weights
+    gib = 2**30
+    calls: list[Any] = []
+    patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
+    model = host.HostedModel("published", Network(config, calls), patcher)
+    ours = SimpleNamespace(device=CARD, model=patcher, model_loaded_memory=lambda: 0)
+    request = planner.Request(config, 4096, 4096, device=CARD, source=(1024, 1024, 3))
+    found: dict[str, Any] = {"weights": weights.of(config, torch.bfloat16).total}
+    for name, free, idle, budget, only in (
+        ("much free", 22 * gib, 0, None, None),
+        ("idle models", gib // 2, 8 * gib, None, None),
+        ("little in all", gib // 4, gib // 2, None, None),
+        ("budget", 22 * gib, 0, 4 * gib, None),
+        ("budget beyond", gib // 4, gib // 2, 4 * gib, None),
+        ("too little", gib // 8, 0, None, None),
+        ("resident", 22 * gib, 8 * gib, None, "resident"),
+    ):
+        calls.clear()
+        others = [other_model(idle)] if idle else []
+
+        def free_memory(size: float, device: object, keep_loaded: Any = (), others: Any = others, **_: object) -> None:
+            calls.append(("free", size, [ours in keep_loaded, *(other in keep_loaded for other in others)]))
+
+        asked = planner.Request(**{**vars(request), "weights": only})
+        with (
+            patched(planner, free_bytes=lambda device: 64 * gib),
+            patched(
+                mm,
+                get_free_memory=lambda device, free=free: free,
+                extra_reserved_memory=lambda: 0,
+                current_loaded_models=[ours, *others],
+                free_memory=free_memory,
+                load_models_gpu=lambda models, **kwargs: calls.append(("load", kwargs)),
+                soft_empty_cache=lambda: calls.append(("empty cache",)),
+            ),
+        ):
+            try:
+                plan = host.choose_plan(asked, budget)
+            except planner.BudgetTooSmall as error:
+                found[name] = {"refused": str(error), "least": error.least}
+                continue
+            thrifty = asked.thrifty_plan()
+            result = host.with_weights(model, plan, lambda network: calls.append(("work",)) or "done")
+        found[name] = {
+            "peak": plan.peak_bytes,
+            "weights": plan.weights,
+            "thrifty": plan == thrifty,
+            "thrifty peak": thrifty.peak_bytes,
+            "calls": list(calls),
+            "result": result,
+        }
+    found["budget bytes"] = [job.budget_bytes(x) for x in (0.0, 0.5)]
+    return found
+
+
+@case
+def measured_on_a_card() -> dict:
+    """What the card's allocator is asked for, and what is made of its numbers: 1000 bytes are other models'."""
+    job, planner = pack("nodes.job"), pack("infdit.planner")
+    plans, weights = pack("infdit.memory"), pack("infdit.memory").Weights
+    config = pack("infdit.config").InfDiTConfig()
+    request = planner.Request(config, 4096, 4096, device=CARD)
+    ours = weights.of(config, request.dtype).total
+    found: dict[str, Any] = {"weights": ours}
+    for kept in ("resident", "streamed"):
+        there = 1000 + (ours if kept == "resident" else 0)
+        measured, reset = job.Measured(), []
+        with (
+            patched(
+                torch.cuda,
+                memory_allocated=lambda device, there=there: there,
+                memory_reserved=lambda device, there=there: there + 24,
+                reset_peak_memory_stats=lambda device, reset=reset: reset.append(str(device)),
+                max_memory_allocated=lambda device, there=there: there + 5000,
+                max_memory_reserved=lambda device, there=there: there + 7000,
+            ),
+            job.watched(request, plans.MemoryPlan(1, 1, kept), None, 39, measured),
+        ):
+            pass
+        found[kept] = {"peak": measured.peak, "reserved": measured.reserved, "reset": reset}
+    return found
+
+
+# ---- a graphics card that is not there, under ComfyUI's own management
+
+
+class Part(torch.nn.Module):
+    """A gibibyte of weights that takes no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2**28, device="meta"), requires_grad=False)
+
+
+@case
+def management() -> dict:
+    """Our model and another of 10 GiB on a card of 12 GiB, moved by ComfyUI's own code; only the moving is a stand-in.
+
+    What each has on the card while or after what the names in the result say.
+    """
+    host, planner = pack("nodes.host"), pack("infdit.planner")
+    meta, gib = torch.device("meta"), 2**30  # ComfyUI takes any device but the CPU for a card
+    config = pack("infdit.config").InfDiTConfig()
+    with torch.device("meta"):
+        network = pack("infdit.model").InfDiT(config).to(torch.bfloat16)
+    idle = torch.nn.ModuleList(Part() for _ in range(10))
+    idle.device = torch.device("cpu")
+    other = ModelPatcher(idle, load_device=meta, offload_device=torch.device("cpu"))
+    patcher = ModelPatcher(host.InfDiTWeights(network, torch.device("cpu")), meta, torch.device("cpu"))
+    model = host.HostedModel("published", network, patcher)
+
+    def request(weights: str | None, side: int) -> Any:
+        return planner.Request(config, side, side, device=meta, weights=weights, source=(side // 4, side // 4, 3))
+
+    def free(device: object = None, torch_free_too: bool = False) -> Any:
+        left = 12 * gib - sum(m.model_loaded_memory() for m in mm.current_loaded_models if m.device == meta)
+        return (left, 0) if torch_free_too else left
+
+    found: dict[str, Any] = {}
+
+    def go(name: str, weights: str | None, budget: int | None = None, side: int = 4096) -> None:
+        plan = host.choose_plan(request(weights, side), budget)
+        host.with_weights(model, plan, lambda network: note(name, plan))
+
+    def note(name: str, plan: Any = None) -> None:
+        loaded = {m.model: m.model_loaded_memory() for m in mm.current_loaded_models if m.device == meta}
+        found[name] = {
+            "ours": loaded.get(patcher, 0) / gib,
+            "other": loaded.get(other, 0) / gib,
+            "free": free() / gib,
+            "peak": None if plan is None else plan.peak_bytes / gib,
+            "kept": None if plan is None else plan.weights,
+        }
+
+    mm.unload_all_models()
+    with (
+        patched(mm, get_free_memory=free, extra_reserved_memory=lambda: 0),
+        patched(planner, free_bytes=lambda device: 64 * gib),
+        patched(torch.nn.Module, to=lambda self, *args, **kwargs: self),
+    ):
+        mm.load_models_gpu([other], force_full_load=True)
+        note("other loaded")
+        go("streamed", "streamed")
+        go("streamed with 6 GiB", "streamed", 6 * gib, 8192)
+        go("resident", "resident")
+        go("resident again", "resident")
+        mm.load_models_gpu([other], force_full_load=True)
+        note("other loaded again")
+        go("resident once more", "resident")
+        go("streamed after it", "streamed")
+        go("resident to the end", "resident")
+        others = [loaded for loaded in mm.current_loaded_models if loaded.model is other]
+        mm.free_memory(free() + gib / 2, meta, keep_loaded=others)  # half a GiB for somebody else
+        note("ours evicted in part")
+        go("resident after that", "resident")
+        mm.free_memory(1e30, meta)  # what "Unload models" does to a card
+        note("all unloaded")
+    return found

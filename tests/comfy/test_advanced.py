@@ -1,0 +1,160 @@
+"""Upscale (Advanced), its scheduler and the memory plan inside ComfyUI (cases_advanced.py), on every ComfyUI found."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+WORKING = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "deis", "gradient_estimation")
+OTHERS = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_cfg_pp", "dpm_fast", "uni_pc", "lcm")
+GIB = 2**30
+
+
+@pytest.mark.parametrize("name", ["small", "batch"])
+def test_advanced_with_defaults_equals_upscale(inside: dict, name: str) -> None:
+    found = inside["advanced_equals"][name]
+    assert found["ends"] == ["success", "success"]
+    assert found["difference"] <= 1e-4  # two ways to write Heun's method: rounding, over 39 evaluations
+    assert found["contrast"] > 0.1
+    assert found["denoised"] <= 1e-6  # the last noise level is 0
+    assert "20 steps of heun, noise 40 to 0.002" in found["report"]
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("small", 1), ("batch", 2)])
+def test_advanced_has_a_bar_and_live_pictures(inside: dict, name: str, pictures: int) -> None:
+    found = inside["advanced_equals"][name]
+    assert found["bar"] == sorted(found["bar"])
+    assert found["bar"][-1][0] == found["bar"][-1][1]
+    assert found["pictures"] == 20 * pictures
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_core_sampler_works(inside: dict, name: str) -> None:
+    found = inside["core_samplers"]["samplers"][name]
+    assert (found["end"], found["message"]) == ("success", "")
+    assert found["finite"]
+    assert found["shape"] == [1, 48, 40, 3]
+    assert found["difference"] < inside["core_samplers"]["bicubic"]  # all of them solve the same equation
+    assert found["bar"][0] == found["bar"][1]
+    assert f"8 steps of {name}, " in found["report"]
+
+
+def test_options_of_a_sampler_are_passed_on(inside: dict) -> None:
+    found = inside["options"]
+    assert found["order 1"] <= 1e-5
+    assert found["order 4"] > 1e-3
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_sampler_that_needs_more_is_refused_by_name(inside: dict, name: str) -> None:
+    found = inside["refused_samplers"][name]
+    assert (found["end"], found["type"]) == ("error", "ValueError")
+    assert f"sampler {name.replace('uni_pc', 'unipc')} " in found["message"]
+    assert "choose one of " + ", ".join(WORKING) in found["message"]
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_memory_of_a_core_sampler_is_foretold(inside: dict, name: str) -> None:
+    """In pictures: never less than is counted, and of all samplers the same beside euler's."""
+    found = inside["core_memory"]
+    assert 0 <= found[f"{name} between"] < 0.6
+    assert found[f"{name} during"] == pytest.approx(found["euler during"], abs=0.01)
+    assert found["euler during"] > 0
+
+
+def karras(steps: int, high: float, low: float, rho: float) -> list[float]:
+    """Karras et al. 2022, equation 5, and 0."""
+    ends = high ** (1 / rho), low ** (1 / rho)
+    return [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** rho for i in range(steps)] + [0.0]
+
+
+def test_scheduler(inside: dict) -> None:
+    found = inside["levels"]
+    assert found["default"] == pytest.approx(karras(20, 40, 0.002, 7), rel=1e-5)
+    assert found["rho"] == pytest.approx(karras(4, 40, 0.002, 3), rel=1e-5)
+    half = ((40 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    assert found["half"] == pytest.approx(karras(4, half, 0.002, 7), rel=1e-5)
+    assert found["none"] == [0]
+    assert "need 0 < sigma_min 1.0 ≤ sigma_max 0.01" in found["crossed"]
+
+
+def test_denoised_is_the_picture_without_the_noise_that_is_left(inside: dict) -> None:
+    found = inside["denoised"]
+    assert found["end"] == "success"
+    assert found["shape"] == [2, 36, 48, 3]
+    assert found["denoised"] < 0.6 * found["noise left"]
+    assert found["apart"] > 0.1  # a picture each, in their order
+
+
+def test_no_step_gives_the_plain_enlargement_twice(inside: dict) -> None:
+    found = inside["denoised"]["no step"]
+    assert found["end"] == "success"
+    assert found["shapes"] == [[1, 40, 36, 4], [1, 40, 36, 3]]
+    assert found["difference"] == 0
+
+
+def test_levels_that_rise_are_refused(inside: dict) -> None:
+    assert "must be a list of falling noise levels" in inside["denoised"]["rising"]
+
+
+# ---- the memory plan
+
+
+@pytest.mark.parametrize("name", ["size", "pictures", "budget", "too little", "too large"])
+def test_plan_is_told_and_drawn(inside: dict, name: str) -> None:
+    found = inside["plans"][name]
+    assert (found["end"], found["message"]) == ("success", "")
+    assert ("does not fit" in found["report"]) == name.startswith("too")
+    assert found["shape"][0] == 1
+    assert found["shape"][2:] == [1024, 3]
+    assert 0 <= found["least"] < found["most"] <= 1
+    assert [image["type"] for image in found["shown"][0]["images"]] == ["temp"]  # on the node itself
+
+
+def test_plan_shows_what_fills_the_memory(inside: dict) -> None:
+    colours = {tuple(colour) for colour in inside["plans"]["size"]["colours"]}
+    weights, ring, hidden = (86, 180, 233), (230, 159, 0), (0, 158, 115)
+    pictures, workspace, red = (204, 121, 167), (240, 228, 66), (255, 122, 107)
+    assert {weights, ring, hidden, pictures, workspace} <= colours
+    assert red not in colours
+    assert red in {tuple(colour) for colour in inside["plans"]["too little"]["colours"]}
+
+
+def test_plan_of_pictures_is_that_of_the_run(inside: dict) -> None:
+    planned, ran = inside["plans"]["pictures"]["report"], inside["plans"]["as it ran"]
+    (takes,) = re.findall(r"fits: takes (.+)", planned)
+    assert f"peak: {takes} predicted" in ran
+    assert planned.splitlines()[0] == ran.splitlines()[0] == "64×48 to 256×192, 2 pictures"
+
+
+def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
+    assert "of the budget of 30.7 MiB" in inside["plans"]["budget"]["report"]
+    refused = inside["plans"]["too little"]["report"]
+    assert re.search(r"10.2 MiB is too little for 256×192: at least [\d.]+ MiB", refused)
+    assert "is all that can be had here now" in inside["plans"]["too large"]["report"]
+
+
+def test_plan_of_a_size_that_cannot_be(inside: dict) -> None:
+    found = inside["plans"]["not larger"]
+    assert found["end"] == "error"
+    assert "64×48 is not larger" in found["message"]
+
+
+def test_plan_for_a_card_tells_of_both_memories(inside: dict) -> None:
+    found = inside["plans_of_a_card"]
+    assert [found[name]["fits"] for name in ("automatic", "little", "too little", "host too small")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for case in found.values():
+        assert [words.partition(":")[0] for words in case["words"]] == ["graphics card", "main memory"]
+    assert found["little"]["totals"][0] <= GIB // 2 == found["little"]["limits"][0]
+    assert found["too little"]["totals"][0] > found["too little"]["limits"][0]
+    assert found["host too small"]["totals"][1] > found["host too small"]["limits"][1] == 2 * GIB
+    assert "of host memory" in found["host too small"]["verdict"]
+    assert any(line.startswith("least possible: ") for line in found["automatic"]["alternatives"])

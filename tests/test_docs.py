@@ -1,0 +1,166 @@
+"""Help pages, translations, workflows and the pack's own description, as far as they can be checked without ComfyUI.
+
+tests/comfy/test_docs.py compares locales/en with the nodes' schemas; here the rest is compared with locales/en.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+HELP, WORKFLOWS = ROOT / "web" / "docs", ROOT / "workflows"
+NODES = (
+    "InfDiTModelLoader",
+    "InfDiTCLIPLoader",
+    "InfDiTCLIPEncode",
+    "InfDiTUpscale",
+    "InfDiTMemoryPlan",
+    "InfDiTUpscaleAdvanced",
+    "InfDiTScheduler",
+)
+CHINESE = re.compile("[\u4e00-\u9fff]")
+NOT_TRANSLATED = {"rho", "CLIP"}
+
+
+def locale(language: str) -> dict:
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def shape(value: object) -> object:
+    """What is there, without what it says."""
+    return {key: shape(inner) for key, inner in value.items()} if isinstance(value, dict) else type(value).__name__
+
+
+def texts(value: object) -> list[str]:
+    return [text for inner in value.values() for text in texts(inner)] if isinstance(value, dict) else [str(value)]
+
+
+# ---- translations
+
+
+def test_all_nodes_are_named_and_described() -> None:
+    assert tuple(locale("en")) == NODES
+
+
+def test_both_languages_say_the_same_things_in_the_same_order() -> None:
+    assert json.dumps(shape(locale("zh"))) == json.dumps(shape(locale("en")))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_nothing_is_empty_or_read_as_a_placeholder(language: str) -> None:
+    for text in texts(locale(language)):
+        assert text.strip()
+        assert not set("{}@|") & set(text), f"the frontend's translator has a meaning of its own for these: {text}"
+
+
+def test_chinese_is_chinese() -> None:
+    missing = [text for text in texts(locale("zh")) if not CHINESE.search(text)]
+    assert set(missing) <= NOT_TRANSLATED
+
+
+# ---- help pages
+
+
+def rows(page: str, heading: str) -> list[str]:
+    """The first cells of the table after a heading."""
+    _, _, rest = page.partition(f"\n## {heading}\n")
+    table = rest.split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+
+
+def help_page(node: str) -> str:
+    return (HELP / f"{node}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_lists_every_input_and_output_in_order(node: str) -> None:
+    entry, page = locale("en")[node], help_page(node)
+    inputs = [text["name"] for key, text in entry["inputs"].items() if key != "control_after_generate"]
+    assert rows(page, "Inputs") == inputs
+    assert rows(page, "Outputs") == [text["name"] for text in entry["outputs"].values()]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_has_a_title_a_small_picture_a_use_and_a_way_out(node: str) -> None:
+    page = help_page(node)
+    assert page.startswith(f"# {locale('en')[node]['display_name']}\n")
+    assert "\n## Typical use\n" in page
+    assert "\n## When it refuses\n" in page
+    (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    picture = HELP / name
+    assert picture.stem == node
+    assert picture.stat().st_size < 200_000
+    with Image.open(picture) as image:
+        assert image.width >= 600  # twice what a panel shows
+
+
+def test_help_pages_are_of_nodes() -> None:
+    assert {path.stem for path in HELP.iterdir()} == set(NODES)
+
+
+# ---- workflows
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_workflow_has_a_twin_and_a_thumbnail(path: Path) -> None:
+    assert (WORKFLOWS / "api" / path.name).is_file()
+    thumbnail = path.with_suffix(".jpg")
+    assert thumbnail.stat().st_size < 100_000
+    with Image.open(thumbnail) as image:
+        assert image.format == "JPEG"
+        assert 400 <= min(image.size) <= max(image.size) <= 640
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_workflow_is_laid_out(path: Path) -> None:
+    """No node on another, notes beside, room for a live preview below those that have one; everything in a group."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    boxes = {node["id"]: box(*node["pos"], *node["size"], title=30) for node in drawn["nodes"]}
+    groups = [box(*group["bounding"]) for group in drawn["groups"]]
+    for node in drawn["nodes"]:
+        own = left, top, right, bottom = boxes[node["id"]]
+        if node["type"] in ("InfDiTUpscale", "InfDiTUpscaleAdvanced"):
+            bottom += 300
+        others = [other for key, other in boxes.items() if key != node["id"]]
+        assert not [o for o in others if left < o[2] and o[0] < right and top < o[3] and o[1] < bottom], node["type"]
+        inside = [g for g in groups if g[0] <= own[0] and g[1] <= own[1] and own[2] <= g[2] and own[3] <= g[3]]
+        assert inside or node["type"] == "MarkdownNote", node["type"]
+
+
+def box(x: float, y: float, width: float, height: float, title: float = 0) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom; the title of a node is above its position."""
+    return x, y - title, x + width, y + height
+
+
+def test_templates_folder_is_the_one_that_comfyui_serves() -> None:
+    """Of these ComfyUI serves the first that is there; another beside workflows/ would hide it."""
+    folders = ["example_workflows", "example", "examples", "workflow", "workflows"]
+    assert [name for name in folders if (ROOT / name).exists()] == ["workflows"]
+
+
+# ---- the pack
+
+
+def test_pack_describes_itself_for_the_registry() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    about = project["tool"]["comfy"]
+    assert about["PublisherId"]
+    assert about["DisplayName"]
+    assert about["requires-comfyui"] == ">=0.8.0"
+    assert (ROOT / project["project"]["license"]["file"]).is_file()
+
+
+def test_icon_is_a_drawing_of_400_pixels() -> None:
+    icon = ET.parse(ROOT / "icon.svg").getroot()
+    assert (icon.get("width"), icon.get("height"), icon.get("viewBox")) == ("400", "400", "0 0 400 400")
+
+
+def test_help_is_where_comfyui_is_told() -> None:
+    assert 'WEB_DIRECTORY = "./web"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
