@@ -88,7 +88,7 @@ def test_drawn_workflow_and_its_api_twin_say_the_same(server: tuple[str, Path], 
 # ---- running them
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clip_file(server: tuple[str, Path]) -> Iterator[str]:
     """CLIP ViT-L-14 in full size, of random weights. They share one piece of the file: 80 MB instead of 1.7 GB."""
     shapes = tower_shapes(towers.VIT_L_14) | text_shapes(towers.VIT_L_14_TEXT)
@@ -101,7 +101,7 @@ def clip_file(server: tuple[str, Path]) -> Iterator[str]:
     path.unlink()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def picture(server: tuple[str, Path]) -> str:
     """A small picture with a transparent half in ComfyUI's input folder."""
     image = Image.linear_gradient("L").resize(SIZE)
