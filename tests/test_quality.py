@@ -288,7 +288,6 @@ def test_without_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--quality FOLDER or --without-original FOLDER"),
         (["--quality", "missing"], "no such file"),
         (["--quality", "{}", "--crop", "31"], "31×31 is too small"),
         (["--quality", "{}", "--limit", "0"], "limit 0 must be at least 1"),
