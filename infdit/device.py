@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_NO_HOST_MEMORY = "can't allocate memory"  # as PyTorch's allocator for the CPU says it
+
 
 def default_device() -> torch.device:
     """The accelerator if there is one (CUDA or ROCm, then MPS), else the CPU."""
@@ -32,4 +34,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device or the host has no memory left; PyTorch has no one type for that."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or _NO_HOST_MEMORY in str(error))
+
+
+def out_of_host_memory(error: BaseException) -> bool:
+    """Whether it is the host that has none left."""
+    python = isinstance(error, MemoryError) and not isinstance(error, torch.cuda.OutOfMemoryError)
+    return python or _NO_HOST_MEMORY in str(error)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
-from .device import out_of_memory
+from .device import out_of_host_memory, out_of_memory
 from .memory import MemoryPlan
 from .model import InfDiT
 from .planner import amount
@@ -26,6 +26,12 @@ from .tiers import Tier
 from .uniba import Skip, place
 
 log = logging.getLogger(__name__)
+
+HOST_FULL = (
+    "the computer's own memory is full, not the graphics card's: close other programs, allow more on the card so that "
+    "less is kept beside it, or make a smaller picture"
+)
+
 
 class OutOfMemory(MemoryError):  # noqa: N818 - as torch.cuda's
     """No smaller plan is left."""
@@ -39,13 +45,11 @@ class Report:
         plan: that it began with, and after `replanned` that it ended with.
         replanned: a sentence for each time that memory ran out.
         seconds: of each step; one that was repeated may be there twice.
-        measured: bytes on the device at most, counted; None where nobody counted.
     """
 
     plan: MemoryPlan | None = None
     replanned: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    measured: int | None = None
 
 
 @dataclass
@@ -125,7 +129,8 @@ class Run:
             callback: see `samplers`.
 
         Raises:
-            OutOfMemory: not even the smallest plan fits.
+            OutOfMemory: not even the smallest plan fits, or it is the host of an accelerator that is full: a smaller
+                plan would take more of it.
         """
         position = _Position(0, start.pop(), done=self._done)
         while True:
@@ -135,7 +140,10 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                failure = str(error)  # the error itself would keep all that the attempt held
+                # the error itself would keep all that the attempt held
+                failure, on_the_host = str(error), out_of_host_memory(error)
+            if on_the_host and self.device.type != "cpu":
+                raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
             self._make_room(failure, position, len(sigmas) - 1)
             position.move(self.images)
             conditioning = replace(

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from .config import InfDiTConfig
+from .config import LR_FACTOR, InfDiTConfig
 from .grid import BlockGrid
 from .measure import PeakMeter
 from .memory import MemoryPlan
 from .model import InfDiT
+from .planner import Request
 from .run import Report, Run
-from .samplers import Method, karras_sigmas, method_of
+from .samplers import karras_sigmas, method_of
 from .tiers import Tier
 from .uniba import Geometry, Skip, streams
 from .upscale import pictures
@@ -48,38 +49,30 @@ class _FlashAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def counted_peak(
-    config: InfDiTConfig,
-    height: int,
-    width: int,
-    plan: MemoryPlan,
-    dtype: torch.dtype,
-    sampler: str | Method = "heun",
-    batch: int = 1,
-    one_memory: bool = False,
-    whole: bool = False,
-) -> dict[Tier, int]:
-    """Bytes that `upscale` to height × width holds at most, on the device and on the host.
+def counted_peak(request: Request, plan: MemoryPlan, whole: bool = False) -> dict[Tier, int]:
+    """Bytes that `upscale` holds at most, on the device and on the host; `Request.footprint` foretells them.
 
     Args:
-        config, height, width, plan, dtype, sampler, batch, one_memory: see `memory.footprint`, which foretells them.
+        request: the run, of pictures of a quarter of the result's sides and with noise from a seed.
+        plan: its schedule.
         whole: compute every chunk; only slower.
     """
-    device = torch.device("cpu" if one_memory else ACCELERATOR)
-    grid = BlockGrid.covering(height, width, config.block_size, plan.sweep)
+    config, target = request.config, (request.height, request.width)
+    device = torch.device("cpu" if request.one_memory else ACCELERATOR)
+    grid = BlockGrid.covering(*target, config.block_size, plan.sweep)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
-        model = _fake_model(config, dtype)
-        image = torch.empty(batch, -(-height // 4), -(-width // 4), 3)
+        model = _fake_model(config, request.dtype)
+        image = torch.empty(request.batch, *(-(-side // LR_FACTOR) for side in target), 3)
         skip = None if whole else _thin(config, grid, plan)
         run = Run(model, plan, device, _refuse, lambda done: None, Report(), skip)
         held: dict[Tier, list[Tensor]] = {"device": [], "host": []}
-        if one_memory:  # else they are copied to where they are wanted
+        if request.one_memory:  # else they are copied to where they are wanted
             for name, parameter in model.named_parameters():
                 held["host" if streams(plan, name) else "device"].append(parameter)
         with PeakMeter(held, device) as meter:
-            draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(batch))
-            pictures(run, image, (height, width), None, method_of(sampler), sigmas, draws, lambda state: None)
+            draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(request.batch))
+            pictures(run, image, target, None, method_of(request.sampler), sigmas, draws, lambda state: None)
     return meter.peak
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import infdit
-from infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, Report, upscale
+from infdit import BudgetTooSmall, Conditioning, MemoryPlan, OutOfMemory, Report, upscale
 from infdit.measure import PeakMeter
 from infdit.model import InfDiT, Layer
+from infdit.run import Run
+from infdit.samplers import method_of
 
 STEPS = 3
 
@@ -134,6 +136,38 @@ def test_with_the_least_budget_there_is_nothing_smaller(
     with pytest.raises(OutOfMemory):
         upscale(mini, image, steps=1, sampler="euler", budget=refusal.value.least)
     assert full.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), False),
+        (RuntimeError("CUDA error: out of memory"), False),
+    ],
+    ids=["python", "allocator", "cuda", "cuda error"],
+)
+def test_a_full_host_is_not_answered_with_a_plan_that_takes_more_of_it(
+    mini: InfDiT, image: torch.Tensor, error: Exception, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an accelerator; on a CPU there is one memory, and a smaller plan is the answer."""
+    smaller: list[MemoryPlan] = []
+
+    def shrink(plan: MemoryPlan) -> MemoryPlan:
+        smaller.append(plan)
+        raise OutOfMemory("no smaller plan")
+
+    def fail(*inputs: object) -> torch.Tensor:
+        raise error
+
+    run = Run(mini, MemoryPlan(), torch.device("cuda"), shrink, lambda done: None, Report())
+    monkeypatch.setattr(run, "_attempt", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    lr = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(OutOfMemory, match=r"^the computer's own memory is full" if full else r"^no smaller plan"):
+        run.sample(Conditioning(lr, lr), [lr], method_of("euler"), torch.tensor([1.0, 0.0]), lambda state: None)
+    assert len(smaller) == (not full)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyboardInterrupt()])

@@ -9,13 +9,12 @@ import torch
 from test_memory import assert_within, held, random_case, random_model
 
 import infdit
-from infdit import InfDiTConfig, MemoryPlan, plan_memory
+from infdit import InfDiTConfig, MemoryPlan
 from infdit.measure import PeakMeter
-from infdit.memory import footprint
-from infdit.planner import BudgetTooSmall
+from infdit.planner import BudgetTooSmall, Request
 from infdit.verify import counted_peak
 
-PUBLISHED, BF16 = InfDiTConfig(), torch.bfloat16
+PUBLISHED, CUDA, CPU = InfDiTConfig(), torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
 
 
@@ -27,7 +26,7 @@ def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
         infdit.upscale(
             model, torch.rand(batch, -(-h // 4), -(-w // 4), 3), size=(h, w), steps=3, sampler=sampler, plan=plan
         )
-    fake = counted_peak(config, h, w, plan, dtype, sampler, batch, one_memory=True, whole=True)
+    fake = counted_peak(Request(config, h, w, batch, dtype, CPU, sampler), plan, whole=True)
     for name in fake:
         assert fake[name] == pytest.approx(meter.peak[name], rel=0.02)  # real positions are whole numbers of 8 bytes
 
@@ -36,12 +35,12 @@ def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
 def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     rng = random.Random(100 + seed)
     config, h, w, plan, dtype, sampler, _ = random_case(rng)
-    one = rng.random() < 0.5
-    whole, part = (counted_peak(config, h, w, plan, dtype, sampler, 1, one, whole=whole) for whole in (True, False))
+    request = Request(config, h, w, 1, dtype, CPU if rng.random() < 0.5 else CUDA, sampler)
+    whole, part = (counted_peak(request, plan, whole) for whole in (True, False))
     assert part == whole
 
 
-def random_request(rng: random.Random, most: float = 14) -> dict:
+def random_request(rng: random.Random, most: float = 14) -> Request:
     """Sides from 64 pixels to 2^most."""
     config = rng.choice(
         [
@@ -57,21 +56,16 @@ def random_request(rng: random.Random, most: float = 14) -> dict:
         w = rng.choice([64, 65, 127, 1000])  # a strip
     elif kind < 0.3 and most == 14:
         h = w = rng.choice([4096, 8192, 16384])
-    return {
-        "config": config,
-        "height": h,
-        "width": w,
-        "batch": rng.choice([1, 1, 1, 3]),
-        "dtype": rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
-        "sampler": rng.choice(list(infdit.samplers.SAMPLERS)),
-        "device": rng.choice(["cuda", "cuda", "cpu"]),
-    }
+    batch = rng.choice([1, 1, 1, 3])
+    dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
+    sampler = rng.choice(list(infdit.samplers.SAMPLERS))
+    return Request(config, h, w, batch, dtype, rng.choice([CUDA, CUDA, CPU]), sampler)
 
 
-def random_budget(rng: random.Random, request: dict) -> int:
+def least_of(request: Request) -> int:
     with pytest.raises(BudgetTooSmall) as refusal:
-        plan_memory(**request, budget=1, host_budget=MUCH)
-    return int(refusal.value.least * rng.choice([1, 1.3, 2, 2 ** rng.uniform(0, 5)]))
+        request.plan(1, MUCH)
+    return refusal.value.least
 
 
 def assert_kept(seed: int, cases: int, most: float = 14) -> None:
@@ -79,11 +73,9 @@ def assert_kept(seed: int, cases: int, most: float = 14) -> None:
     rng = random.Random(seed)
     for _ in range(cases):
         request = random_request(rng, most)
-        budget = random_budget(rng, request)
-        plan = plan_memory(**request, budget=budget, host_budget=MUCH)
-        one = request.pop("device") == "cpu"
-        counted = counted_peak(plan=plan, one_memory=one, **request)
-        foretold = footprint(plan=plan, one_memory=one, **request)
+        budget = int(least_of(request) * rng.choice([1, 1.3, 2, 2 ** rng.uniform(0, 5)]))
+        plan = request.plan(budget, MUCH)
+        counted, foretold = counted_peak(request, plan), request.footprint(plan)
         try:
             assert plan.peak_bytes == foretold.device
             assert foretold.device <= budget
@@ -103,30 +95,26 @@ def test_many_random_budgets_are_kept() -> None:
 
 @pytest.mark.parametrize(("side", "gib"), [(4096, 0.4), pytest.param(16384, 1.0, marks=pytest.mark.slow)])
 def test_the_promised_sizes_are_counted(side: int, gib: float) -> None:
-    plan = plan_memory(PUBLISHED, side, side, dtype=BF16, device="cuda", budget=int(gib * 2**30), host_budget=MUCH)
+    request = Request(PUBLISHED, side, side, device=CUDA)
+    plan = request.plan(int(gib * 2**30), MUCH)
     began = time.monotonic()
-    counted = counted_peak(PUBLISHED, side, side, plan, BF16)
+    counted = counted_peak(request, plan)
     assert time.monotonic() - began < 120
     assert counted["device"] <= gib * 2**30
-    assert_within(counted, footprint(PUBLISHED, side, side, plan, BF16))
+    assert_within(counted, request.footprint(plan))
 
 
-@pytest.mark.parametrize("one_memory", [False, True])
-def test_least_is_honest(one_memory: bool) -> None:
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_least_is_honest(device: torch.device) -> None:
     """No plan at all, whether the planner would look at it or not, holds much less than `least`."""
-    config, side = InfDiTConfig(2, 512, 8, 4, 64, 0), 128
-    with pytest.raises(BudgetTooSmall) as refusal:
-        plan_memory(
-            config, side, side, 1, torch.float32, "cpu" if one_memory else "cuda", "euler", budget=1, host_budget=MUCH
-        )
-    least, smallest = refusal.value.least, math.inf
+    request = Request(InfDiTConfig(2, 512, 8, 4, 64, 0), 128, 128, 1, torch.float32, device, "euler")
+    least, smallest, one_memory = least_of(request), math.inf, request.one_memory
     for group in (1, 2):
         for chunk in (1, 4):
             for weights in ("resident",) if one_memory else ("resident", "streamed"):
                 for hidden in ("device",) if one_memory else ("device", "host"):
                     for images in ("device",) if one_memory else ("device", "host"):
                         plan = MemoryPlan(group, chunk, weights, hidden, images)
-                        counted = counted_peak(config, side, side, plan, torch.float32, "euler", 1, one_memory)
-                        smallest = min(smallest, counted["device"])
+                        smallest = min(smallest, counted_peak(request, plan)["device"])
     assert smallest <= least
     assert smallest >= (least - 16 * 2**20) / 1.25

@@ -86,9 +86,9 @@ def time_plans(
             images = device if plan.images == "device" else torch.device("cpu")
             denoise = Denoiser(model, Conditioning(lr.to(images), up.to(images)), plan, device=device)
             start = x.to(images)
-            with _held(device) as peak:
-                seconds[i].append(_seconds(partial(denoise, start, SIGMA), device))
-            held[i] = peak()
+            _forget_peaks(device)
+            seconds[i].append(_seconds(partial(denoise, start, SIGMA), device))
+            held[i] = _peaks(device)
     request = Request(model.config, height, width, dtype=model.dtype, device=device, sampler="euler")
     return [
         Timing(
@@ -102,25 +102,17 @@ def time_plans(
     ]
 
 
-class _held:  # noqa: N801 - reads as a function
-    """On CUDA: bytes allocated and reserved at most inside the block; nothing elsewhere."""
+def _forget_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
 
-    def __enter__(self) -> Callable[[], tuple[int | None, int | None]]:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-        return self._peaks
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def _peaks(self) -> tuple[int | None, int | None]:
-        if self._device.type != "cuda":
-            return None, None
-        return torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+def _peaks(device: torch.device) -> tuple[int | None, int | None]:
+    """On CUDA: bytes allocated and reserved at most since they were forgotten; nothing elsewhere."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -30,6 +30,11 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
+    """The device of this name, which must be here; None: the best there is.
+
+    Raises:
+        ValueError: not the name of a device, or of one that is not here.
+    """
     if name is None:
         return default_device()
     device = known_device(name)
@@ -41,6 +46,11 @@ def device_of(name: str | None) -> torch.device:
 
 
 def known_device(name: str) -> torch.device:
+    """The device of this name, here or not.
+
+    Raises:
+        ValueError: not the name of a device.
+    """
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
         raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1 or mps")
@@ -72,5 +82,6 @@ def steps_of(text: str) -> tuple[int, ...]:
 
 
 def duration(seconds: float) -> str:
+    """Seconds for people: seconds, minutes or hours."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

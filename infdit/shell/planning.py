@@ -86,8 +86,7 @@ def _outcome(request: Request, budget: int | None, count: int) -> str:
 
 def _verify(request: Request, plan: MemoryPlan) -> None:
     began = time.monotonic()
-    r = request
-    counted = counted_peak(r.config, r.height, r.width, plan, r.dtype, r.sampler, r.batch, r.one_memory)
+    counted = counted_peak(request, plan)
     print(f"device: {amount(counted['device'])} counted on fake tensors, {amount(plan.peak_bytes or 0)} foretold")
     print(f"host: {amount(counted['host'])} counted on fake tensors, {amount(plan.host_bytes or 0)} foretold")
     print(f"counted in {time.monotonic() - began:.0f} s")

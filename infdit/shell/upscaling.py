@@ -51,6 +51,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
     jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
     device = device_of(options.device)
     # on the CPU, mapped from the file: the plan says what goes to the device
