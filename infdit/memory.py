@@ -173,10 +173,7 @@ def footprint(
     kept = blocks * unit if group < depth else 0
     picture = 3 * FLOAT32 * grid.height * grid.width
     conditioning, method = picture + picture // LR_FACTOR**2, method_of(sampler)
-    source_height, source_width, channels = source or (-(-height // LR_FACTOR), -(-width // LR_FACTOR), 3)
-    given = channels * FLOAT32 * (batch * height * width + (batch + 2) * source_height * source_width)
-    given += height * width * FLOAT32 * 2 * (channels - 3)  # alpha on its way
-    given += batch * picture if noise_given else 0
+    given = _given(height, width, batch, source) + (batch * picture if noise_given else 0)
     streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
     around = given if one_memory and not images_away else 0
     on_the_way = 0 if one_memory else 7 * picture // 2  # to or from the device
@@ -203,6 +200,13 @@ def footprint(
     device = max(evaluating, between, key=lambda held: held.device)
     host = max(evaluating, between, key=lambda held: held.host)
     return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+
+
+def _given(height: int, width: int, batch: int, source: tuple[int, int, int] | None) -> int:
+    """Bytes of what goes in and comes out: all pictures given, one of them as it is read, and all results."""
+    source_height, source_width, channels = source or (-(-height // LR_FACTOR), -(-width // LR_FACTOR), 3)
+    alpha = 2 * (channels - 3) * height * width  # on its way
+    return FLOAT32 * (channels * (batch * height * width + (batch + 2) * source_height * source_width) + alpha)
 
 
 def _slabs(size: int, piece: int, one_memory: bool) -> int:

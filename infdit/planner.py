@@ -21,6 +21,8 @@ from .tiers import Tier
 GIB = 2**30
 CPU = torch.device("cpu")
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
+PATIENCE = 0.25  # seconds between two moves of the bar, at which a run can be stopped too; a block may take longer
+MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
 
 class BudgetTooSmall(ValueError):  # noqa: N818 - the interface's name
@@ -80,6 +82,10 @@ class CostModel:
         copies = _traffic(config, grid, plan, dtype) / self.bus
         return max(compute, copies) + self.exposed * min(compute, copies)
 
+    def longest_chunk(self, config: InfDiTConfig) -> int:
+        """Blocks of which one layer takes at most PATIENCE; at least one."""
+        return max(1, int(PATIENCE * self.flops / _layer_flops(config)))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -132,7 +138,7 @@ class Request:
         """All plans with their cost."""
         costs, grid = CostModel.of(self.device, self.dtype), self.grid
         found: list[_Candidate] = []
-        for plan in schedules(self.config, grid, self.one_memory):
+        for plan in schedules(self.config, grid, self.one_memory, costs.longest_chunk(self.config)):
             if self.weights in (None, plan.weights):
                 held = self.footprint(plan)
                 seconds = costs.evaluation(self.config, grid, plan, self.dtype)
@@ -241,12 +247,13 @@ def seconds_per_evaluation(
     return CostModel.of(device, dtype).evaluation(config, grid, plan, dtype)
 
 
-def schedules(config: InfDiTConfig, grid: BlockGrid, one_memory: bool) -> Iterator[MemoryPlan]:
-    """All plans worth a look: every group, chunks by powers of two, and what can be on the host."""
+def schedules(config: InfDiTConfig, grid: BlockGrid, one_memory: bool, most: int) -> Iterator[MemoryPlan]:
+    """All plans worth a look: every group, chunks by powers of two up to `most` blocks, what can be on the host."""
     groups = range(1, config.num_layers + 1)
-    chunks = [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i * config.block_tokens <= 2**16]
+    most = max(1, min(most, MOST_TOKENS // config.block_tokens))
+    chunks = [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
     for group in groups:
-        for chunk in chunks or [1]:
+        for chunk in chunks:
             yield MemoryPlan(group, chunk)
             if one_memory:
                 continue
@@ -274,9 +281,14 @@ def free_bytes(device: torch.device) -> int:
 def _flops(config: InfDiTConfig, grid: BlockGrid) -> float:
     """Of one evaluation: linear layers, attention to four blocks, the low-resolution cross-attention."""
     T, D, W = config.block_tokens, config.hidden_size, config.window_tokens
-    layer = 2 * T * 12 * D * D + 4 * T * 4 * T * D
     cross = 2 * (2 * T + 2 * W) * D * D + 4 * T * W * D
-    return grid.blocks * (config.num_layers * layer + cross)
+    return grid.blocks * (config.num_layers * _layer_flops(config) + cross)
+
+
+def _layer_flops(config: InfDiTConfig) -> float:
+    """Of one layer of one block."""
+    T, D = config.block_tokens, config.hidden_size
+    return 2 * T * 12 * D * D + 4 * T * 4 * T * D
 
 
 def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype) -> float:

@@ -84,7 +84,7 @@ class Lane:
         source.record_stream(self._stream)
 
     def pace(self) -> None:
-        """After each chunk, wait until the device has done the one before: bar and stop then tell the truth."""
+        """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""
         if self._stream is not None:
             if self._last is not None:
                 self._last.synchronize()
@@ -93,8 +93,8 @@ class Lane:
 
     def drain(self) -> None:
         """Wait until the device has done all that is queued: what was freed can then be used again."""
-        if self._last is not None:
-            self._last.synchronize()
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 @cache

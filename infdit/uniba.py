@@ -295,13 +295,13 @@ def sweep(
                 h = states.take(blocks, following)
             for number in range(len(steps)):  # by number: no variable may outlive the group and keep a layer
                 h = _advance(h, steps[number], visit, window)
+                lane.pace()
                 if progress is not None:
                     progress(len(blocks))
             if group.stop == depth:
                 write(visit.places, model.unembed(h, head_modulation))
             else:
                 states.put(blocks, h)
-            lane.pace()
         del steps  # weights and rings of this group make room before those of another are fetched
         lane.drain()
 

@@ -11,7 +11,7 @@ from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
 from infdit.grid import BlockGrid
 from infdit.measure import PeakMeter
 from infdit.memory import footprint
-from infdit.planner import GIB, schedules, seconds_per_evaluation
+from infdit.planner import GIB, PATIENCE, CostModel, schedules, seconds_per_evaluation
 
 PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
@@ -70,11 +70,24 @@ def test_no_schedule_that_fits_is_faster_and_time_never_rises_with_the_budget() 
             budget = int(least * factor)
             chosen = plan_memory(**request, budget=budget, host_budget=MUCH)
             time = seconds(config, h, w, chosen, dtype, device)
-            for plan in schedules(config, grid, one):
+            for plan in schedules(config, grid, one, CostModel.of(device, dtype).longest_chunk(config)):
                 bytes_ = footprint(config, h, w, plan, dtype, request["sampler"], request["batch"], one).device
                 assert bytes_ > budget or seconds(config, h, w, plan, dtype, device) >= time
             assert time <= last
             last = time
+
+
+def test_a_layer_of_a_chunk_is_short_so_that_the_bar_moves_and_a_run_can_be_stopped() -> None:
+    """Or it is of one block, which is as small as pieces are."""
+    chunks: dict[str, int] = {}
+    for name, config in (("published", PUBLISHED), ("small", InfDiTConfig(6, 128, 4, 4, 32, 0))):
+        plan = plan_memory(config, 2048, 2048, dtype=torch.float32, device="cpu", budget=MUCH, host_budget=MUCH)
+        grid = BlockGrid.covering(2048, 2048, config.block_size)
+        visits = -(-grid.blocks // plan.chunk) * config.num_layers
+        each = seconds(config, 2048, 2048, plan, torch.float32, CPU) / visits
+        assert plan.chunk == 1 or each < 2 * PATIENCE
+        chunks[name] = plan.chunk
+    assert chunks["small"] > 16 > chunks["published"]
 
 
 @pytest.mark.parametrize(("side", "gib"), [(4096, 0.4), (8192, 0.6), (16384, 1.0)])
