@@ -37,6 +37,7 @@ class PeakMeter(TorchDispatchMode):
         self.live: dict[Tier, int] = {"device": 0, "host": 0}
         self.peak: dict[Tier, int] = {"device": 0, "host": 0}
         self._tiers = WeakIdKeyDictionary()
+        self._watches: dict[int, tuple[weakref.ref, Tier, int]] = {}  # they go with the meter: weights outlive it
         for tier, tensors in (held or {}).items():
             for tensor in tensors:
                 self._count(tensor, tier)
@@ -73,7 +74,9 @@ class PeakMeter(TorchDispatchMode):
         self._tiers[storage] = tier
         self.live[tier] += size
         self.peak[tier] = max(self.peak[tier], self.live[tier])
-        weakref.finalize(storage, self._free, tier, size).atexit = False
+        watch = weakref.ref(storage, self._free)
+        self._watches[id(watch)] = watch, tier, size
 
-    def _free(self, tier: Tier, size: int) -> None:
+    def _free(self, watch: weakref.ref) -> None:
+        _, tier, size = self._watches.pop(id(watch))
         self.live[tier] -= size

@@ -2,8 +2,8 @@
 
 The whole of `upscale` runs on fake tensors, which have shapes and no memory, on a fake accelerator beside a fake host.
 Of each evaluation only those chunks are computed where the peak can lie: of the first and of the last group of layers
-the first line of blocks and a chunk more, by when the ring of keys and values is in full use, those where most keys
-are turned into another frame, and the last chunk, when all hidden states are there.
+the first two chunks, for the ring of keys and values is made whole by the first and what comes next is fetched, those
+where most keys are turned into another frame, and the last two, when all hidden states are there.
 """
 
 from __future__ import annotations
@@ -86,15 +86,20 @@ def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
 
 def _thin(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan) -> Skip:
     """Leave out what cannot hold more than what is computed."""
-    filled, geometry = grid.line + 1 + plan.chunk, Geometry(config, grid)
-    wanted: set[range] = set()
-    most = 0
-    for blocks in grid.chunks(plan.chunk):
+    geometry, chunks = Geometry(config, grid), list(grid.chunks(plan.chunk))
+    wanted = {*chunks[:2], *chunks[-2:]}
+
+    def turned(blocks: range) -> int:
         shifts = zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)
-        turned = sum(any(shift != (0, 0) for shift in slot) for slot in shifts)
-        if blocks.start <= filled or blocks.stop == grid.blocks or turned > most:
-            wanted.add(blocks)
-        most = max(most, turned)
+        return sum(any(shift != (0, 0) for shift in slot) for slot in shifts)
+
+    slots = [turned(blocks) for blocks in chunks]
+    for order in (range(len(chunks)), range(len(chunks) - 1, -1, -1)):  # hidden states get more, in the last group less
+        most = 0
+        for i in order:
+            if slots[i] > most:
+                wanted.add(chunks[i])
+                most = slots[i]
 
     def skip(layers: range, blocks: range) -> bool:
         return (layers.start > 0 and layers.stop < config.num_layers) or blocks not in wanted

@@ -1,6 +1,8 @@
 """Closed forms of bytes against what is counted while it runs."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -146,3 +148,14 @@ def test_meter_counts_storages_once_and_what_is_freed() -> None:
         del b, c, d
     assert meter.live == {"device": 0, "host": 0}
     assert meter.peak == {"device": 8000, "host": 80}
+
+
+def test_meter_leaves_nothing_on_weights_that_outlive_it() -> None:
+    weight = torch.zeros(10)
+    with PeakMeter({"device": [weight]}) as meter:
+        weight + 1
+    gone = weakref.ref(meter)
+    del meter
+    gc.collect()
+    assert gone() is None
+    assert weakref.getweakrefcount(weight.untyped_storage()) == 0

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,19 +164,18 @@ def _wait(server: subprocess.Popen, url: str, log: Path) -> None:
     pytest.fail(f"ComfyUI's server did not come up:\n{log.read_text()[-6000:]}", pytrace=False)
 
 
-@pytest.fixture(scope="session")
-def server(checkout: Checkout, python: Path, new_base: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
-    """A running server: its address and base directory."""
-    base, port = new_base("server"), _free_port()
-    (base / "models" / "infdit" / "broken.safetensors").write_bytes(b"no such thing")
-    flags = f"--cpu --listen 127.0.0.1 --port {port} --disable-auto-launch --disable-api-nodes --log-stdout"
-    command = [python, "main.py", *flags.split(), "--database-url", "sqlite:///:memory:", "--base-directory", base]
-    log = base / "server.log"
+@contextmanager
+def _serving(checkout: Checkout, python: Path, base: Path, *flags: str) -> Iterator[str]:
+    """The address of a server over a base directory, for as long as it is needed."""
+    port, log = _free_port(), base / "server.log"
+    own = f"--cpu --listen 127.0.0.1 --port {port} --disable-auto-launch --disable-api-nodes --log-stdout"
+    place = ["--database-url", "sqlite:///:memory:", "--base-directory", base]
+    command = [python, "main.py", *own.split(), *place, *flags]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=checkout.path, env=environment(), stdout=out, stderr=subprocess.STDOUT)
     try:
         _wait(process, f"http://127.0.0.1:{port}/system_stats", log)
-        yield f"http://127.0.0.1:{port}", base
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         try:
@@ -186,7 +186,30 @@ def server(checkout: Checkout, python: Path, new_base: Callable[[str], Path]) ->
 
 
 @pytest.fixture(scope="session")
+def serving(checkout: Checkout, python: Path) -> Callable[..., AbstractContextManager[str]]:
+    """Starts a server of its own over a base directory, with more flags: `with serving(base) as address`."""
+    return functools.partial(_serving, checkout, python)
+
+
+@pytest.fixture(scope="session")
+def server(
+    serving: Callable[..., AbstractContextManager[str]], new_base: Callable[[str], Path]
+) -> Iterator[tuple[str, Path]]:
+    """A running server: its address and base directory."""
+    base = new_base("server")
+    (base / "models" / "infdit" / "broken.safetensors").write_bytes(b"no such thing")
+    with serving(base) as address:
+        yield address, base
+
+
+@pytest.fixture(scope="session")
 def online(server: tuple[str, Path], python: Path) -> Findings:
     """All cases of client.py: what a user of the frontend or of the HTTP interface sees."""
     address, base = server
     return _run(python, "client.py", address, ROOT, base / "findings.json")
+
+
+@pytest.fixture(scope="session")
+def run_script(python: Path) -> Callable[..., Findings]:
+    """Runs a script of this folder, which writes its findings to the file that is its last argument."""
+    return functools.partial(_run, python)
