@@ -1,0 +1,354 @@
+"""Makes all pictures of the frontend: thumbnails of the workflows, pictures on help pages, the README's screenshot.
+
+    COMFYUI_PATH=CHECKOUT python -m docs.frontend [--sdxl PICTURE X Y]
+
+Run from the project's root with a Python that runs that ComfyUI and has playwright. A server of its own runs the
+workflows as shipped, on the CPU, with pictures/flowers.png for their example. A picture by SDXL is not in this
+repository: that workflow's thumbnail is made only if one is given, with the corner of a detail to show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import Browser
+
+from api_client.upscale_folder import Prompt, Server
+from infdit import InfDiTConfig
+from tests.comfy.browser import Frontend, chromium
+from tests.dense import weight_shapes
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS, HELP, FLOWERS = ROOT / "workflows", ROOT / "web" / "docs", ROOT / "pictures" / "flowers.png"
+PUBLISHED = "infdit.safetensors"  # a model of the published size
+NAMED = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")  # in workflows
+SIDE = 512  # of a thumbnail
+CROP = SIDE // 4  # of the source, enlarged by 4
+DARK = "#171923"  # as the plots
+MARGIN = 26  # around a node
+NOTICE = 10_000  # milliseconds until the page no longer says that a job is done
+
+log = logging.getLogger(__name__)
+
+
+def write(path: Path, picture: Image.Image, most: int) -> None:
+    """Save a picture in at most so many kB, a PNG with a palette or a JPEG as good as that allows; and say so."""
+    picture = picture.convert("RGB")
+    if path.suffix == ".png":
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    for quality in range(90, 40, -5) if path.suffix == ".jpg" else ():
+        picture.save(path, quality=quality)
+        if path.stat().st_size < 1000 * most:
+            break
+    log.info("%s: %d×%d, %.0f kB", path.relative_to(ROOT), *picture.size, path.stat().st_size / 1000)
+
+
+# ---- a ComfyUI
+
+
+def write_published(path: Path) -> None:
+    """A model of the published size, all weights zero: mostly a hole, which takes no room on the disk."""
+    c = InfDiTConfig()
+    shapes = weight_shapes(c.num_layers, c.hidden_size, c.num_heads, c.block_size, c.vector_dim)
+    ends = list(accumulate((2 * math.prod(shape) for shape in shapes.values()), initial=0))
+    header = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": place}
+        for (name, shape), place in zip(shapes.items(), pairwise(ends), strict=True)
+    }
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + ends[-1])
+
+
+def furnish(base: Path) -> None:
+    """What the workflows need of a base directory."""
+    for folder in ("custom_nodes", "input", "models/infdit", "models/checkpoints", "models/clip_vision"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / "comfyui-inf-dit").symlink_to(ROOT, target_is_directory=True)
+    shutil.copy(FLOWERS, base / "input" / "example.png")
+    write_published(base / "models" / "infdit" / PUBLISHED)
+    for name in NAMED:
+        (base / "models" / name).touch()  # nobody reads it
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextmanager
+def serving(checkout: Path) -> Iterator[str]:
+    """The address of a server, over a base directory of its own."""
+    port = free_port()
+    flags = f"--cpu --port {port} --disable-auto-launch --disable-api-nodes --database-url sqlite:///:memory:"
+    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryFile("w+") as out:
+        furnish(Path(base))
+        command = [sys.executable, "main.py", *flags.split(), "--base-directory", base]
+        process = subprocess.Popen(command, cwd=checkout, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            while not listens(port):
+                if process.poll() is not None:
+                    out.seek(0)
+                    sys.exit(f"ComfyUI did not come up:\n{out.read()[-3000:]}")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def listens(port: int) -> bool:
+    """Whether a server is up."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ---- thumbnails: results of the workflows' API twins
+
+
+def twin(name: str, **values: Mapping[str, object]) -> Prompt:
+    """A workflow in API format, with other inputs for nodes of a class: LoadImage={"image": "mine.png"}."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in prompt.values():
+        node["inputs"].update(values.get(node["class_type"], {}))
+    return prompt
+
+
+def result(server: Server, prompt: Prompt) -> list[Image.Image]:
+    """Run a workflow; the pictures that it saves."""
+    saved = server.wait(server.queue(prompt))
+    return [Image.open(io.BytesIO(server.download(image))) for image in saved]
+
+
+def upload(server: Server, picture: Image.Image) -> dict[str, object]:
+    """The inputs of Load Image for a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "crop.png")
+        picture.save(path)
+        return {"image": server.upload(path)}
+
+
+def crop(x: int, y: int) -> Image.Image:
+    """Of the flowers, as much as fills a thumbnail."""
+    with Image.open(FLOWERS) as flowers:
+        return flowers.convert("RGB").crop((x, y, x + CROP, y + CROP))
+
+
+def strips(pictures: list[Image.Image]) -> Image.Image:
+    """The same picture in several states, a vertical strip of each, with lines between."""
+    whole = pictures[0].convert("RGB")
+    width, height = whole.width // len(pictures), whole.height
+    for i, picture in enumerate(pictures[1:], 1):
+        whole.paste(picture.crop((i * width, 0, whole.width, height)), (i * width, 0))
+        whole.paste("white", (i * width - 1, 0, i * width + 1, height))
+    return whole
+
+
+def before_and_after(server: Server) -> Image.Image:
+    """Left as bicubic enlarges it, right as the model does."""
+    source = crop(71, 86)
+    after = result(server, twin("upscale_a_picture", LoadImage=upload(server, source)))
+    return strips([source.resize((SIDE, SIDE), Image.Resampling.BICUBIC), *after])
+
+
+def noise_levels(server: Server) -> Image.Image:
+    """The noisy start, what is left of the noise after one step and after two, and the end."""
+    prompt = twin("advanced_sampling", LoadImage=upload(server, crop(128, 64)))
+    keys = {node["class_type"]: key for key, node in prompt.items()}
+    scheduler, upscale = keys["InfDiTScheduler"], prompt[keys["InfDiTUpscaleAdvanced"]]
+    states = []
+    for step in (0, 1, 2, prompt[scheduler]["inputs"]["steps"]):
+        prompt["cut"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": [scheduler, 0], "step": step}}
+        upscale["inputs"]["sigmas"] = ["cut", 0]
+        states += result(server, prompt)
+    return strips(states)
+
+
+def plans(server: Server) -> Image.Image:
+    """A plan of the published model that fits, and below it one that does not."""
+    whole = Image.new("RGB", (SIDE, SIDE), DARK)
+    for budget, top in ((8, 0), (5, SIDE // 2)):
+        asked = {"width": 1024, "height": 1024, "memory_budget": budget}
+        prompt = twin("memory_plan_16k", InfDiTModelLoader={"model_name": PUBLISHED}, InfDiTMemoryPlan=asked)
+        plot = result(server, prompt)[0].convert("RGB")
+        plot.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        whole.paste(plot, (0, top + (SIDE // 2 - plot.height) // 2))
+    return whole
+
+
+def detail(server: Server, path: str, x: int, y: int) -> Image.Image:
+    """A picture by SDXL, and below it a detail as it is and enlarged."""
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    wide = picture.resize((SIDE, SIDE * picture.height // picture.width), Image.Resampling.LANCZOS)
+    width, height = CROP // 2, (SIDE - wide.height) // 4
+    seen = picture.crop((x, y, x + CROP, y + CROP))  # by the model; of which the corner is shown
+    (after,) = result(server, twin("upscale_a_picture", LoadImage=upload(server, seen)))
+    before = seen.resize(after.size, Image.Resampling.NEAREST)
+    whole = Image.new("RGB", (SIDE, SIDE), DARK)
+    whole.paste(wide, (0, 0))
+    draw, font, shrink = ImageDraw.Draw(whole), ImageFont.load_default(18), SIDE / picture.width
+    draw.rectangle([round(at * shrink) for at in (x, y, x + width, y + height)], outline="white", width=2)
+    for left, label, large in ((0, "SDXL", before), (SIDE // 2, "Inf-DiT 4x", after)):
+        whole.paste(large.crop((0, 0, 4 * width - 2, 4 * height - 4)), (left + 1, SIDE - 4 * height + 2))
+        draw.rounded_rectangle((left + 6, SIDE - 32, left + 18 + font.getlength(label), SIDE - 6), 8, fill=DARK)
+        draw.text((left + 12, SIDE - 19), label, "white", font, "lm")
+    return whole
+
+
+# ---- the page
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A help page's picture of a node.
+
+    Attributes:
+        workflow: that the node is seen in; run: after a run.
+        size: of the node, if it needs no more.
+        values: of the widgets of nodes of a type, in place of the workflow's.
+        unfolded: with its advanced inputs.
+    """
+
+    workflow: str
+    size: tuple[int, int]
+    values: Mapping[str, list] = field(default_factory=dict)
+    run: bool = False
+    unfolded: bool = False
+
+
+LARGE = {"InfDiTModelLoader": [PUBLISHED, "auto"], "InfDiTMemoryPlan": [1024, 1024, "scale by", 4, 8]}
+DEFAULTS = {"InfDiTScheduler": [20, 40, 0.002, 7, 1]}
+SHOTS = {
+    "InfDiTModelLoader.png": Shot("advanced_sampling", (320, 90), unfolded=True),
+    "InfDiTCLIPLoader.png": Shot("sdxl_then_inf_dit", (340, 60)),
+    "InfDiTCLIPEncode.png": Shot("sdxl_then_inf_dit", (340, 330)),
+    "InfDiTUpscale.jpg": Shot("upscale_a_picture", (340, 330), run=True),
+    "InfDiTMemoryPlan.png": Shot("memory_plan_16k", (400, 450), LARGE, run=True),
+    "InfDiTUpscaleAdvanced.jpg": Shot("advanced_sampling", (340, 240), run=True),
+    "InfDiTScheduler.png": Shot("advanced_sampling", (320, 170), DEFAULTS, unfolded=True),
+}
+SETTINGS = {
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.VueNodes.Enabled": True,
+}
+LOOK_AT = """([x, y, left, top, scale]) => {
+    app.canvas.ds.scale = scale
+    app.canvas.ds.offset = [left / scale - x, top / scale - y]
+    app.canvas.setDirty(true, true)
+}"""
+ISOLATE = """kind => {
+    const { graph } = app
+    const node = graph.nodes.find(node => node.type === kind)
+    const sources = node.inputs.map((_, i) => node.getInputNode(i))
+    const targets = node.outputs.flatMap((_, i) => node.getOutputNodes(i) ?? [])
+    for (const group of [...graph.groups]) graph.remove(group)
+    for (const other of [...graph.nodes])
+        if (sources.includes(other)) other.pos = [node.pos[0] - 700, other.pos[1]]
+        else if (targets.includes(other)) other.pos = [node.pos[0] + 1000, other.pos[1]]
+        else if (other !== node) graph.remove(other)
+}"""
+CLOSE_OTHERS = """async () => {
+    const { workflow } = app.extensionManager
+    for (const other of [...workflow.openWorkflows])
+        if (other.path !== workflow.activeWorkflow.path) await workflow.closeWorkflow(other)
+}"""
+
+
+def drawn(name: str) -> dict:
+    """A workflow as the page has it."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def photograph(frontend: Frontend, kind: str, shot: Shot) -> Image.Image:
+    """A node and the ends of its links."""
+    workflow = drawn(shot.workflow)
+    for node in workflow["nodes"]:
+        node["widgets_values"] = shot.values.get(node["type"], node.get("widgets_values", []))
+        if node["type"] == kind:
+            node["size"] = shot.size
+            node.pop("title", None)
+    frontend.open(workflow, kind)
+    frontend.page.evaluate(ISOLATE, kind)
+    if shot.run and frontend.run() != "success":
+        sys.exit(f"{shot.workflow} failed")
+    if shot.unfolded:
+        frontend.page.get_by_text("Show advanced inputs").first.click()
+    frontend.page.evaluate("app.canvas.deselectAll()")
+    (box,) = (node["box"] for node in frontend.nodes() if node["type"] == kind)
+    left, top = 400, 120  # of the canvas, where nothing else of the page is
+    frontend.page.evaluate(LOOK_AT, [*box[:2], left, top, 1])
+    frontend.page.mouse.move(left, top - 2 * MARGIN)
+    frontend.nodes()
+    canvas = frontend.page.locator("#graph-canvas").bounding_box() or {"x": 0, "y": 0}
+    x, y = canvas["x"] + left - MARGIN, canvas["y"] + top - MARGIN
+    width, height = (side + 2 * MARGIN for side in box[2:])
+    shown = frontend.page.screenshot(clip={"x": x, "y": y, "width": width, "height": height})
+    return Image.open(io.BytesIO(shown))
+
+
+def in_comfyui(browser: Browser, address: str) -> Image.Image:
+    """The first workflow after a run, as a user sees it."""
+    window = {"width": 1100, "height": 850}
+    frontend = Frontend(browser, address, SETTINGS, viewport=window, device_scale_factor=1.6)
+    workflow = drawn("upscale_a_picture")
+    frontend.open(workflow, "upscale_a_picture")
+    frontend.page.evaluate(CLOSE_OTHERS)
+    frontend.run()
+    frontend.page.wait_for_timeout(NOTICE)
+    boxes = [node["box"] for node in frontend.nodes()] + [group["bounding"] for group in workflow["groups"]]
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    right = max(box[0] + box[2] for box in boxes)
+    frontend.page.evaluate(LOOK_AT, [left, top, 75, 100, (window["width"] - 90) / (right - left)])
+    frontend.nodes()
+    return Image.open(io.BytesIO(frontend.page.screenshot()))
+
+
+def main() -> None:
+    """Writes all pictures and says which."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    parser = argparse.ArgumentParser(prog="python -m docs.frontend", description=__doc__)
+    parser.add_argument("--sdxl", nargs=3, metavar=("PICTURE", "X", "Y"), help="by SDXL, and the corner of a detail")
+    sdxl = parser.parse_args().sdxl
+    checkout, *_ = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+    if not checkout:
+        sys.exit("COMFYUI_PATH must name a checkout of ComfyUI")
+    with serving(Path(checkout)) as address, chromium() as browser:
+        server = Server(address)
+        write(WORKFLOWS / "upscale_a_picture.jpg", before_and_after(server), 100)
+        write(WORKFLOWS / "advanced_sampling.jpg", noise_levels(server), 100)
+        write(WORKFLOWS / "memory_plan_16k.jpg", plans(server), 100)
+        if sdxl:
+            write(WORKFLOWS / "sdxl_then_inf_dit.jpg", detail(server, sdxl[0], int(sdxl[1]), int(sdxl[2])), 100)
+        frontend = Frontend(browser, address, SETTINGS, device_scale_factor=2)
+        for name, shot in SHOTS.items():
+            write(HELP / name, photograph(frontend, Path(name).stem, shot), 200)
+        write(ROOT / "docs" / "in_comfyui.jpg", in_comfyui(browser, address), 400)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""ComfyUI's own frontend in headless Chromium: a page, workflows opened and queued in it, and what it then shows.
+
+    python browser.py http://HOST:PORT PACK FINDINGS.json
+
+Run by test_browser.py with ComfyUI's Python, for playwright. Each case gives a dictionary of what it found; the tests
+decide what is right. docs/frontend.py takes its pictures with the same page.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported late, so that its absence can be told
+    from playwright.sync_api import Browser, ConsoleMessage
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
+LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
+WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
+RENDERERS = {"canvas": False, "vue": True}
+
+# a user who is not new; a dialog that could be switched off is on
+SETTINGS = {
+    "Comfy.InstalledVersion": "9.9.9",
+    "Comfy.Release.Status": "skipped",
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Validation.Workflows": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": True,
+    "Comfy.Workflow.ShowMissingNodesWarning": True,
+}
+DIALOGS = ".p-dialog, .p-toast-message, [data-testid=error-overlay], [role=alertdialog], .comfy-modal[style*=block]"
+
+READY = "window.app?.vueAppReady && app.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length"
+OPEN = "([drawn, name]) => app.loadGraphData(drawn, true, true, name)"
+FIT = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+FOLLOW = """() => {
+    window.ended = ''
+    for (const end of ['success', 'error', 'interrupted'])
+        app.api.addEventListener('execution_' + end, () => { window.ended = end }, { once: true })
+}"""
+EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
+GROUPS = "app.graph.groups.map(group => [...group.pos, ...group.size].map(Math.round))"
+# of Vue's nodes the elements say where they are and what they show
+NODES = """() => app.graph.nodes.map(node => {
+    const element = document.querySelector(`[data-node-id="${node.id}"]`)
+    const shown = element ? [...element.querySelectorAll('img')] : node.imgs ?? []
+    const waits = app.nodeOutputs[node.id]?.images?.length && !shown.some(picture => picture.naturalWidth)
+    const known = node.type in LiteGraph.registered_node_types && !node.has_errors
+    let box = [...node.boundingRect]
+    if (element) {
+        const { ds, canvas } = app.canvas
+        const [at, origin] = [element.getBoundingClientRect(), canvas.getBoundingClientRect()]
+        const [x, y] = [at.x - origin.x, at.y - origin.y]
+        box = [x / ds.scale - ds.offset[0], y / ds.scale - ds.offset[1], at.width / ds.scale, at.height / ds.scale]
+    }
+    return {
+        id: Number(node.id), type: node.type, known, waits: Boolean(waits), drawn_by: element ? 'vue' : 'canvas',
+        box: box.map(Math.round), pictures: shown.map(picture => [picture.naturalWidth, picture.naturalHeight]),
+        texts: (node.widgets ?? []).filter(w => /text-preview|preview_text/.test(w.name)).map(w => w.value),
+    }
+})"""
+
+
+class MissingBrowserError(Exception):
+    """Nothing to open the frontend with; says what is missing."""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """The system's Chromium or the one of playwright's own, with no way to any other machine.
+
+    Raises:
+        MissingBrowserError: without playwright, or without a Chromium.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise MissingBrowserError(f"{sys.executable} has no playwright: pip install playwright") from error
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        found = next(filter(None, map(shutil.which, CHROMIUM)), own if Path(own).exists() else None)
+        if found is None:
+            raise MissingBrowserError(f"no Chromium: looked for {', '.join(CHROMIUM)} and for playwright's own")
+        browser = playwright.chromium.launch(executable_path=found, args=[OFFLINE])
+        yield browser
+        browser.close()
+
+
+class Frontend:
+    """A window with ComfyUI's page.
+
+    Attributes:
+        complaints: errors on the console since a workflow was opened. What comes before is not of ours: the workflow
+            that the page begins with has models that nobody has.
+    """
+
+    def __init__(self, browser: Browser, address: str, settings: dict[str, object], **window: Any) -> None:
+        self.complaints: list[str] = []
+        self.address = address
+        self.page = browser.new_page(**(WINDOW | window))
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        for name, value in (SETTINGS | settings).items():
+            self._post(f"settings/{name}", value)
+        self.page.goto(address)
+        self.page.wait_for_function(READY, timeout=PATIENCE)
+        self.nodes()
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(f"{message.text} ({message.location['url']})")
+
+    def _post(self, path: str, value: object) -> None:
+        self.page.request.post(f"{self.address}/api/{path}", data=json.dumps(value))
+
+    def open(self, drawn: dict, name: str) -> None:
+        """A workflow in a tab of its own, all of it in view."""
+        self.complaints.clear()
+        self.page.evaluate(OPEN, [drawn, name])
+        self.page.evaluate(FIT)
+
+    def run(self) -> str:
+        """Press Run and wait; how it ended. Nothing comes out of ComfyUI's cache, so there is something to see."""
+        self._post("free", {"free_memory": True})
+        self.page.evaluate(FOLLOW)
+        self.page.get_by_test_id("queue-button").click()
+        return self.page.wait_for_function("window.ended", timeout=PATIENCE).json_value()
+
+    def nodes(self) -> list[dict]:
+        """What is on the canvas, once nothing moves any more and all results are shown."""
+        last = None
+        while (now := self.page.evaluate(NODES)) != last or any(node["waits"] for node in now):
+            last = now
+            self.page.wait_for_timeout(LOOK_AGAIN)
+        return now
+
+    def dialogs(self) -> list[str]:
+        """What the page says in front of the canvas."""
+        return self.page.eval_on_selector_all(DIALOGS, "found => found.map(dialog => dialog.innerText)")
+
+    def seen(self) -> dict:
+        """All that the tests ask about."""
+        return {
+            "nodes": self.nodes(),
+            "groups": self.page.evaluate(GROUPS),
+            "dialogs": self.dialogs(),
+            "complaints": list(self.complaints),
+        }
+
+
+# ---- the cases
+
+
+def opened(frontend: Frontend, path: Path) -> dict:
+    frontend.open(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    return {"exported": frontend.page.evaluate(EXPORT), **frontend.seen()}
+
+
+def run(frontend: Frontend, path: Path) -> dict:
+    opened(frontend, path)
+    return {"end": frontend.run(), **frontend.seen()}
+
+
+def core(frontend: Frontend, path: Path) -> dict:
+    """Load Image and Save Image alone: what the page complains of now, it complains of without us."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    drawn["nodes"] = [node for node in drawn["nodes"] if node["type"] in ("LoadImage", "SaveImage")]
+    source, target = drawn["nodes"]
+    drawn["links"] = [[1, source["id"], 0, target["id"], 0, "IMAGE"]]
+    source["outputs"][0]["links"], target["inputs"][0]["link"] = [1], 1
+    frontend.open(drawn, "core")
+    return {"end": frontend.run(), **frontend.seen()}
+
+
+def broken(frontend: Frontend, path: Path) -> dict:
+    """The workflow with a node that nobody knows and a position that is none: what tells must be seen to tell."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    drawn["nodes"][1]["type"] = "NoSuchNode"
+    frontend.open(drawn, "unknown")
+    unknown = frontend.seen()
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    drawn["nodes"][1]["pos"] = "somewhere"
+    frontend.open(drawn, "invalid")
+    return {"unknown": unknown, "invalid": frontend.seen()}
+
+
+def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]:
+    drawn = sorted((pack / "workflows").glob("*.json"))
+    for path in (*drawn, pack / "tests" / "comfy" / "data" / "saved_2026_11.json"):
+        yield opened, path
+    for path in drawn:
+        if "sdxl" not in path.name:  # whose models are not here
+            yield run, path
+    for case in (core, broken):
+        yield case, pack / "workflows" / "upscale_a_picture.json"
+
+
+def main(address: str, pack: Path, out: Path) -> None:
+    findings = {}
+    with chromium() as browser:
+        for renderer, vue in RENDERERS.items():
+            frontend = Frontend(browser, address, {"Comfy.VueNodes.Enabled": vue})
+            for case, path in cases(pack):
+                began, name = time.perf_counter(), f"{renderer} {case.__name__} {path.stem}"
+                try:
+                    findings[name] = case(frontend, path)
+                except Exception:  # noqa: BLE001 - it is handed to the test that asks for this case
+                    findings[name] = {"traceback": traceback.format_exc()}
+                print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
+            frontend.page.close()
+    out.write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    except MissingBrowserError as missing:
+        Path(sys.argv[3]).write_text(json.dumps({"missing": {"what": str(missing)}}))

@@ -1,0 +1,147 @@
+"""The workflows in ComfyUI's own frontend, in both of its ways to draw nodes, on every ComfyUI found (browser.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.comfy
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+RUN = [name for name in SHIPPED if name != "sdxl_then_inf_dit"]  # that one's models are not here
+# named by workflows: empty files do, for nothing reads them
+MODELS = (
+    "checkpoints/sd_xl_base_1.0.safetensors",
+    "clip_vision/open_clip_pytorch_model.bin",
+    "infdit/infdit.safetensors",
+)
+PICTURE, RESULT, PREVIEW = [64, 48], [256, 192], [512, 384]
+
+renderers = pytest.mark.parametrize("renderer", ["canvas", "vue"])
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@pytest.fixture(scope="module")
+def seen(server: tuple[str, Path], run_script: Callable[..., dict]) -> dict:
+    address, base = server
+    models = [base / "models" / name for name in MODELS]
+    for path in models:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Image.linear_gradient("L").resize(PICTURE).convert("RGB").save(base / "input" / "example.png")
+    try:
+        found = run_script("browser.py", address, ROOT, base / "browser.json")
+    finally:
+        for path in models:
+            path.unlink()
+    if "missing" in found:
+        pytest.skip(found["missing"]["what"])
+    return found
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def box(x: float, y: float, width: float = 0, height: float = 0) -> Box:
+    return x, y, x + width, y + height
+
+
+def holds(outer: Box, inner: Box) -> bool:
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+
+
+def members(drawn: dict) -> list[list[int]]:
+    """Of each group of a workflow: the nodes that begin in it."""
+    corners = {node["id"]: box(*node["pos"]) for node in drawn["nodes"]}
+    return [[key for key, at in corners.items() if holds(box(*group["bounding"]), at)] for group in drawn["groups"]]
+
+
+def misplaced(name: str, found: dict) -> list[str]:
+    """Nodes that stick out of their group, and nodes that touch each other."""
+    boxes = {node["id"]: box(*node["box"]) for node in found["nodes"]}
+    groups = [box(*group) for group in found["groups"]]  # some frontends spread a workflow to make room for Vue's nodes
+    out = [
+        f"{key} {boxes[key]} sticks out of {group}"
+        for group, keys in zip(groups, members(read(SHIPPED[name])), strict=True)
+        for key in keys
+        if not holds(group, boxes[key])
+    ]
+    touching = [
+        f"{one} {a} touches {other} {b}"
+        for (one, a), (other, b) in combinations(boxes.items(), 2)
+        if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    ]
+    return out + touching
+
+
+def complaints(seen: dict, renderer: str, found: dict) -> list[str]:
+    """Dialogs, and errors on the console that a core workflow does not bring about as well.
+
+    A frontend that is newer than its server asks it for more than it knows.
+    """
+    core = seen[f"{renderer} core upscale_a_picture"]
+    assert core["end"] == "success"
+    return [text for text in (*found["dialogs"], *found["complaints"]) if text not in core["complaints"]]
+
+
+@renderers
+@pytest.mark.parametrize("name", [*SHIPPED, "saved_2026_11"])
+def test_workflow_opens_without_complaint(seen: dict, renderer: str, name: str) -> None:
+    found = seen[f"{renderer} opened {name}"]
+    assert {node["drawn_by"] for node in found["nodes"]} == {renderer}
+    assert [node["type"] for node in found["nodes"] if not node["known"]] == []
+    assert complaints(seen, renderer, found) == []
+
+
+@renderers
+@pytest.mark.parametrize("name", SHIPPED)
+def test_nodes_keep_to_their_groups(seen: dict, renderer: str, name: str) -> None:
+    assert misplaced(name, seen[f"{renderer} opened {name}"]) == []
+
+
+@renderers
+@pytest.mark.parametrize("name", RUN)
+def test_run_from_the_page(seen: dict, renderer: str, name: str) -> None:
+    found = seen[f"{renderer} run {name}"]
+    assert found["end"] == "success"
+    assert complaints(seen, renderer, found) == []
+    assert misplaced(name, found) == []
+
+
+@renderers
+@pytest.mark.parametrize("name", ["upscale_a_picture", "advanced_sampling"])
+def test_picture_on_each_node_after_a_run(seen: dict, renderer: str, name: str) -> None:
+    shown = {node["type"]: node for node in seen[f"{renderer} run {name}"]["nodes"]}
+    (upscale,) = (node for kind, node in shown.items() if kind.startswith("InfDiTUpscale"))
+    assert shown["LoadImage"]["pictures"] == [PICTURE]
+    assert upscale["pictures"] == [PREVIEW]
+    assert shown["SaveImage"]["pictures"] == [RESULT]
+    assert re.fullmatch(r"256×192 in [\d.]+ s", *upscale["texts"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_api_twin_is_what_the_page_exports(seen: dict, name: str) -> None:
+    """Word for word, but for what older versions of core nodes ask for beyond it."""
+    path = ROOT / "workflows" / "api" / f"{name}.json"
+    twin, exported = read(path), json.loads(seen[f"canvas opened {name}"]["exported"])
+    for key, node in exported.items():
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if name in twin[key]["inputs"]}
+    assert json.dumps(exported, indent=2, ensure_ascii=False) + "\n" == path.read_text(encoding="utf-8")
+
+
+@renderers
+def test_what_the_page_complains_of_is_seen(seen: dict, renderer: str) -> None:
+    """The page does check what it opens, and this test's eyes are open."""
+    found = seen[f"{renderer} broken upscale_a_picture"]
+    assert [node["type"] for node in found["unknown"]["nodes"] if not node["known"]] == ["NoSuchNode"]
+    assert "NoSuchNode" in "".join(found["unknown"]["dialogs"])
+    assert "Invalid workflow" in "".join(found["invalid"]["dialogs"])
+    assert found["invalid"]["complaints"]
