@@ -96,9 +96,17 @@ def test_many_random_budgets_are_kept() -> None:
     assert_kept(seed=1, cases=200)
 
 
-@pytest.mark.parametrize(("side", "gib"), [(4096, 0.4), pytest.param(16384, 1.0, marks=pytest.mark.slow)])
-def test_the_promised_sizes_are_counted(side: int, gib: float) -> None:
-    request = Request(PUBLISHED, side, side, device=CUDA)
+@pytest.mark.parametrize(
+    ("side", "gib", "weights"),
+    [
+        (4096, 0.4, "streamed"),
+        pytest.param(4096, 4.0, "resident", marks=pytest.mark.slow),
+        pytest.param(8192, 0.6, "streamed", marks=pytest.mark.slow),
+        pytest.param(16384, 1.0, "streamed", marks=pytest.mark.slow),
+    ],
+)
+def test_the_promised_sizes_are_counted(side: int, gib: float, weights: str) -> None:
+    request = Request(PUBLISHED, side, side, device=CUDA, weights=weights)
     plan = request.plan(int(gib * 2**30), MUCH)
     began = time.monotonic()
     counted = counted_peak(request, plan)
