@@ -59,6 +59,20 @@ def test_every_schedule_equals_the_dense_transcription(
         torch.testing.assert_close(result, expected, msg=lambda m, plan=plan: f"{plan}: {m}", **EXACT)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 2), (5, 3)], ids=str)
+def test_every_schedule_in_single_precision(grid: tuple[int, int], make_model: MakeModel) -> None:
+    model, weights = make_model(period=PERIOD, dtype=torch.float32, **SIZES)
+    x, conditioning, sigma = random_inputs(*grid)
+    exact = {name: weight.double() for name, weight in weights.items()}
+    expected = reference(exact, x, sigma, conditioning, positions="continuous")
+    single = Conditioning(
+        *(t.float() for t in (conditioning.lr, conditioning.lr_upscaled, conditioning.clip_embedding))
+    )
+    for plan in plans(grid[0] * grid[1]):
+        result = Denoiser(model, single, plan)(x.float(), sigma.float())
+        torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
 @pytest.mark.parametrize("hidden", ["device", "host"])
 @pytest.mark.parametrize("images", ["device", "host"])
