@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,3 +81,18 @@ def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> 
         print(f"streamed over resident: {median['streamed'] / median['smallest']:.3f}")
     assert working <= 280 * 2**20
     assert median["smallest"] <= 1.15 * median["dense"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bar_moves_every_second_at_the_published_width(
+    dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(InfDiTConfig(num_layers=2), dtype)
+    moves: list[float] = []
+    image = torch.rand(1, 80, 80, 3)
+    infdit.upscale(model, image, steps=2, sampler="euler", progress=lambda *_: moves.append(time.monotonic()))
+    longest = max(after - before for before, after in pairwise(moves))
+    with capsys.disabled():
+        print(f"\n{dtype}: {len(moves)} moves of the bar, {longest:.2f} s between two at most")
+    assert longest < 1

@@ -244,6 +244,32 @@ def test_nothing_is_used_before_it_is_there_or_after_it_is_gone(
     assert (seen.copies > 0) == away
 
 
+def unfinished(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers of a chunk the card may still have to do, each time the bar moves and a stop is obeyed."""
+    ends: list[int] = []
+    found: list[int] = []
+    original = tiers.Lane.pace
+
+    def pace(lane: tiers.Lane) -> None:
+        ends.append(agents.clocks[COMPUTE][COMPUTE])
+        original(lane)
+        found.append(sum(end > agents.clocks[HOST][COMPUTE] for end in ends))
+
+    monkeypatch.setattr(tiers.Lane, "pace", pace)
+    watch(agents, monkeypatch, MemoryPlan(3, 2))
+    return found
+
+
+def test_the_host_is_one_layer_ahead_at_most(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a stop waits for two layers of a chunk: 8 TFLOP at the published size with the largest chunk planned."""
+    assert max(unfinished(agents, monkeypatch)) <= 1
+
+
+def test_a_host_that_does_not_wait_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "synchronize", lambda self: None)
+    assert max(unfinished(agents, monkeypatch)) > 5
+
+
 @pytest.mark.parametrize("what", ["wait_stream", "wait_event"])
 def test_a_wait_that_is_left_out_is_found(what: str, agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stream, what, lambda self, other: None)
