@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,9 @@ from training import data, degrade, validate
 from training.attention import PlainAttention
 from training.export import export
 from training.export import main as export_command
-from training.loop import Decay, Recipe, Trainer, _across
+from training.gradients import Recipe, across
+from training.grow import widen
+from training.loop import Decay, Trainer
 from training.optimizer import Optimizer, orthogonal
 from training.start import from_nothing
 
@@ -49,8 +53,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """As the command does."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -109,7 +115,7 @@ def test_loss_is_plain_l2_on_the_network_output() -> None:
     for parameter in run.model.parameters():  # modulation, too, so that the noise level matters
         torch.nn.init.normal_(parameter, 0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     run.step = 3
-    crops = run._crops(3, 0)
+    crops = run.gradients.crops(3, 0)
     rng = np.random.default_rng([0, 3, 0, 1])
     noise = torch.from_numpy(rng.standard_normal(crops.hr.shape, np.float32))
     row, column = (int(block) * 4 for block in rng.integers(64 // 4 - 2 + 1, size=2))
@@ -126,12 +132,12 @@ def test_loss_is_plain_l2_on_the_network_output() -> None:
 def test_seam_term_counts_differences_across_lines_only() -> None:
     """Half the squared step, averaged over lines and axes: 1 for pure noise of size 1."""
     noise = torch.randn(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(_across(noise, 4), torch.ones(2), rtol=0, atol=0.01)
-    torch.testing.assert_close(_across(noise, 512), torch.zeros(2))
+    torch.testing.assert_close(across(noise, 4), torch.ones(2), rtol=0, atol=0.01)
+    torch.testing.assert_close(across(noise, 512), torch.zeros(2))
     ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # columns step by 1 everywhere, rows not at all
-    torch.testing.assert_close(_across(ramp, 4), torch.tensor([0.25]))
+    torch.testing.assert_close(across(ramp, 4), torch.tensor([0.25]))
     steps = torch.tensor([0.0, 5.0, 0.0, 5.0, 2.0, 9.0, 2.0, 9.0]).expand(1, 3, 8, 8)  # from 5 to 2 across the line
-    torch.testing.assert_close(_across(steps, 4), torch.tensor([9 / 4]))
+    torch.testing.assert_close(across(steps, 4), torch.tensor([9 / 4]))
 
 
 def test_positions_lie_all_over_the_period(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +148,7 @@ def test_positions_lie_all_over_the_period(monkeypatch: pytest.MonkeyPatch) -> N
             origins.append(origin)
             super().__init__(*args, origin=origin)
 
-    monkeypatch.setattr("training.loop.Denoiser", Recorded)
+    monkeypatch.setattr("training.gradients.Denoiser", Recorded)
     run = trainer(workers=1)
     for _ in range(60):
         run.advance()
@@ -209,6 +215,48 @@ def test_a_new_model_looks_at_its_own_place() -> None:
     assert (products.argmax(-1) == own).all()
 
 
+@pytest.mark.parametrize(("width", "vector"), [(16, 0), (24, 5), (32, 0), (56, 5)])
+def test_a_wider_model_computes_the_same(width: int, vector: int) -> None:
+    """Random weights everywhere: modulation, affine norms, biases, positions, the vector."""
+    model = from_nothing(replace(CONFIG, vector_dim=vector), 0)
+    for i, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, 0.1, 0.4, generator=torch.Generator().manual_seed(i))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wide = widen(model, width, seed=1)
+    assert (wide.config.hidden_size, wide.config.num_heads) == (width, width // 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    generator = torch.Generator().manual_seed(2)
+    up, noise = torch.randn(2, 1, 3, 32, 48, generator=generator, dtype=torch.float64)
+    lr = torch.randn(1, 3, 8, 12, generator=generator, dtype=torch.float64)
+    clip = torch.randn(1, vector, generator=generator, dtype=torch.float64) if vector else None
+    for sigma in (0.05, 2.0, 40.0):
+        pair = [
+            Denoiser(m.double().requires_grad_(False), Conditioning(lr, up, clip), MemoryPlan(9, 99))(
+                up + sigma * noise, sigma
+            )
+            for m in (model, wide)
+        ]
+        torch.testing.assert_close(pair[1], pair[0], rtol=0, atol=3e-5)
+
+
+def test_what_was_added_learns() -> None:
+    """After two steps every weight has moved that is not there to be zero: nothing is stuck between two zeros."""
+    wide = widen(from_nothing(CONFIG, 0), 32, seed=1)
+    before = [p.detach().clone() for p in wide.parameters()]
+    run = Trainer(wide, replace(TINY, optimizer="adamw"), [picture(i) for i in range(3)], 1)
+    for _ in range(3):
+        run.advance()
+    for name, old, new in zip(run.names, before, run.parameters, strict=True):
+        if name.endswith("weight") and old.dim() == 2:
+            assert (new != old).float().mean() > 0.99, name
+
+
+def test_a_model_cannot_be_made_narrower() -> None:
+    for width in (8, 20):
+        with pytest.raises(ValueError, match="multiple of 8 and at least 16"):
+            widen(from_nothing(CONFIG, 0), width, seed=0)
+
+
 # ---- whole runs
 
 
@@ -223,9 +271,18 @@ def test_first_losses_repeat_and_workers_do_not_matter(precision: str) -> None:
     assert np.mean(losses[0][-5:]) < 0.8 * np.mean(losses[0][:5])
 
 
+def test_a_worker_that_ends_is_said() -> None:
+    run = trainer(workers=2)
+    run.advance()
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(ChildProcessError, match="--resume"):
+        run.advance()
+
+
 def train(*arguments: object) -> int:
     sizes = "--layers 2 --width 16 --heads 2 --block 16 --crop 32 --crops 2 --parts 2 --hold-out 1 --warmup 2"
-    return command.main([str(a) for a in arguments] + [*sizes.split(), "--device", "cpu", "--workers", "2"])
+    return command.main([*sizes.split(), "--device", "cpu", "--workers", "2", *(str(a) for a in arguments)])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -270,6 +327,8 @@ def test_what_a_run_leaves(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert train(folder, "-o", out, "--steps", 1) == 2
     assert "--resume" in capsys.readouterr().err
+    assert train(folder, "-o", tmp_path / "w", "--steps", 1, "--init", out / "best.safetensors", "--width", 24) == 0
+    assert infdit.load_model(tmp_path / "w" / "last.safetensors", device="cpu").config.hidden_size == 24
     assert train(tmp_path / "out", "-o", tmp_path / "new", "--steps", 1) == 2
     assert "no pictures" in capsys.readouterr().err
 

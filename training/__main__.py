@@ -26,7 +26,9 @@ from infdit.tensorfile import CheckpointError
 from . import data
 from .degrade import MARGIN
 from .export import export
-from .loop import Decay, Recipe, Trainer
+from .gradients import Recipe
+from .grow import widen
+from .loop import Decay, Trainer
 from .start import from_nothing
 from .validate import validate
 
@@ -45,7 +47,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="write the state and stop this session")
     parser.add_argument("--decay-from-now", action="store_true", help="with --resume: begin to decay at once")
     parser.add_argument("--init", help="start from this model (a file or 'mini') instead of from nothing")
-    for size, default in (("layers", 6), ("width", 128), ("heads", 4), ("block", 32)):
+    parser.add_argument("--width", type=int, help="of a model from nothing (default 128); with --init: make it so wide")
+    for size, default in (("layers", 6), ("heads", 4), ("block", 32)):
         parser.add_argument(f"--{size}", type=int, default=default, help=f"of a model from nothing (default {default})")
     for name, default in asdict(Recipe()).items():
         option = f"--{name.replace('_', '-')}"
@@ -203,8 +206,9 @@ class Session:
 def first_model(args: argparse.Namespace, seed: int) -> InfDiT:
     """The model that a new run starts with, in float32."""
     if args.init:
-        return infdit.load_model(args.init, dtype=torch.float32, device="cpu")
-    config = InfDiTConfig(args.layers, args.width, args.heads, 4, args.block, vector_dim=0)
+        model = infdit.load_model(args.init, dtype=torch.float32, device="cpu")
+        return widen(model, args.width, seed) if args.width else model
+    config = InfDiTConfig(args.layers, args.width or 128, args.heads, 4, args.block, vector_dim=0)
     return from_nothing(config, seed)
 
 

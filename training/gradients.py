@@ -1,0 +1,165 @@
+"""The loss of one step, and its gradients.
+
+Loss (Karras et al. 2022, section 5): with y a picture, ε noise, ln σ normal and D(x; σ) = c_skip·x + c_out·F,
+
+    E (σ² + σ_data²)/(σ·σ_data)² · |D(y + σε; σ) − y|²
+
+which is plain L2 on F. To it can be added, with the same weight, half the squared differences of the error across
+the lines between patches and between blocks: any positive quadratic form of the error has the same minimum, the
+posterior mean, but with this one the grids go sooner.
+
+A step is a fixed number of parts, each with crops, noise and a position in the picture of its own, drawn from
+(seed, step, part); gradients are added in the order of the parts. So the result depends neither on how many workers
+share the parts nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infdit import Conditioning, MemoryPlan
+from infdit.config import InfDiTConfig
+from infdit.denoiser import SIGMA_DATA, Denoiser
+from infdit.model import InfDiT
+
+from . import data
+from .attention import PlainAttention
+
+BLOCK_SEAM = 0.5  # weight of the lines between blocks beside that of all lines between patches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a run what it is; kept in its state.
+
+    seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
+    ln σ; seam: weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its last,
+    in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at most;
+    optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
+    """
+
+    seed: int = 0
+    crop: int = 192
+    crops: int = 8
+    parts: int = 4
+    sigma_mean: float = -0.2
+    sigma_std: float = 1.4
+    seam: float = 0.0
+    rate: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.8
+    ema: float = 0.998
+    clip: float = 1.0
+    optimizer: str = "muon"
+    precision: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.crops < 1 or self.parts < 1 or self.crops % self.parts:
+            raise ValueError(f"{self.crops} crops cannot be cut into {self.parts} equal parts")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay {self.decay} must be a share of the run, above 0 and at most 1")
+
+
+class Gradients:
+    """Gradients of the parts of a step.
+
+    Args:
+        model: parameters of float32, on the device that computes.
+        pictures: (h, w, 3) uint8, see `data.read`.
+        slots: (parts, number of weights), where the gradients of each part go, in the order of the parameters.
+        compiled: compile the layers; where that fails they run as they are.
+        threads: so many make the crops of the next two steps meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: InfDiT,
+        recipe: Recipe,
+        pictures: Sequence[np.ndarray],
+        slots: Tensor,
+        *,
+        compiled: bool = False,
+        threads: int = 0,
+    ) -> None:
+        self.model, self.recipe, self.pictures, self.slots = model, recipe, pictures, slots
+        if compiled:
+            torch._dynamo.config.suppress_errors = True
+            for layer in model.layers:
+                layer.compile(dynamic=False)
+        self._pool = ThreadPoolExecutor(threads) if threads else None
+        self._ahead: dict[tuple[int, int], Future[data.Crops]] = {}
+
+    def run(self, step: int, parts: Iterable[int] | None = None) -> list[float]:
+        """Fill the slots of a step, of all parts or of some; their losses."""
+        parts = range(self.recipe.parts) if parts is None else parts
+        if self._pool:
+            for later in ((s, part) for s in range(step, step + 3) for part in parts):
+                if later not in self._ahead:
+                    self._ahead[later] = self._pool.submit(self.crops, *later)
+            return [self._fill(step, part, self._ahead.pop((step, part)).result()) for part in parts]
+        return [self._fill(step, part, self.crops(step, part)) for part in parts]
+
+    def crops(self, step: int, part: int) -> data.Crops:
+        """The pictures of a part."""
+        recipe = self.recipe
+        return data.draw(self.pictures, recipe.crops // recipe.parts, recipe.crop, (recipe.seed, step, part))
+
+    def _fill(self, step: int, part: int, crops: data.Crops) -> float:
+        """Fill the slot of a part; its loss."""
+        model, recipe = self.model, self.recipe
+        device, config = model.device, model.config
+        rng = np.random.default_rng([recipe.seed, step, part, 1])
+        noise = torch.from_numpy(rng.standard_normal(crops.hr.shape, np.float32)).to(device)
+        sigma = _sigmas(recipe, len(noise), part, np.random.default_rng([recipe.seed, step])).to(device)
+        hr, up, lr = (x.to(device) for x in (crops.hr, crops.up, crops.lr))
+        with ExitStack() as stack:
+            if recipe.precision == "bfloat16":
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(PlainAttention())
+            plan = MemoryPlan(config.num_layers, 2**20)
+            denoise = Denoiser(model, Conditioning(lr, up), plan, origin=_origin(config, recipe.crop, rng))
+            error = denoise(hr + sigma[:, None, None, None] * noise, sigma) - hr
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        square = error.square().mean((1, 2, 3))
+        if recipe.seam:
+            lines = across(error, config.patch_size) + BLOCK_SEAM * across(error, config.block_size)
+            square = square + recipe.seam * lines
+        loss = (weight * square).mean()
+        parameters = list(model.parameters())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        every = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
+        torch.cat([gradient.flatten() for gradient in every], out=self.slots[part])
+        return float(loss.detach())
+
+
+def across(error: Tensor, cell: int) -> Tensor:
+    """Half the mean squared difference of neighbours in different cells, (B,): of pure noise its square."""
+    if max(error.shape[-2:]) <= cell:
+        return error.new_zeros(len(error))
+    rows = error[..., cell::cell, :] - error[..., cell - 1 : -1 : cell, :]
+    columns = error[..., cell::cell] - error[..., cell - 1 : -1 : cell]
+    return (rows.square().mean((1, 2, 3)) + columns.square().mean((1, 2, 3))) / 4
+
+
+def _sigmas(recipe: Recipe, count: int, part: int, rng: np.random.Generator) -> Tensor:
+    """Noise levels of one part: one from each of as many equally likely ranges as a step has crops, shuffled."""
+    ranges = rng.permutation(recipe.crops)
+    places = torch.from_numpy((ranges + rng.random(recipe.crops)) / recipe.crops)
+    normal = math.sqrt(2) * torch.erfinv(2 * places.clamp(1e-6, 1 - 1e-6) - 1)
+    return (recipe.sigma_mean + recipe.sigma_std * normal).exp().float()[part * count : (part + 1) * count]
+
+
+def _origin(config: InfDiTConfig, crop: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A place for the crop's first patch: whole blocks, anywhere within the period of positions."""
+    blocks = max(1, config.position_period // config.block_side - crop // config.block_size + 1)
+    row, column = (int(place) * config.block_side for place in rng.integers(blocks, size=2))
+    return row, column
