@@ -1,154 +1,36 @@
-"""Picture files against bytes put together here by the format's own rules, and colours computed by hand."""
+"""Reading picture files: bytes put together here by the format's own rules, and colours computed by hand."""
 
 import io
-import logging
-import os
 import struct
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
+from filebytes import (
+    EXACT,
+    ONE_LEVEL,
+    assert_one_sentence,
+    chunk,
+    cmyk_profile,
+    complaints,
+    exif,
+    grey_profile,
+    iccp,
+    linear_rgb_profile,
+    png,
+    rgb_profile,
+    saved,
+    stored,
+    tiff,
+    tiff_of,
+    u16,
+)
+from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import OPEN_INFO
 
-from infdit.picture import SUFFIXES, Picture, PictureError, find_pictures, read_picture, write_picture
-
-ONE_LEVEL = 1 / 255 + 1e-6
-EXACT = 1e-6
-Value = int | tuple[int, ...]
-
-
-# ---------------------------------------------------------------- files made by hand
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, rows: Sequence[bytes], depth: int, colour: int, **chunks: bytes) -> bytes:
-    """rows: packed bytes of each row; chunks before IDAT, by name."""
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", header)
-    body += b"".join(chunk(name.encode(), data) for name, data in chunks.items())
-    body += chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
-
-
-def u16(*values: int) -> bytes:
-    return struct.pack(f">{len(values)}H", *values)
-
-
-def iccp(profile: bytes) -> bytes:
-    return b"x\0\0" + zlib.compress(profile)
-
-
-def exif(orientation: int) -> bytes:
-    return b"MM\0*\0\0\0\x08" + struct.pack(">HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 0)
-
-
-def tiff(tags: Mapping[int, Value], data: bytes, pages: int = 1) -> bytes:
-    """Little-endian; tags: {number: value or values}, shorts and longs; every page has the same data."""
-    tags = {273: 8, 278: tags[257], 279: len(data), **tags}
-    start, head, tail = 8 + len(data), b"", b""
-    for page in range(pages):
-        entries, extra, room = b"", b"", start + len(tail) + 2 + 12 * len(tags) + 4
-        for tag, value in sorted(tags.items()):
-            values = value if isinstance(value, tuple) else (value,)
-            packed = struct.pack(f"<{len(values)}I", *values)
-            if len(values) > 1:
-                packed, extra = struct.pack("<I", room + len(extra)), extra + packed
-            entries += struct.pack("<HHI", tag, 4, len(values)) + packed
-        following = 0 if page == pages - 1 else room + len(extra)
-        tail += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following) + extra
-    head = b"II*\0" + struct.pack("<I", start)
-    return head + data + tail
-
-
-def tiff_of(
-    width: int, height: int, bits: Value, photometric: int, data: bytes, pages: int = 1, **more: Value
-) -> bytes:
-    named = {"planar": 284, "extra": 338, "format": 339, "palette": 320}
-    samples = len(bits) if isinstance(bits, tuple) else 1
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: samples}
-    return tiff(tags | {named[name]: value for name, value in more.items()}, data, pages)
-
-
-def icc(kind: str, space: str, pcs: str, **tags: bytes) -> bytes:
-    """A version 2 profile; kind, space and pcs are four letters."""
-    common = {
-        "desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78),
-        "cprt": b"text" + bytes(4) + b"x\0",
-        "wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061),
-    } | tags
-    table, data, start = b"", b"", 128 + 4 + 12 * len(common)
-    for name, tag in common.items():
-        table += name.encode() + struct.pack(">II", start + len(data), len(tag))
-        data += tag + bytes(-len(tag) % 4)
-    head = struct.pack(">I4sI", start + len(data), bytes(4), 0x02400000) + (kind + space + pcs).encode()
-    head += struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
-    head += struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
-    return head + struct.pack(">I", len(common)) + table + data
-
-
-def lut(inputs: int, table: bytes) -> bytes:
-    """mft1: a table of the corners of a cube, the last input changing fastest, between identity curves."""
-    outputs, identity = len(table) >> inputs, bytes(range(256))
-    matrix = struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65536)
-    return b"mft1" + bytes(4) + bytes([inputs, outputs, 2, 0]) + matrix + identity * inputs + table + identity * outputs
-
-
-def cmyk_profile() -> bytes:
-    """Cyan is a neutral L* = 128/2.55, full black only L* = 20, anything else white; the paper is yellowish."""
-    lightness = [51 if index & 1 else 128 if index & 8 else 255 for index in range(16)]
-    seen = lut(4, b"".join(bytes([value, 128, 128]) for value in lightness))
-    printed = lut(3, b"".join(bytes([0, 0, 0, 0 if index & 4 else 255]) for index in range(8)))
-    white = b"XYZ " + bytes(4) + struct.pack(">3i", 60000, 62000, 40000)
-    return icc("prtr", "CMYK", "Lab ", A2B0=seen, B2A0=printed, wtpt=white)
-
-
-def grey_profile() -> bytes:
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
-    return icc("mntr", "GRAY", "XYZ ", kTRC=curve)
-
-
-def rgb_profile() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def linear_rgb_profile() -> bytes:
-    """sRGB's primaries, adapted to D50, without its curve."""
-    linear = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
-    columns = {"rXYZ": (28579, 14581, 912), "gXYZ": (25249, 46981, 6362), "bXYZ": (9376, 3974, 46787)}
-    tags = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *value) for name, value in columns.items()}
-    return icc("mntr", "RGB ", "XYZ ", **tags, rTRC=linear, gTRC=linear, bTRC=linear)
-
-
-def saved(path: Path, image: Image.Image, **options: object) -> Path:
-    image.save(path, None, **options)
-    return path
-
-
-def stored(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def assert_one_sentence(error: pytest.ExceptionInfo[BaseException], *words: str) -> None:
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text and "; " in text, text
-    for word in words:
-        assert word in text, text
-
+from infdit.picture import Picture, PictureError, find_pictures, read_picture, write_picture
 
 # ---------------------------------------------------------------- reading, kind by kind
 
@@ -527,8 +409,13 @@ def test_formats_without_a_place_for_the_profile_get_srgb(tmp_path: Path, caplog
             ),
             ["planes"],
         ),
-        ("huge.png", png(100000, [], 8, 2)[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 100000, 99999, 8, 2, 0, 0, 0))
-         + png(1, [bytes(3)], 8, 2)[33:], ["9,999,900,000", f"{4 * (Image.MAX_IMAGE_PIXELS or 0):,}"]),
+        (
+            "huge.png",
+            png(100000, [], 8, 2)[:8]
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", 100000, 99999, 8, 2, 0, 0, 0))
+            + png(1, [bytes(3)], 8, 2)[33:],
+            ["9,999,900,000", f"{4 * (Image.MAX_IMAGE_PIXELS or 0):,}"],
+        ),
         ("flat.png", png(0, [b""], 8, 2), ["damaged"]),
         ("crc.png", png(1, [b"\7"], 8, 0).replace(b"\1\x08\0", b"\1\x10\0", 1), ["damaged"]),
     ],
@@ -617,240 +504,3 @@ def test_pixel_limit(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Image.MAX_IMAGE_PIXELS == 100
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_picture(beyond).pixels.shape[:2] == (21, 20)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def random_picture(seed: int, channels: int, grey: bool, height: int = 33, width: int = 21) -> Picture:
-    pixels = torch.rand(height, width, channels, generator=torch.Generator().manual_seed(seed))
-    if grey:
-        pixels[..., 1:3] = pixels[..., :1]
-    return Picture(pixels, None, grey)
-
-
-@pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("channels", [3, 4])
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".tif", ".tiff", ".webp", ".bmp"])
-def test_round_trip(suffix: str, channels: int, grey: bool, tmp_path: Path) -> None:
-    for seed in range(3):
-        given = random_picture(seed, channels, grey, height=300 if seed == 0 else 7)
-        write_picture(tmp_path / f"x{suffix}", given)
-        seen = read_picture(tmp_path / f"x{suffix}")
-        expected = given.pixels
-        if suffix == ".bmp" and channels == 4:
-            expected = expected[..., :3] * expected[..., 3:] + 1 - expected[..., 3:]
-        assert seen.pixels.shape == expected.shape
-        assert (seen.pixels - expected).abs().max() <= 1 / 510 + 1e-6
-        assert seen.grey == (grey and suffix != ".webp") and seen.icc_profile is None
-
-
-def test_files_are_what_they_are_called(tmp_path: Path) -> None:
-    modes = {
-        ".png": ("PNG", ["RGB", "RGBA", "L", "LA"]),
-        ".tif": ("TIFF", ["RGB", "RGBA", "L", "LA"]),
-        ".webp": ("WEBP", ["RGB", "RGBA", "RGB", "RGBA"]),
-        ".jpg": ("JPEG", ["RGB", "RGB", "L", "L"]),
-        ".jpeg": ("JPEG", ["RGB", "RGB", "L", "L"]),
-        ".bmp": ("BMP", ["RGB", "RGB", "L", "L"]),
-    }
-    for suffix, (name, expected) in modes.items():
-        for mode, (grey, channels) in zip(expected, [(0, 3), (0, 4), (1, 3), (1, 4)], strict=True):
-            write_picture(tmp_path / f"x{suffix}", random_picture(0, channels, bool(grey)))
-            image = Image.open(tmp_path / f"x{suffix}")
-            assert (image.format, image.mode) == (name, mode)
-
-
-def test_rounds_half_up_and_clamps(tmp_path: Path) -> None:
-    values = [-3.0, -0.001, 0.4 / 255, 0.6 / 255, 126.5 / 255, 127.5 / 255, 254.4 / 255, 254.6 / 255, 1.001, 7.0]
-    expected = [0, 0, 0, 1, 127, 128, 254, 255, 255, 255]
-    write_picture(tmp_path / "x.png", Picture(torch.tensor(values)[None, :, None].expand(1, 10, 3), None, False))
-    assert np.asarray(Image.open(tmp_path / "x.png"))[0, :, 1].tolist() == expected
-    write_picture(tmp_path / "x.png", Picture(torch.tensor([[[0.0, 0.2, 1.0]]]), None, True))
-    assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[102]]  # the mean
-
-
-def test_jpeg_quality_and_sampling(tmp_path: Path) -> None:
-    given = random_picture(5, 3, False, 32, 32)
-    write_picture(tmp_path / "x.jpg", given)
-    image = Image.open(tmp_path / "x.jpg")
-    assert isinstance(image, JpegImageFile)
-    # the standard's first luminance step is 16; quality 95 scales it by (200 - 2·95)/100
-    assert image.quantization[0][0] == 2 and image.layer[0][1:3] == (1, 1)
-    rough = tmp_path / "rough.jpg"
-    Image.fromarray((given.pixels.numpy() * 255).astype(np.uint8)).save(rough, quality=95, subsampling=2)
-    error = [(read_picture(path).pixels - given.pixels).abs().mean() for path in (tmp_path / "x.jpg", rough)]
-    assert error[0] < error[1] / 3
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
-def test_transparency_is_laid_over_white(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pixels = torch.zeros(8, 16, 4)  # two of JPEG's blocks
-    pixels[..., 0], pixels[..., 3], pixels[:, :8, 3] = 1.0, 0.4, 1.0
-    write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
-    torch.testing.assert_close(
-        read_picture(tmp_path / f"x{suffix}").pixels[4, 12], torch.tensor([1.0, 0.6, 0.6]), atol=2 * ONE_LEVEL, rtol=0
-    )
-    assert len(complaints(caplog)) == 1 and "white" in complaints(caplog)[0]
-    pixels[..., 3] = 1.0
-    write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
-    assert len(complaints(caplog)) == 1  # nothing is lost where nothing is clear
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [(0, 0, 0), (299, 1, 3)])
-def test_refuses_values_that_are_no_numbers(
-    suffix: str, value: float, place: tuple[int, int, int], tmp_path: Path
-) -> None:
-    given = random_picture(0, 4, False, 300, 2)
-    given.pixels[place] = value
-    with pytest.raises(PictureError) as error:
-        write_picture(tmp_path / f"x{suffix}", given)
-    assert_one_sentence(error, "finite")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("suffix", "limit"), [(".jpg", 65500), (".jpeg", 65500), (".webp", 16383)]
-)
-@pytest.mark.parametrize("turn", [False, True])
-def test_side_limits(suffix: str, limit: int, turn: bool, tmp_path: Path) -> None:
-    for side in (limit, limit + 1):
-        pixels = torch.zeros(1, side, 3) if turn else torch.zeros(side, 1, 3)
-        path = tmp_path / f"{side}{suffix}"
-        if side == limit:
-            write_picture(path, Picture(pixels, None, False))
-            assert max(Image.open(path).size) == limit
-        else:
-            with pytest.raises(PictureError) as error:
-                write_picture(path, Picture(pixels, None, False))
-            assert_one_sentence(error, str(limit), "save as .png")
-            assert not path.exists()
-
-
-@pytest.mark.parametrize("suffix", [".tif", ".bmp"])
-def test_four_gibibytes(suffix: str, tmp_path: Path) -> None:
-    pixels = torch.zeros(1, 1, 3).expand(40000, 40000, 3)  # no memory behind it
-    with pytest.raises(PictureError) as error:
-        write_picture(tmp_path / f"x{suffix}", Picture(pixels, None, False))
-    assert_one_sentence(error, "4 GiB", "save as .png")
-
-
-def test_refuses_targets(tmp_path: Path) -> None:
-    given = random_picture(0, 3, False)
-    (tmp_path / "folder.png").mkdir()
-    for name, words in {
-        "x.gif": [".gif", ".png .jpg .jpeg .webp .tif .tiff .bmp"],
-        "x": ["no ending", ".png"],
-        "nowhere/x.png": ["folder"],
-        "folder.png": ["folder"],
-    }.items():
-        with pytest.raises(PictureError) as error:
-            write_picture(tmp_path / name, given)
-        assert_one_sentence(error, str(tmp_path / name), *words)
-    for pixels in (torch.zeros(3, 4), torch.zeros(3, 4, 2), torch.zeros(0, 4, 3), torch.zeros(2, 2, 3).byte()):
-        with pytest.raises(PictureError) as error:
-            write_picture(tmp_path / "x.png", Picture(pixels, None, False))
-        assert_one_sentence(error)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-@pytest.mark.parametrize("old", [None, b"what was there"])
-def test_all_or_nothing(
-    failure: BaseException, old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.png"
-    if old:
-        stored(path, old)
-
-    def save(_self: Image.Image, file: IO[bytes], **_: object) -> None:
-        file.write(b"half a picture")
-        raise failure
-
-    monkeypatch.setattr(Image.Image, "save", save)
-    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else PictureError) as error:
-        write_picture(path, random_picture(0, 3, False))
-    if isinstance(failure, OSError):
-        assert_one_sentence(error, "No space left on device")
-    assert [p.name for p in tmp_path.iterdir()] == (["x.png"] if old else [])
-    assert not old or path.read_bytes() == old
-
-
-def test_target_is_replaced_whole_and_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = stored(tmp_path / "x.png", b"what was there")
-    moved, replace = [], Path.replace
-
-    def watched(self: Path, target: Path) -> Path:
-        moved.append((self, path.read_bytes()))
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", watched)
-    write_picture(path, random_picture(0, 3, False))
-    [(part, before)] = moved
-    assert part.parent == tmp_path and before == b"what was there"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and Image.open(path).size == (21, 33)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        write_picture(tmp_path / "x.png", random_picture(0, 3, False))
-    finally:
-        os.umask(old)
-    assert (tmp_path / "x.png").stat().st_mode & 0o777 == 0o640
-
-
-def test_long_names_and_other_dtypes(tmp_path: Path) -> None:
-    path = tmp_path / ("x" * 251 + ".png")
-    given = random_picture(0, 3, False)
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        write_picture(path, Picture(given.pixels.to(dtype).requires_grad_(), None, False))
-        assert (read_picture(path).pixels - given.pixels).abs().max() < 1 / 100
-
-
-def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
-    image = saved(tmp_path / "x.tif", Image.new("CMYK", (3, 3), (9, 8, 7, 6)), icc_profile=cmyk_profile())
-    for name in ("a.png", "b.png"):
-        write_picture(tmp_path / name, read_picture(image))
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-# ---------------------------------------------------------------- finding
-
-
-def test_finds_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = png(1, [b"\7"], 8, 0)
-    folder = tmp_path / "in"
-    (folder / "deeper.png").mkdir(parents=True)
-    stored(folder / "deeper.png" / "below.png", data)
-    for name in ("b.PNG", "a.jpg", "c.webp", "notes.txt", ".hidden.png", "._c.webp"):
-        stored(folder / name, data)
-    alone = stored(tmp_path / "no_suffix", data)
-    expected = [folder / "a.jpg", folder / "b.PNG", folder / "c.webp"]
-    assert find_pictures([folder]) == expected
-    assert find_pictures([alone, folder, alone, folder / "b.PNG"]) == [alone, *expected]
-    assert find_pictures(iter([folder / "c.webp", folder])) == [folder / "c.webp", *expected[:2]]
-    assert find_pictures([]) == []
-    monkeypatch.chdir(tmp_path)
-    assert find_pictures([Path("in/a.jpg"), folder / "a.jpg"]) == [Path("in/a.jpg")]
-    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in SUFFIXES)
-    assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"} <= SUFFIXES
-
-
-def test_finding_refuses(tmp_path: Path) -> None:
-    (tmp_path / "bare").mkdir()
-    stored(tmp_path / "bare" / "notes.txt", b"words")
-    for name, word in {"bare": ".png", "missing.png": "no such", "bare/notes.txt": "no picture"}.items():
-        with pytest.raises(PictureError) as error:
-            find_pictures([tmp_path / name])
-        assert_one_sentence(error, str(tmp_path / name), word)
-
-
-def test_nothing_is_set_for_the_process(tmp_path: Path) -> None:
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[:]
-    write_picture(tmp_path / "x.png", random_picture(0, 3, False))
-    read_picture(tmp_path / "x.png")
-    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[:])
