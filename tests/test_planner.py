@@ -132,5 +132,5 @@ def test_runs_on_a_cpu_stay_within_their_budget() -> None:
 
 def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:
     model = infdit.load_model("mini", device="cpu")
-    with pytest.raises(BudgetTooSmall, match=r"1 MiB is too little for 256×256: at least 9\.\d+ MiB"):
+    with pytest.raises(BudgetTooSmall, match=r"1 MiB is too little for 256×256: at least \d+\.\d+ MiB"):
         infdit.upscale(model, torch.zeros(1, 64, 64, 3), budget=2**20)
