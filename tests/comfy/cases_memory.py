@@ -49,7 +49,7 @@ def budgets() -> dict:
         return seen[-1]
 
     choose, found = job.choose_plan, {}
-    for name, mib in (("automatic", 0), ("14 MiB", 14), ("60 MiB", 60), ("2 MiB", 2)):
+    for name, mib in (("automatic", 0), ("28 MiB", 28), ("40 MiB", 40), ("2 MiB", 2)):
         with patched(job, choose_plan=spy, COUNTING=0.0):  # counting is always allowed
             ended = run(prompt("square", steps=2, memory_budget=mib / 1024))
         found[name] = {key: ended[key] for key in ("end", "message", "type")} | {"report": TAKEN.get("report")}
@@ -58,7 +58,7 @@ def budgets() -> dict:
             found.setdefault("pictures", []).append(TAKEN["value"])
     pictures = found.pop("pictures")
     found["difference"] = max((pictures[0] - other).abs().max().item() for other in pictures[1:])
-    host, small = pack("nodes.host"), 20 * MIB
+    host, small = pack("nodes.host"), 28 * MIB
     with patched(planner, free_bytes=lambda device: small), patched(host, free_bytes=lambda device: small):
         for name, mib in (("little free", 0), ("less free than asked", 200)):
             with patched(job, choose_plan=spy):
