@@ -295,8 +295,9 @@ def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
         defaults = SamplingDefaults(**{name: value for name, value in stated.items() if name in known})
         if defaults.sampler not in SAMPLERS:
             raise ValueError(f"sampler {defaults.sampler!r} is none of {', '.join(SAMPLERS)}")
-        if type(defaults.steps) is not int or defaults.steps > _MAX_STEPS:
-            raise ValueError(f"steps must be a whole number up to {_MAX_STEPS}")
+        for steps in (defaults.steps, defaults.most_steps or defaults.steps):
+            if type(steps) is not int or steps > _MAX_STEPS:
+                raise ValueError(f"steps must be a whole number up to {_MAX_STEPS}")
         karras_sigmas(defaults.steps, defaults.sigma_min, defaults.sigma_max)
     except (ArithmeticError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(path, f"states defaults that cannot be used ({error})", "convert it again") from error

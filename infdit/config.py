@@ -74,10 +74,27 @@ class SamplingDefaults:
     """How a model is sampled when nobody says otherwise; the defaults are the paper's (section 4.1).
 
     steps: of the Karras schedule; sampler: a name in `samplers.SAMPLERS`; sigma_max, sigma_min: noise levels in
-    units of pixels in [-1, 1].
+    units of pixels in [-1, 1]; start_noise: share of sigma_max·noise that the start carries, x = up + start_noise ·
+    sigma_max · ε. At 0 the model is a bridge: it starts from the enlarged picture itself, σ tells it how far it still
+    has to go, and the seed changes nothing. most_steps: steps beyond which nothing is gained; more are not taken.
     """
 
     steps: int = 20
     sampler: str = "heun"
     sigma_max: float = 40.0
     sigma_min: float = 0.002
+    start_noise: float = 1.0
+    most_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_noise <= 1:
+            raise ValueError(f"start_noise {self.start_noise} must be a share of sigma_max, 0 to 1")
+        if self.most_steps is not None and self.most_steps < self.steps:
+            raise ValueError(f"most_steps {self.most_steps} must not be fewer than the {self.steps} that are taken")
+
+    @property
+    def start(self) -> str:
+        """In words for people: what the start is, where it is not plain noise over the picture."""
+        if self.start_noise == 0:
+            return "starts without noise: the seed changes nothing"
+        return "" if self.start_noise == 1 else f"starts with {self.start_noise:.3g} of the noise"

@@ -102,6 +102,11 @@ class Run:
         return self._model.config.block_size
 
     @property
+    def keeps_grey(self) -> bool:
+        """Whether a picture without colour must come back without any: a bridge invents nothing, colour neither."""
+        return self._model.defaults.start_noise == 0
+
+    @property
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
         return self.device if self.plan.images == "device" else torch.device("cpu")

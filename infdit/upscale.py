@@ -76,13 +76,14 @@ def upscale(
         steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`, or a method
             of somebody else's.
         seed: 0..2^64 − 1, of the noise: one float32 draw of `torch.randn` on the CPU for all pictures at the size of
-            whole blocks, as ComfyUI's RandomNoise.
+            whole blocks, as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
         budget: bytes on the device that the run may hold, see `plan_memory`; None: what is free there, less a margin.
         plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding.
         size: (height, width) of the result in place of `scale`; from once to 4 times each side.
-        denoise: 0..1, an artist's strength: how far up the schedule sampling begins. 0 is bicubic.
+        denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
-        noise: makes the noise of all pictures, (B, 3, H, W) of float32 at the size of whole blocks, in place of seed.
+        noise: makes the noise of all pictures, (B, 3, H, W) of float32 at the size of whole blocks, in place of seed;
+            used as it is, whatever the model's start_noise.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
         progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
             evaluations × pictures; `done` falls back when memory ran out and a step is repeated. After each step
@@ -118,7 +119,8 @@ def upscale(
     units = evaluations(method, sigmas) * model.config.num_layers * grid.blocks * len(image)
     meter = _Meter(progress, units, target, callback)
     run = Run(model, plan, device, planner.smaller, meter.advance, report or Report())
-    draws = _draws(seed, noise, (len(image), 3, grid.height, grid.width), run.around)
+    share = 1.0 if noise is not None else model.defaults.start_noise
+    draws = _draws(seed, noise, share, (len(image), 3, grid.height, grid.width), run.around)
     return pictures(run, image, target, vectors, method, sigmas, draws, meter.step)
 
 
@@ -132,14 +134,15 @@ def _falling(sigmas: Tensor) -> Tensor:
 def _draws(
     seed: int,
     noise: Callable[[tuple[int, int, int, int]], Tensor] | None,
+    share: float,
     shape: tuple[int, int, int, int],
     around: Tier,
-) -> Iterator[Tensor]:
-    """The noise of one picture after the other, (1, 3, H, W) each."""
+) -> Iterator[Tensor | None]:
+    """The noise of one picture after the other, (1, 3, H, W) each; None where the start has none."""
     if noise is None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(shape[0]):
-            yield torch.randn((1, *shape[1:]), generator=generator)
+            yield torch.randn((1, *shape[1:]), generator=generator).mul_(share) if share else None
         return
     with tier(around):
         given = noise(shape)
@@ -156,7 +159,7 @@ def pictures(
     vectors: Sequence[Tensor] | None,
     method: Method,
     sigmas: Tensor,
-    draws: Iterator[Tensor],
+    draws: Iterator[Tensor | None],
     callback: Callable[[PictureState], None],
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
@@ -168,13 +171,17 @@ def pictures(
         with tier(run.around):
             picture = picture.detach().float().cpu().clamp(0, 1)
             colour = visible_colour(picture) * 2 - 1
+            grey = run.keeps_grey and bool((colour == colour[:, :1]).all())
             lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
             del colour
             start = [_start(up, sigmas[0], next(draws))]
         step: Callback = lambda state: callback({**state, "picture": index})  # noqa: E731 - as short as it is
         y = run.sample(Conditioning(lr, up, vector), start, method, sigmas, step)
         with tier(run.around):
-            result = (y[..., :height, :width].cpu() / 2 + 0.5).clamp_(0, 1)
+            y = y[..., :height, :width].cpu()
+            if grey:  # exactly, where a model of several channels is so only nearly
+                y = y.mean(1, keepdim=True).expand_as(y)
+            result = (y / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
                 result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
             return result.movedim(1, -1)
@@ -234,8 +241,10 @@ class _Planner:
         raise OutOfMemory(f"out of memory on {self.request.device}, and no smaller plan works: {refusal}")
 
 
-def _start(up: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """x = up + σ·ε, not σ·ε alone: that keeps the colours (INFDIT.md section 2)."""
+def _start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
+    """x = up + σ·ε, not σ·ε alone: that keeps the colours (INFDIT.md section 2). x = up for a bridge."""
+    if noise is None:
+        return up.clone()
     return noise.mul_(sigma.cpu()).to(up.device).add_(up)
 
 
@@ -248,16 +257,22 @@ def schedule(
 ) -> Tensor:
     """Noise levels of a run: a Karras schedule that begins a fraction `denoise` of the way from sigma_min to sigma_max.
 
-    The way is measured as the schedule itself is spaced, in σ^(1/ρ). denoise = 0 has no step at all.
+    The way is measured as the schedule itself is spaced, in σ^(1/ρ). denoise = 0 has no step at all. A bridge always
+    begins at sigma_max, where the enlarged picture is: it goes a fraction `denoise` of the way down to 0, and the
+    result of one step is that fraction of the way from the enlarged picture to the model's.
 
     Returns:
-        (steps + 1,) float32, the last 0.
+        (steps + 1,) float32, the last 0, or (1 − denoise)·sigma_max for a bridge. At most `defaults.most_steps` steps.
     """
     if not 0 <= denoise <= 1:
         raise ValueError(f"denoise {denoise} must be between 0 (bicubic) and 1 (full strength)")
     sigma_max = defaults.sigma_max if sigma_max is None else sigma_max
     steps = defaults.steps if steps is None else operator.index(steps)
+    steps = min(steps, defaults.most_steps or steps)
     low, high = defaults.sigma_min ** (1 / rho), max(sigma_max, 0) ** (1 / rho)
+    if denoise not in (0, 1) and defaults.start_noise == 0:
+        end = (1 - denoise) * sigma_max
+        return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho) * (1 - end / sigma_max) + end
     if denoise in (0, 1):
         return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho)[0 if denoise else -1 :]
     return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** rho, rho)

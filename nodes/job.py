@@ -67,7 +67,7 @@ class Job:
         memory_budget: in GiB; 0: automatic.
         conditioning: what CLIP says.
         node_id: of the node that runs.
-        sampler_name, noise_name: for the report.
+        sampler_name, noise_name: for the report; no noise_name if there is none. notes: lines for it.
     """
 
     model: HostedModel
@@ -80,6 +80,7 @@ class Job:
     node_id: str | None
     sampler_name: str
     noise_name: str
+    notes: Sequence[str] = ()
 
     def run(
         self, seed: int = 0, noise: Noise | None = None, callback: Callable[[PictureState], None] | None = None
@@ -87,7 +88,7 @@ class Job:
         """The enlarged pictures, float32 on the CPU, and the report."""
         request = request_for(self.model, self.target, self.image.shape, self.sampler, noise is not None)
         plan = choose_plan(request, budget_bytes(self.memory_budget))
-        done, measured, bar = Report(), Measured(notes=self._notes()), Bar(self.node_id)
+        done, measured, bar = Report(), Measured(notes=[*self.notes, *self._conditioning_notes()]), Bar(self.node_id)
 
         def work(network: InfDiT) -> Tensor:
             with watched(request, plan, network, evaluations(self.sampler, self.sigmas), measured):
@@ -122,7 +123,7 @@ class Job:
         listens = self.model.network.config.vector_dim > 0
         return self.conditioning.vectors if self.conditioning is not None and listens else None
 
-    def _notes(self) -> list[str]:
+    def _conditioning_notes(self) -> list[str]:
         listens = self.model.network.config.vector_dim > 0
         if self.conditioning is None:
             return ["conditioning: none, zeros stand for what CLIP would tell this model"] if listens else []

@@ -69,14 +69,17 @@ def model_words(name: str, request: Request) -> str:
 
 
 def sampling_words(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, noise: str) -> str:
-    """How it is sampled."""
+    """How it is sampled; `noise` says where the start's noise comes from, and is empty where there is none."""
     levels = sigmas.tolist()
     steps = len(levels) - 1
     if not steps:
         return "sampling: none, this is the plain enlargement"
+    taken = f"sampling: {steps} {'step' if steps == 1 else 'steps'} of {sampler}"
+    if not noise:
+        return f"{taken}; {defaults.start}"
     return (
-        f"sampling: {steps} {'step' if steps == 1 else 'steps'} of {sampler}, noise {levels[0]:.3g} to "
-        f"{levels[-1] or levels[-2]:.3g} (made for {defaults.sigma_max:.3g} to {defaults.sigma_min:.3g}), {noise}"
+        f"{taken}, noise {levels[0]:.3g} to {levels[-1] or levels[-2]:.3g} (made for {defaults.sigma_max:.3g} to "
+        f"{defaults.sigma_min:.3g}), {noise}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..infdit import SamplingDefaults
 from ..infdit.alpha import upscale_alpha
 from ..infdit.samplers import SAMPLERS
 from ..infdit.upscale import check_image, schedule
@@ -53,7 +54,7 @@ class InfDiTUpscale(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
-                    "made for.",
+                    "made for. The bundled model gains nothing from more than one.",
                     extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
@@ -80,7 +81,8 @@ class InfDiTUpscale(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="The noise that detail grows from: the same seed gives the same picture.",
+                    tooltip="The noise that detail grows from: the same seed gives the same picture. The bundled model "
+                    "starts without noise: there the seed changes nothing.",
                 ),
                 memory_budget_input(RUN_BUDGET),
                 conditioning_input(),
@@ -133,13 +135,23 @@ class InfDiTUpscale(io.ComfyNode):
             conditioning,
             node_id=cls.hidden.unique_id,
             sampler_name=sampler,
-            noise_name=f"seed {seed}",
+            noise_name=f"seed {seed}" if defaults.start_noise else "",
+            notes=steps_note(steps, defaults),
         )
         masks = None if mask is None else enlarged_mask(from_image(mask), target)
         result, report = job.run(seed)
         if masks is None:
             masks = transparency(result)
         return io.NodeOutput(to_image(result), to_image(masks), report)
+
+
+def steps_note(steps: int, defaults: SamplingDefaults) -> list[str]:
+    """Why fewer steps are taken than were asked for, if that is so."""
+    most = defaults.most_steps
+    if most is None or steps <= most:
+        return []
+    taken = "one step is" if most == 1 else f"{most} steps are"
+    return [f"note: {taken} all that this model gains from, so not the {steps} asked for are taken"]
 
 
 def enlarged_mask(mask: Tensor, target: tuple[int, int]) -> Tensor:

@@ -77,7 +77,8 @@ def test_convert_and_back(tmp_path: Path) -> None:
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
     assert InfDiTConfig(**json.loads(metadata["config"])) == TINY
-    assert json.loads(metadata["defaults"]) == {"steps": 20, "sampler": "heun", "sigma_max": 40.0, "sigma_min": 0.002}
+    paper = {"steps": 20, "sampler": "heun", "sigma_max": 40.0, "sigma_min": 0.002}
+    assert json.loads(metadata["defaults"]) == paper | {"start_noise": 1.0, "most_steps": None}
     assert metadata["sha256"] == tensor_digest(load_file(target))
     old, new = infdit.load_model(PUBLISHED, torch.float32), infdit.load_model(target, torch.float32)
     assert new.config == TINY

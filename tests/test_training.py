@@ -18,12 +18,13 @@ import infdit
 from infdit import Conditioning, MemoryPlan
 from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.denoiser import Denoiser
+from infdit.model import rotary_angles, rotate
 from training import __main__ as command
 from training import data, degrade, validate
 from training.attention import PlainAttention
 from training.export import export
 from training.export import main as export_command
-from training.gradients import Recipe, across
+from training.gradients import Recipe, _bridge, across
 from training.grow import widen
 from training.loop import Decay, Trainer
 from training.optimizer import Optimizer, orthogonal
@@ -40,7 +41,7 @@ def picture(seed: int, side: int = 96) -> np.ndarray:
 
 
 def trainer(recipe: Recipe = TINY, workers: int = 2) -> Trainer:
-    return Trainer(from_nothing(CONFIG, recipe.seed), recipe, [picture(i) for i in range(3)], workers)
+    return Trainer(from_nothing(CONFIG, recipe.seed), recipe, data.Photographs([picture(i) for i in range(3)]), workers)
 
 
 @pytest.fixture
@@ -80,10 +81,10 @@ def test_photographs_are_held_out_whole() -> None:
 
 def test_crops_follow_from_the_seed_and_lie_on_their_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(degrade, "DAMAGED", 0.0)
-    pictures = [picture(i) for i in range(3)]
+    photographs = data.Photographs([picture(i) for i in range(3)])
     for seed in range(8):
-        crops, again = (data.draw(pictures, 2, 32, (7, seed, 0)) for _ in range(2))
-        other = data.draw(pictures, 2, 32, (7, seed, 1))
+        crops, again = (photographs.draw(2, 32, (7, seed, 0)) for _ in range(2))
+        other = photographs.draw(2, 32, (7, seed, 1))
         assert torch.equal(crops.hr, again.hr)
         assert torch.equal(crops.lr, again.lr)
         assert not torch.equal(crops.hr, other.hr)
@@ -127,6 +128,39 @@ def test_loss_is_plain_l2_on_the_network_output() -> None:
     skip, out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
     given, wanted = (denoised - skip * x) / out, (crops.hr - skip * x) / out
     assert run.advance() == pytest.approx(float((given - wanted).square().mean()), rel=1e-4)
+
+
+def test_loss_of_the_bridge() -> None:
+    """From the enlarged picture itself: what D leaves to be done, in units of F."""
+    recipe = Recipe(crop=32, crops=2, parts=1, bridge=0.1, ends=1, clean=1, precision="float32")
+    run = trainer(recipe, workers=1)
+    for parameter in run.model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    crops = run.gradients.crops(0, 0)
+    rng = np.random.default_rng([0, 0, 0, 1])
+    for draws in (crops.hr.numel(), 2, 2, 2, 2):  # noise; t and k, which end and clean make 1 and 0
+        rng.standard_normal(draws, np.float32) if draws > 2 else rng.random(draws)
+    row, column = (int(block) * 4 for block in rng.integers(64 // 4 - 2 + 1, size=2))
+    denoise = Denoiser(run.model, Conditioning(crops.lr, crops.up), MemoryPlan(9, 99), origin=(row, column))
+    with torch.no_grad():
+        left = (denoise(crops.up, 0.1) - crops.hr) * (0.1**2 + 0.25) ** 0.5 / (0.1 * 0.5)
+    assert run.advance() == pytest.approx(float(left.square().mean()), rel=1e-4)
+    losses = {}
+    for robust in (1e-4, 1e2):
+        losses[robust] = trainer(replace(recipe, robust=robust), workers=1).advance()
+    plain = trainer(recipe, workers=1)
+    first = plain.advance()
+    assert losses[1e-4] < first**0.5, "a small ε: absolute values, whose mean is below the root of that of squares"
+    assert losses[1e2] * 2e2 == pytest.approx(first, rel=1e-2), "a large ε: squares over 2ε"
+
+
+def test_the_bridge_mixes_ways_and_noise() -> None:
+    recipe = Recipe(crops=1000, parts=1, bridge=0.1)
+    t, k = _bridge(recipe, 1000, np.random.default_rng(0))
+    assert 0.55 < (t == 1).mean() < 0.65
+    assert t.min() > 0
+    assert 0.65 < (k == 0).mean() < 0.75
+    assert k.max() <= 1
 
 
 def test_seam_term_counts_differences_across_lines_only() -> None:
@@ -204,15 +238,44 @@ def test_decay_is_a_straight_line() -> None:
     assert [decay.at(step) for step in (80, 90, 100, 101)] == [0.5, 0.25, 0.0, 0.0]
 
 
-def test_a_new_model_looks_at_its_own_place() -> None:
-    """Of the tokens of the window, each patch gives most weight to the one that it lies in."""
-    config = InfDiTConfig(1, 64, 2, block_size=32, vector_dim=0)
+def test_heads_of_a_new_model_look_at_the_patches_around() -> None:
+    """For patches inside a block, the key that gets most weight is the one at the head's offset, content or none."""
+    config = InfDiTConfig(3, 6 * 32, 6, block_size=32, vector_dim=0)
+    side, width = 8, 32
+    steps = torch.arange(side, dtype=torch.float32)[None]
+    angles = rotary_angles(steps + 40, steps + 96, width, torch.float32)[0]  # of a block somewhere
+    row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    inner = (row > 0) & (row < 7) & (column > 0) & (column < 7)
+    content = torch.randn(64, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = [(0, 0), (-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1)]
+    layer = from_nothing(config, 0).layers[0]
+    for tokens, least in ((torch.zeros_like(content), 1.0), (content, 0.5)):
+        q, k, _ = layer.qkv(tokens).view(64, 3, 6, width).unbind(1)
+        q, k = (rotate(layer.qk_norm(x), angles) for x in (q, k))
+        found = torch.einsum("thd,khd->htk", q, k).argmax(-1)
+        for head, (down, right) in enumerate(expected):
+            wanted = (row + down) * side + column + right
+            assert (found[head] == wanted)[inner].float().mean() >= least, (head, least)
+
+
+def test_a_new_model_looks_at_the_nearest_low_resolution_tokens() -> None:
+    config = InfDiTConfig(1, 6 * 32, 6, block_size=32, vector_dim=0)
     cross = from_nothing(config, 0).layers[0].cross
-    products = torch.einsum("thd,whd->htw", cross.query_position, cross.key_position)
+    found = torch.einsum("thd,whd->htw", cross.query_position, cross.key_position).argmax(-1)
     side, tokens = 8, 12  # patches of a block; low-resolution tokens, of two patches each, of three blocks
     row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-    own = (4 + row // 2) * tokens + 4 + column // 2
-    assert (products.argmax(-1) == own).all()
+    down, right = row % 2 * 2 - 1, column % 2 * 2 - 1  # the nearer side of the patch's own token
+    for head, (rows, columns) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1)]):
+        wanted = (4 + row // 2 + rows * down) * tokens + 4 + column // 2 + columns * right
+        assert (found[head] == wanted).all(), head
+
+
+def test_a_new_bridge_is_the_enlarged_picture() -> None:
+    """F is 0 at first, and c_skip nearly 1."""
+    crops = data.Photographs([picture(0)]).draw(1, 32, (0, 0, 0))
+    with torch.no_grad():
+        result = Denoiser(from_nothing(CONFIG, 0), Conditioning(crops.lr, crops.up))(crops.up, 0.03)
+    torch.testing.assert_close(result, crops.up, rtol=0, atol=0.004)
 
 
 @pytest.mark.parametrize(("width", "vector"), [(16, 0), (24, 5), (32, 0), (56, 5)])
@@ -243,7 +306,7 @@ def test_what_was_added_learns() -> None:
     """After two steps every weight has moved that is not there to be zero: nothing is stuck between two zeros."""
     wide = widen(from_nothing(CONFIG, 0), 32, seed=1)
     before = [p.detach().clone() for p in wide.parameters()]
-    run = Trainer(wide, replace(TINY, optimizer="adamw"), [picture(i) for i in range(3)], 1)
+    run = Trainer(wide, replace(TINY, optimizer="adamw"), data.Photographs([picture(i) for i in range(3)]), 1)
     for _ in range(3):
         run.advance()
     for name, old, new in zip(run.names, before, run.parameters, strict=True):
@@ -261,14 +324,25 @@ def test_a_model_cannot_be_made_narrower() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_first_losses_repeat_and_workers_do_not_matter(precision: str) -> None:
-    recipe = Recipe(crop=32, crops=4, parts=2, warmup=5, precision=precision)
+@pytest.mark.parametrize("bridge", [0.0, 0.1])
+def test_first_losses_repeat_and_workers_do_not_matter(precision: str, bridge: float) -> None:
+    recipe = Recipe(crop=32, crops=4, parts=2, warmup=5, precision=precision, bridge=bridge)
     runs = [trainer(recipe, workers) for workers in (2, 2, 1)]
     losses = [[run.advance() for _ in range(20)] for run in runs]
     assert losses[0] == losses[1] == losses[2]
-    other = trainer(Recipe(seed=1, crop=32, crops=4, parts=2, warmup=5, precision=precision))
-    assert other.advance() != losses[0][0]
-    assert np.mean(losses[0][-5:]) < 0.8 * np.mean(losses[0][:5])
+    assert trainer(replace(recipe, seed=1)).advance() != losses[0][0]
+
+
+@pytest.mark.parametrize("bridge", [0.0, 0.1])
+def test_training_learns(bridge: float) -> None:
+    """On crops that neither has seen, beside a model that has not been trained."""
+    recipe = replace(TINY, bridge=bridge, rate=1e-2, precision="float32")
+    trained, new = (trainer(recipe, workers=1) for _ in range(2))
+    for _ in range(60):
+        trained.advance()
+    new.step = trained.step
+    trained.decay = new.decay = Decay(0, 0.0, 1)  # the rate is 0
+    assert sum(trained.advance() for _ in range(6)) < 0.9 * sum(new.advance() for _ in range(6))
 
 
 def test_a_worker_that_ends_is_said() -> None:

@@ -1,7 +1,7 @@
 """Train a small Inf-DiT on a folder of pictures: `python -m training PICTURES -o FOLDER`.
 
 FOLDER gets state.pt (to resume), log.jsonl, best.safetensors (the averaged weights that did best on photographs held
-out) and last.safetensors.
+out) and last.safetensors. With a teacher it also gets answers/, so that none is asked for twice.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,7 +25,7 @@ from infdit.config import InfDiTConfig
 from infdit.model import InfDiT
 from infdit.tensorfile import CheckpointError
 
-from . import data
+from . import data, tiles
 from .degrade import MARGIN
 from .export import export
 from .gradients import Recipe
@@ -46,6 +48,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="length of the run in minutes of training, all sessions together")
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="write the state and stop this session")
     parser.add_argument("--decay-from-now", action="store_true", help="with --resume: begin to decay at once")
+    parser.add_argument("--teacher", type=Path, help="learn this network's answers (a file, see `teachers`)")
+    parser.add_argument("--answers", type=Path, help="where they are kept (default: FOLDER/answers)")
     parser.add_argument("--init", help="start from this model (a file or 'mini') instead of from nothing")
     parser.add_argument("--width", type=int, help="of a model from nothing (default 128); with --init: make it so wide")
     for size, default in (("layers", 6), ("heads", 4), ("block", 32)):
@@ -84,8 +88,9 @@ class Session:
         if recipe.crop % model.config.block_size:
             raise ValueError(f"crop {recipe.crop} must be a multiple of the block of {model.config.block_size} pixels")
         train, held = data.split(data.find(args.pictures), args.hold_out)
-        least = recipe.crop + 2 * MARGIN
-        self.trainer = Trainer(model.to(device), recipe, data.read(train, least), args.workers, args.compile)
+        least = max(recipe.crop + 2 * MARGIN, tiles.SCALE * tiles.SIDE if args.teacher else 0)
+        source = self.source(data.read(train, least), recipe)
+        self.trainer = Trainer(model.to(device), recipe, source, args.workers, args.compile)
         self.validation = data.centres(data.read(spread(held), least), recipe.crop)
         self.elapsed, self.pace, self.best = 0.0, 0.0, -1e9  # seconds, seconds a step lately, dB
         self.length = (args.steps, args.minutes)
@@ -98,6 +103,13 @@ class Session:
                 self.trainer.decay = None
         self.provenance = args.provenance or (saved["provenance"] if saved else "")
         self.stop = False
+
+    def source(self, pictures: Sequence[np.ndarray], recipe: Recipe) -> data.Source:
+        """Crops of the pictures themselves, or of tiles that a teacher answers."""
+        if not self.args.teacher:
+            return data.Photographs(pictures)
+        answers = tiles.Answers(self.args.teacher, self.args.answers or self.folder / "answers")
+        return tiles.Tiles(pictures, answers, recipe.tiles, recipe.original)
 
     def run(self) -> None:
         """Train to the end of the run or of the session."""
@@ -155,7 +167,7 @@ class Session:
     def report(self, losses: list[float], bar: tqdm) -> None:
         """Validate the averaged weights, keep them if they are the best, say so."""
         began, loss = time.monotonic(), sum(losses) / max(1, len(losses))
-        scores = validate(self.trainer.averaged(), self.validation)
+        scores = validate(self.trainer.averaged(), self.validation, self.trainer.recipe.bridge)
         if scores["gain"] > self.best:
             self.best = scores["gain"]
             self.export("best", f" Best by validation, {self.best:+.3f} dB over bicubic.")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ SHRINK = 0.25  # share of crops that are taken from the picture made smaller: sh
 
 @dataclass(frozen=True)
 class Crops:
-    """A batch. hr (B, 3, h, w), up (B, 3, h, w) and lr (B, 3, h/4, w/4) in [-1, 1]."""
+    """A batch. hr (B, 3, h, w) to be learned, up (B, 3, h, w) and lr (B, 3, h/4, w/4) in [-1, 1]."""
 
     hr: Tensor
     up: Tensor
@@ -80,25 +81,39 @@ def read(paths: Sequence[Path], least: int) -> list[np.ndarray]:
     return pictures
 
 
-def draw(pictures: Sequence[np.ndarray], count: int, size: int, seed: Sequence[int]) -> Crops:
-    """`count` random crops of `size` pixels, turned and mirrored, with their low-resolution pictures."""
-    rng = np.random.default_rng(list(seed))
-    whole = size + 2 * MARGIN
-    tiles: list[np.ndarray] = []
-    small: list[np.ndarray] = []
-    for _ in range(count):
-        picture = pictures[int(rng.integers(len(pictures)))]
-        side = whole
-        if rng.random() < SHRINK:
-            side = int(rng.integers(whole, min(*picture.shape[:2], 2 * whole) + 1))
-        top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
-        tile = picture[top : top + side, left : left + side]
-        if side > whole:
-            tile = np.asarray(Image.fromarray(tile).resize((whole, whole), Image.Resampling.BICUBIC))
-        tile = np.rot90(tile, int(rng.integers(4)))
-        tiles.append(np.ascontiguousarray(tile[:, ::-1] if rng.random() < 0.5 else tile))
-        small.append(degrade(tiles[-1], rng))
-    return _crops(tiles, small)
+class Source(Protocol):
+    """Where crops come from: a function of (seed, step, part)."""
+
+    def draw(self, count: int, size: int, seed: tuple[int, int, int]) -> Crops:
+        """`count` crops of `size` pixels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Crops of pictures (h, w, 3) uint8, which are themselves what is to be learned."""
+
+    pictures: Sequence[np.ndarray]
+
+    def draw(self, count: int, size: int, seed: tuple[int, int, int]) -> Crops:
+        """`count` random crops of `size` pixels, turned and mirrored, with their low-resolution pictures."""
+        rng = np.random.default_rng(list(seed))
+        whole = size + 2 * MARGIN
+        tiles: list[np.ndarray] = []
+        small: list[np.ndarray] = []
+        for _ in range(count):
+            picture = self.pictures[int(rng.integers(len(self.pictures)))]
+            side = whole
+            if rng.random() < SHRINK:
+                side = int(rng.integers(whole, min(*picture.shape[:2], 2 * whole) + 1))
+            top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
+            tile = picture[top : top + side, left : left + side]
+            if side > whole:
+                tile = np.asarray(Image.fromarray(tile).resize((whole, whole), Image.Resampling.BICUBIC))
+            tile = np.rot90(tile, int(rng.integers(4)))
+            tiles.append(np.ascontiguousarray(tile[:, ::-1] if rng.random() < 0.5 else tile))
+            small.append(degrade(tiles[-1], rng))
+        return _crops(tiles, small)
 
 
 def centres(pictures: Sequence[np.ndarray], size: int) -> Crops:

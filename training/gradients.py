@@ -4,7 +4,16 @@ Loss (Karras et al. 2022, section 5): with y a picture, ε noise, ln σ normal a
 
     E (σ² + σ_data²)/(σ·σ_data)² · |D(y + σε; σ) − y|²
 
-which is plain L2 on F. To it can be added, with the same weight, half the squared differences of the error across
+which is plain L2 on F. Or the bridge from the enlarged picture (InDI, Delbracio and Milanfar 2023, inside the same
+c_skip and c_out): with up the enlarged picture and t in 0..1,
+
+    x = y + t·(up − y) + k·σ·ε,   σ = t·sigma_max
+
+so that at t = 1 and k = 0, which most crops have, one evaluation from x = up is the sharpest picture that is certain.
+EDM's question hides the input under noise many times its missing detail, and the whole picture must pass through the
+tokens; here c_skip·x is nearly the picture, and F is what is missing.
+
+To either loss can be added, with the same weight, half the squared differences of the error across
 the lines between patches and between blocks: any positive quadratic form of the error has the same minimum, the
 posterior mean, but with this one the grids go sooner.
 
@@ -16,7 +25,7 @@ share the parts nor on where a run was interrupted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,9 +50,11 @@ class Recipe:
     """What makes a run what it is; kept in its state.
 
     seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
-    ln σ; seam: weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its last,
-    in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at most;
-    optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
+    ln σ; bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean:
+    share with k = 0; robust: Charbonnier's ε in units of F, 0: squares; tiles, original: see `tiles.Tiles`; seam:
+    weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its last, in which
+    the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at most; optimizer:
+    "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
     """
 
     seed: int = 0
@@ -52,6 +63,12 @@ class Recipe:
     parts: int = 4
     sigma_mean: float = -0.2
     sigma_std: float = 1.4
+    bridge: float = 0.0
+    ends: float = 0.6
+    clean: float = 0.7
+    robust: float = 0.0
+    tiles: int = 4096
+    original: float = 0.0
     seam: float = 0.0
     rate: float = 1e-3
     warmup: int = 100
@@ -64,6 +81,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.crops < 1 or self.parts < 1 or self.crops % self.parts:
             raise ValueError(f"{self.crops} crops cannot be cut into {self.parts} equal parts")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer {self.optimizer!r} must be 'muon' or 'adamw'")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay {self.decay} must be a share of the run, above 0 and at most 1")
 
@@ -73,7 +92,7 @@ class Gradients:
 
     Args:
         model: parameters of float32, on the device that computes.
-        pictures: (h, w, 3) uint8, see `data.read`.
+        source: of the crops.
         slots: (parts, number of weights), where the gradients of each part go, in the order of the parameters.
         compiled: compile the layers; where that fails they run as they are.
         threads: so many make the crops of the next two steps meanwhile.
@@ -83,13 +102,13 @@ class Gradients:
         self,
         model: InfDiT,
         recipe: Recipe,
-        pictures: Sequence[np.ndarray],
+        source: data.Source,
         slots: Tensor,
         *,
         compiled: bool = False,
         threads: int = 0,
     ) -> None:
-        self.model, self.recipe, self.pictures, self.slots = model, recipe, pictures, slots
+        self.model, self.recipe, self.source, self.slots = model, recipe, source, slots
         if compiled:
             torch._dynamo.config.suppress_errors = True
             for layer in model.layers:
@@ -110,7 +129,7 @@ class Gradients:
     def crops(self, step: int, part: int) -> data.Crops:
         """The pictures of a part."""
         recipe = self.recipe
-        return data.draw(self.pictures, recipe.crops // recipe.parts, recipe.crop, (recipe.seed, step, part))
+        return self.source.draw(recipe.crops // recipe.parts, recipe.crop, (recipe.seed, step, part))
 
     def _fill(self, step: int, part: int, crops: data.Crops) -> float:
         """Fill the slot of a part; its loss."""
@@ -118,8 +137,14 @@ class Gradients:
         device, config = model.device, model.config
         rng = np.random.default_rng([recipe.seed, step, part, 1])
         noise = torch.from_numpy(rng.standard_normal(crops.hr.shape, np.float32)).to(device)
-        sigma = _sigmas(recipe, len(noise), part, np.random.default_rng([recipe.seed, step])).to(device)
         hr, up, lr = (x.to(device) for x in (crops.hr, crops.up, crops.lr))
+        if recipe.bridge:
+            t, k = (torch.from_numpy(value).to(device) for value in _bridge(recipe, len(noise), rng))
+            sigma = t * recipe.bridge
+            x = torch.lerp(hr, up, t[:, None, None, None]) + (k * sigma)[:, None, None, None] * noise
+        else:
+            sigma = _sigmas(recipe, len(noise), part, np.random.default_rng([recipe.seed, step])).to(device)
+            x = hr + sigma[:, None, None, None] * noise
         with ExitStack() as stack:
             if recipe.precision == "bfloat16":
                 stack.enter_context(torch.autocast(device.type, torch.bfloat16))
@@ -127,13 +152,17 @@ class Gradients:
                 stack.enter_context(PlainAttention())
             plan = MemoryPlan(config.num_layers, 2**20)
             denoise = Denoiser(model, Conditioning(lr, up), plan, origin=_origin(config, recipe.crop, rng))
-            error = denoise(hr + sigma[:, None, None, None] * noise, sigma) - hr
-        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-        square = error.square().mean((1, 2, 3))
+            error = denoise(x, sigma) - hr
+        scale = (sigma**2 + SIGMA_DATA**2).sqrt() / (sigma * SIGMA_DATA)
+        error = error * scale[:, None, None, None]  # in units of F
+        square = error.square()
+        if recipe.robust:
+            square = (square + recipe.robust**2).sqrt() - recipe.robust
+        losses = square.mean((1, 2, 3))
         if recipe.seam:
             lines = across(error, config.patch_size) + BLOCK_SEAM * across(error, config.block_size)
-            square = square + recipe.seam * lines
-        loss = (weight * square).mean()
+            losses = losses + recipe.seam * lines
+        loss = losses.mean()
         parameters = list(model.parameters())
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         every = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
@@ -156,6 +185,13 @@ def _sigmas(recipe: Recipe, count: int, part: int, rng: np.random.Generator) -> 
     places = torch.from_numpy((ranges + rng.random(recipe.crops)) / recipe.crops)
     normal = math.sqrt(2) * torch.erfinv(2 * places.clamp(1e-6, 1 - 1e-6) - 1)
     return (recipe.sigma_mean + recipe.sigma_std * normal).exp().float()[part * count : (part + 1) * count]
+
+
+def _bridge(recipe: Recipe, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """t and k of the crops of a part, (count,) float32 each."""
+    t = np.where(rng.random(count) < recipe.ends, 1.0, rng.uniform(0.02, 1, count))
+    k = np.where(rng.random(count) < recipe.clean, 0.0, rng.random(count))
+    return t.astype(np.float32), k.astype(np.float32)
 
 
 def _origin(config: InfDiTConfig, crop: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from infdit.config import InfDiTConfig
 from infdit.model import InfDiT
 
+from .data import Source
 from .gradients import Gradients, Recipe
 from .optimizer import Optimizer, OptimizerState
 from .workers import Workers
@@ -46,19 +45,19 @@ class Trainer:
 
     Args:
         model: parameters of float32, on the device that trains.
-        pictures: (h, w, 3) uint8, see `data.read`.
+        source: of the crops.
         workers: on a CPU processes that share the parts of a step, see `workers`; on a GPU threads that make crops.
         compiled: compile the layers; where that fails they run as they are.
     """
 
     def __init__(
-        self, model: InfDiT, recipe: Recipe, pictures: Sequence[np.ndarray], workers: int, compiled: bool = False
+        self, model: InfDiT, recipe: Recipe, source: Source, workers: int, compiled: bool = False
     ) -> None:
         self.model, self.recipe = model.requires_grad_(True), recipe
         names, self.parameters = zip(*model.named_parameters(), strict=True)
         self.sizes = [p.numel() for p in self.parameters]
         self.slots = torch.zeros(recipe.parts, sum(self.sizes), device=model.device)  # gradients of the parts
-        job = (model, recipe, pictures, self.slots)
+        job = (model, recipe, source, self.slots)
         if model.device.type == "cpu" and workers > 1:
             self.gradients = Workers(*job, count=min(workers, recipe.parts), compiled=compiled)
         else:

@@ -1,5 +1,7 @@
 """How good a model is, in seconds: one step D(up + σ·ε; σ) on the middles of pictures that it never saw.
 
+A bridge starts without noise: D(up; sigma_max).
+
 Gain is the luma PSNR over that of `up`, in dB. Seam is the mean gradient across a grid of lines over that elsewhere,
 divided by the original's: 1 is a picture that does not show how it was cut.
 """
@@ -21,21 +23,25 @@ NOISE_SEED = 1234
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def validate(model: InfDiT, crops: Crops) -> dict[str, float]:
-    """`gain`, the mean over noise levels of gains in dB, and each; `patch_seam` and `block_seam` at the middle one."""
+def validate(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, float]:
+    """`gain`, the mean over noise levels of gains in dB, and each; `patch_seam` and `block_seam` at the middle one.
+
+    bridge: sigma_max of a bridge, the only level then; 0: the levels SIGMAS.
+    """
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    noise = torch.randn(crops.hr.shape, generator=generator)
+    noise = torch.zeros(crops.hr.shape) if bridge else torch.randn(crops.hr.shape, generator=generator)
+    sigmas = (bridge,) if bridge else SIGMAS
     scores: dict[str, float] = {}
-    for sigma in SIGMAS:
+    for sigma in sigmas:
         results = [_one_step(model, crops, noise, i, sigma) for i in range(len(noise))]
         gains = [psnr(y, hr) - psnr(up, hr) for y, hr, up in zip(results, crops.hr, crops.up, strict=True)]
         scores[f"gain_{sigma:g}"] = sum(gains) / len(gains)
-        if sigma == SIGMAS[len(SIGMAS) // 2]:
+        if sigma == sigmas[len(sigmas) // 2]:
             both = torch.stack(results), crops.hr
             for name, period in (("patch", model.config.patch_size), ("block", model.config.block_size)):
                 ours, theirs = (seam(x, period) for x in both)
                 scores[f"{name}_seam"] = ours / theirs
-    return {"gain": sum(scores[f"gain_{sigma:g}"] for sigma in SIGMAS) / len(SIGMAS), **scores}
+    return {"gain": sum(scores[f"gain_{sigma:g}"] for sigma in sigmas) / len(sigmas), **scores}
 
 
 @torch.no_grad()

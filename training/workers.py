@@ -8,10 +8,8 @@ step and its losses.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from infdit.config import InfDiTConfig
 from infdit.model import InfDiT
 
+from .data import Source
 from .gradients import Gradients, Recipe
 
 
@@ -32,7 +31,7 @@ class Workers:
         self,
         model: InfDiT,
         recipe: Recipe,
-        pictures: Sequence[np.ndarray],
+        source: Source,
         slots: Tensor,
         count: int,
         *,
@@ -53,7 +52,7 @@ class Workers:
         for first in range(count):
             ours, theirs = context.Pipe()
             parts = range(first, recipe.parts, count)
-            job = (theirs, model.config, weights, recipe, pictures, slots, compiled, parts)
+            job = (theirs, model.config, weights, recipe, source, slots, compiled, parts)
             context.Process(target=_work, args=job, daemon=True).start()
             theirs.close()
             self._pipes.append(ours)
@@ -93,7 +92,7 @@ def _work(
     config: InfDiTConfig,
     weights: Tensor,
     recipe: Recipe,
-    pictures: Sequence[np.ndarray],
+    source: Source,
     slots: Tensor,
     compiled: bool,
     parts: range,
@@ -103,7 +102,7 @@ def _work(
     torch.set_num_threads(1)
     model = InfDiT(config)
     _lay_out(model, weights)
-    gradients = Gradients(model, recipe, pictures, slots, compiled=compiled)
+    gradients = Gradients(model, recipe, source, slots, compiled=compiled)
     while True:
         try:
             step = pipe.recv()

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..checkpoint import clip_path, convert, read_checkpoint
-from ..config import InfDiTConfig
+from ..config import InfDiTConfig, SamplingDefaults
 from ..tensorfile import CheckpointError
 
 
@@ -46,7 +46,7 @@ def _info(options: argparse.Namespace) -> int:
         f"{config.position_period} patches",
         "CLIP input": f"{config.vector_dim} values" if config.vector_dim else "none",
         "CLIP model": f"{len(checkpoint.clip)} tensors in the same file" if checkpoint.clip else "not in this file",
-        "defaults": checkpoint.defaults,
+        "defaults": _defaults(checkpoint.defaults),
         "provenance": checkpoint.metadata.get("provenance", "not stated"),
         "not used": "; ".join(sorted(set(checkpoint.dropped.values()))) or "nothing",
     }
@@ -55,6 +55,13 @@ def _info(options: argparse.Namespace) -> int:
     if options.verify:
         print(f"{'SHA-256':12}{'matches' if checkpoint.verify() else 'none in this file: ' + _CANNOT_VERIFY}")
     return 0
+
+
+def _defaults(defaults: SamplingDefaults) -> str:
+    """How a model is sampled, in words."""
+    most = f" (at most {defaults.most_steps})" if defaults.most_steps else ""
+    words = f"{defaults.steps} steps{most} of {defaults.sampler}, σ {defaults.sigma_max:g} to {defaults.sigma_min:g}"
+    return f"{words}; {defaults.start}" if defaults.start else words
 
 
 _CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     if options.verify and elsewhere:
         raise ValueError("--verify counts what one budget gives: name it with --budget, like 1GiB")
-    for line in _table(request, count, options.budget, not elsewhere):
+    for line in _table(request, count, defaults.start, options.budget, not elsewhere):
         print(line)
     if not elsewhere:
         plan = request.plan(options.budget, sys.maxsize)
@@ -58,11 +58,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _table(request: Request, count: int, budget: int | None, own_row: bool) -> Iterator[str]:
+def _table(request: Request, count: int, start: str, budget: int | None, own_row: bool) -> Iterator[str]:
     config, grid = request.config, request.grid
     weights = amount(Weights.of(config, request.dtype).total)
     yield f"{request.width}×{request.height}: {grid.blocks} blocks of {grid.block} px, {config.num_layers} layers"
     yield f"weights {weights} as {str(request.dtype).removeprefix('torch.')}; {count} evaluations ({request.sampler})"
+    if start:
+        yield start
     yield f"times are rough, of a {request.device.type} in general; memory is exact to a few percent"
     yield ""
     yield f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule"
