@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import dense
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import infdit
 
 DATA = Path(__file__).parent / "data"
+# how a model is sampled that starts from noise and takes any number of steps, which the bundled one is not
+NOISY = infdit.SamplingDefaults(steps=1, sampler="euler", sigma_max=0.1, sigma_min=0.01)
 Weights = dict[str, torch.Tensor]
 MakeModel = Callable[..., tuple[infdit.model.InfDiT, Weights]]
 
@@ -34,3 +37,21 @@ def make_model(tmp_path: Path) -> MakeModel:
         return infdit.load_model(path, dtype=dtype, device="cpu"), weights
 
     return make
+
+
+@pytest.fixture(scope="session")
+def noisy_mini() -> infdit.model.InfDiT:
+    """The bundled model's weights in float32, sampled from noise: for what is true of any weights."""
+    model = infdit.load_model("mini", dtype=torch.float32, device="cpu")
+    model.defaults = NOISY
+    return model
+
+
+@pytest.fixture
+def noisy_file(tmp_path: Path) -> Path:
+    """The same as a file."""
+    path = tmp_path / "models" / "noisy.safetensors"
+    path.parent.mkdir()
+    metadata = {"config": json.dumps({"position_period": 1024}), "defaults": json.dumps(asdict(NOISY))}
+    save_file(load_file(infdit.checkpoint.BUNDLED["mini"]), path, metadata)
+    return path

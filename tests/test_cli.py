@@ -53,14 +53,14 @@ def test_one_picture(tmp_path: Path) -> None:
         assert (image.size, image.mode) == ((48, 36), "RGB")
 
 
-def test_options(tmp_path: Path) -> None:
+def test_options(tmp_path: Path, noisy_file: Path) -> None:
     source = make_picture(tmp_path / "in.webp", mode="RGBA", lossless=True)
     assert run("upscale", source, "-o", tmp_path / "a.webp", "--size", "30x18", "--steps", 2, "--sampler", "heun") == 0
     with Image.open(tmp_path / "a.webp") as image:
         assert (image.size, image.mode) == ((30, 18), "RGBA")
     for name, seed in (("1", 1), ("2", 2), ("again", 1)):
         options = ("--seed", seed, "--denoise", 0.8, "--scale", 1.5, "--device", "cpu", "--dtype", "fp32")
-        assert run("upscale", source, "-o", tmp_path / f"{name}.png", *options) == 0
+        assert run("upscale", source, "-o", tmp_path / f"{name}.png", "--model", noisy_file, *options) == 0
     first, other, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("1", "2", "again"))
     assert first == again != other
 

@@ -16,9 +16,9 @@ from infdit.samplers import method_of
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def mini() -> InfDiT:
-    return infdit.load_model("mini", dtype=torch.float32, device="cpu")
+@pytest.fixture
+def mini(noisy_mini: InfDiT) -> InfDiT:
+    return noisy_mini
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+import infdit
 from infdit.config import InfDiTConfig
 from training import __main__ as command
-from training import drawings, teachers, tiles
+from training import data, drawings, teachers, tiles
 from training.gradients import Recipe
 from training.loop import Trainer
 from training.start import from_nothing
@@ -120,14 +121,70 @@ def test_what_is_learned(answers: tiles.Answers) -> None:
 def test_the_first_steps_use_few_tiles(answers: tiles.Answers, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[int] = set()
     original = tiles.tile
-    monkeypatch.setattr(tiles, "tile", lambda p, s, i: asked.add(i) or original(p, s, i))
+    monkeypatch.setattr(tiles, "tile", lambda p, s, i, damaged: asked.add(i) or original(p, s, i, damaged))
     source = tiles.Tiles(PICTURES, answers, 10**6)
     for part in range(40):
         source.draw(1, 32, (0, 0, part))
     assert max(asked) < tiles.FIRST
     for part in range(40):
-        source.draw(1, 32, (0, 100, part))
-    assert tiles.FIRST < max(asked) < tiles.FIRST + 100 * tiles.EACH_STEP
+        source.draw(1, 32, (0, 10**5, part))
+    assert tiles.FIRST < max(asked) < tiles.FIRST + 10**5 * tiles.EACH_STEP
+
+
+def test_some_tiles_are_damaged_on_their_way_down() -> None:
+    pairs = [(tiles.tile(PICTURES, 0, i), tiles.tile(PICTURES, 0, i, damaged=0.5)) for i in range(60)]
+    changed = [not np.array_equal(a.low, b.low) for a, b in pairs]
+    assert 8 < sum(changed) < 40
+    for (clean, damaged), different in zip(pairs, changed, strict=True):
+        if clean.original is None:
+            assert not different, "nothing to begin with"
+        else:
+            assert np.array_equal(clean.original, damaged.original)
+            assert np.abs(clean.low.astype(int) - damaged.low).mean() < 25
+        assert not damaged.grey or (damaged.low == damaged.low[..., :1]).all()
+
+
+def test_answers_are_made_consistent(answers: tiles.Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a careless teacher says of colours and brightness is put right; what it adds above them stays."""
+    tile = next(t for i in range(99) if (t := tiles.tile(PICTURES, 0, i)).original is None and not t.grey)
+    fine = 20 * np.where(np.indices((SIDE, SIDE)).sum(0) % 2, 1, -1)[..., None]
+    monkeypatch.setattr(
+        answers, "_ask", lambda low: np.clip(low.repeat(4, 0).repeat(4, 1) * 0.7 + 40 + fine, 0, 255).astype(np.uint8)
+    )
+    goals = [tiles.Tiles(PICTURES, answers, 9, consistent=c)._goal(tile).astype(np.float32) for c in (False, True)]
+    off = [np.abs(np.asarray(torch.nn.functional.interpolate(
+        torch.from_numpy(g).movedim(-1, 0)[None], (tiles.SIDE, tiles.SIDE), mode="bicubic", antialias=True
+    )[0].movedim(0, -1)) - tile.low).mean() for g in goals]  # fmt: skip
+    assert off[1] < 0.2 * off[0]
+    kept = [float((np.diff(g, axis=1) * np.diff(fine, axis=1)).mean()) for g in goals]
+    assert kept[1] > 0.8 * kept[0]
+
+
+def test_a_perceptual_term_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is the mean difference in red, which is known."""
+
+    class Red(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b)[:, 0].abs().mean((1, 2))
+
+    monkeypatch.setattr("training.gradients.st_lpips", lambda network: Red())
+    recipe = replace(TINY, precision="float32", ends=1.0, clean=1.0)
+    source = data.Photographs(PICTURES)
+    without, with_it = (
+        Trainer(from_nothing(CONFIG, 0), replace(recipe, perceptual=p), source, 1).advance() for p in (0.0, 3.0)
+    )
+    expected = 0.0
+    for part in range(recipe.parts):
+        crops = source.draw(2, 32, (0, 0, part))
+        skip = 0.25 / (0.1**2 + 0.25)  # a new model's F is 0
+        expected += float((skip * crops.up - crops.hr)[:, 0].abs().mean()) / recipe.parts
+    assert with_it - without == pytest.approx(3 * expected, rel=1e-4)
+
+
+def test_a_perceptual_term_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.gradients.st_lpips", lambda network: None)
+    with pytest.raises(ValueError, match="pip install stlpips-pytorch"):
+        Trainer(from_nothing(CONFIG, 0), replace(TINY, perceptual=1.0), data.Photographs(PICTURES), 1)
 
 
 def test_first_losses_with_a_teacher_repeat(teacher: Path, tmp_path: Path) -> None:
@@ -149,6 +206,8 @@ def test_the_command_takes_a_teacher(teacher: Path, tmp_path: Path, capsys: pyte
     run = [str(folder), *options.split(), "--workers", "2", "--device", "cpu", "--teacher", str(teacher)]
     out = tmp_path / "out"
     assert command.main([*run, "-o", str(out), "--steps", "2"]) == 0
+    defaults = infdit.load_model(out / "last.safetensors", device="cpu").defaults
+    assert (defaults.steps, defaults.sigma_max, defaults.start_noise, defaults.most_steps) == (1, 0.1, 0.0, 1)
     assert list((out / "answers" / teachers.digest(teacher)).glob("*.png"))
     assert not list(out.rglob("*.part"))
     assert command.main([*run, "-o", str(out), "--resume", "--steps", "3"]) == 0

@@ -24,7 +24,7 @@ from training import data, degrade, validate
 from training.attention import PlainAttention
 from training.export import export
 from training.export import main as export_command
-from training.gradients import Recipe, _bridge, across
+from training.gradients import Recipe, _bridge, across, of_crops
 from training.grow import widen
 from training.loop import Decay, Trainer
 from training.optimizer import Optimizer, orthogonal
@@ -145,13 +145,18 @@ def test_loss_of_the_bridge() -> None:
     with torch.no_grad():
         left = (denoise(crops.up, 0.1) - crops.hr) * (0.1**2 + 0.25) ** 0.5 / (0.1 * 0.5)
     assert run.advance() == pytest.approx(float(left.square().mean()), rel=1e-4)
-    losses = {}
-    for robust in (1e-4, 1e2):
-        losses[robust] = trainer(replace(recipe, robust=robust), workers=1).advance()
-    plain = trainer(recipe, workers=1)
-    first = plain.advance()
-    assert losses[1e-4] < first**0.5, "a small ε: absolute values, whose mean is below the root of that of squares"
-    assert losses[1e2] * 2e2 == pytest.approx(first, rel=1e-2), "a large ε: squares over 2ε"
+
+
+def test_losses_of_crops() -> None:
+    """Two crops, one with ten times the error: by hand."""
+    error = torch.tensor([1.0, -10.0])[:, None, None, None].expand(2, 3, 4, 4)
+    epsilon, lines = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 21.0])
+    torch.testing.assert_close(of_crops("squares", error, lines, epsilon), torch.tensor([1.0, 121.0]))
+    torch.testing.assert_close(of_crops("roots", error, lines, epsilon), torch.tensor([1.25, 121.25]).sqrt())
+    expected = torch.tensor([1.25, 100.25]).sqrt() + lines
+    torch.testing.assert_close(of_crops("charbonnier", error, lines, epsilon), expected)
+    with pytest.raises(ValueError, match="squares, charbonnier, roots"):
+        Recipe(loss="cubes")
 
 
 def test_the_bridge_mixes_ways_and_noise() -> None:

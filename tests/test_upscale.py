@@ -17,11 +17,17 @@ from infdit.alpha import fill_transparent
 from infdit.model import InfDiT
 from infdit.upscale import schedule
 
-FAST = {"steps": 1, "sampler": "euler", "sigma_max": 2.0}
+FAST = {"steps": 1, "sampler": "euler", "sigma_max": 0.1}
+
+
+@pytest.fixture
+def mini(noisy_mini: InfDiT) -> InfDiT:
+    return noisy_mini
 
 
 @pytest.fixture(scope="module")
-def mini() -> InfDiT:
+def bundled() -> InfDiT:
+    """As it is: one step without noise."""
     return infdit.load_model("mini", dtype=torch.float32, device="cpu")
 
 
@@ -65,21 +71,20 @@ def test_exact_sizes_of_any_input(mini: InfDiT, h: int, w: int, scale: float) ->
     assert result.max() <= 1
 
 
-def test_size_per_axis(mini: InfDiT) -> None:
+def test_size_per_axis(bundled: InfDiT) -> None:
     image = picture(20, 30)
-    result = upscale(mini, image, size=(75, 31), **FAST)
+    result = upscale(bundled, image, size=(75, 31))
     assert result.shape == (1, 75, 31, 3)
-    assert torch.equal(upscale(mini, image, size=(80, 120), **FAST), upscale(mini, image, 4.0, **FAST))
+    assert torch.equal(upscale(bundled, image, size=(80, 120)), upscale(bundled, image, 4.0))
     small = F.interpolate(result.movedim(-1, 1), (20, 30), mode="bicubic", antialias=True).movedim(1, -1)
     assert (small - image).abs().mean() < 0.04, "the same picture, stretched"
 
 
-def test_odd_sizes_are_not_shifted(mini: InfDiT) -> None:
+def test_odd_sizes_are_not_shifted(bundled: InfDiT) -> None:
     """A picture cropped to an odd size gives the same pixels, away from the new edge."""
     image = picture(40, 40)
-    whole, part = upscale(mini, image, 3.0, **FAST), upscale(mini, image[:, :33, :31], 3.0, **FAST)
+    whole, part = upscale(bundled, image, 3.0), upscale(bundled, image[:, :33, :31], 3.0)
     inner = slice(0, 48)  # a block and a half before the edge: windows of the low-resolution picture reach that far
-    # the noise is another, for it is drawn at the size of the grid
     assert (whole[:, inner, inner] - part[:, inner, inner]).abs().mean() < 0.03
     edge = (whole[:, :99, :93] - part).abs()
     assert edge[:, -3:].mean() < 0.08
@@ -140,18 +145,18 @@ def test_denoise_0_is_bicubic(mini: InfDiT) -> None:
 # ---- alpha
 
 
-def test_alpha_is_lanczos_and_colour_has_no_fringe(mini: InfDiT) -> None:
+def test_alpha_is_lanczos_and_colour_has_no_fringe(bundled: InfDiT) -> None:
     """A red disc on transparent black: every visible pixel of the result is red."""
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     alpha = (((rows - 12) ** 2 + (columns - 12) ** 2) < 64).float()
     image = torch.stack((alpha * 0.9, alpha * 0.1, alpha * 0.1, alpha), -1)[None]
-    result = upscale(mini, image, 4.0, **FAST)
+    result = upscale(bundled, image, 4.0)
     lanczos = np.array(Image.fromarray(alpha.numpy()).resize((96, 96), Image.Resampling.LANCZOS)).clip(0, 1)
     np.testing.assert_allclose(result[0, ..., 3].numpy(), lanczos, atol=1e-6)
     visible = result[0][result[0, ..., 3] > 0.02]
     assert (visible[:, 0] - 0.9).abs().max() < 0.1
     assert visible[:, 1:3].max() < 0.2
-    dark = upscale(mini, image[..., :3], 4.0, **FAST)[0][result[0, ..., 3] > 0.02]
+    dark = upscale(bundled, image[..., :3], 4.0)[0][result[0, ..., 3] > 0.02]
     assert (dark[:, 0] - 0.9).abs().max() > 0.3, "left as it is, black bleeds in"
 
 

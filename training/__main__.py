@@ -27,7 +27,7 @@ from infdit.tensorfile import CheckpointError
 
 from . import data, tiles
 from .degrade import MARGIN
-from .export import export
+from .export import DEFAULTS, bridge_defaults, export
 from .gradients import Recipe
 from .grow import widen
 from .loop import Decay, Trainer
@@ -109,7 +109,7 @@ class Session:
         if not self.args.teacher:
             return data.Photographs(pictures)
         answers = tiles.Answers(self.args.teacher, self.args.answers or self.folder / "answers")
-        return tiles.Tiles(pictures, answers, recipe.tiles, recipe.original)
+        return tiles.Tiles(pictures, answers, recipe.tiles, recipe.original, recipe.damaged, recipe.perceptual > 0)
 
     def run(self) -> None:
         """Train to the end of the run or of the session."""
@@ -212,7 +212,9 @@ class Session:
         trainer = self.trainer
         state = dict(zip(trainer.names, trainer.ema, strict=True))
         facts = f"{trainer.step} steps, {self.elapsed / 60:.0f} minutes, {json.dumps(asdict(trainer.recipe))}."
-        export(self.folder / f"{name}.safetensors", state, trainer.config, f"{self.provenance} {facts}{remark}".strip())
+        told = f"{self.provenance} {facts}{remark}".strip()
+        defaults = bridge_defaults(trainer.recipe.bridge) if trainer.recipe.bridge else DEFAULTS
+        export(self.folder / f"{name}.safetensors", state, trainer.config, told, defaults)
 
 
 def first_model(args: argparse.Namespace, seed: int) -> InfDiT:

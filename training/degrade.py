@@ -27,8 +27,11 @@ def clean(tile: np.ndarray, resampling: Image.Resampling = Image.Resampling.BICU
 def degrade(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(h, w, 3) uint8 → (h/4, w/4, 3) uint8, by a random filter and sometimes with random mild damage."""
     resampling = _FILTERS[rng.choice(len(_FILTERS), p=_SHARES)]
-    if rng.random() >= DAMAGED:
-        return clean(tile, resampling)
+    return damage(tile, resampling, rng) if rng.random() < DAMAGED else clean(tile, resampling)
+
+
+def damage(tile: np.ndarray, resampling: Image.Resampling, rng: np.random.Generator) -> np.ndarray:
+    """(h, w, 3) uint8 → (h/4, w/4, 3) uint8, with some of mild blur, noise, JPEG or WebP."""
     if rng.random() < 0.5:
         blur = ImageFilter.GaussianBlur(SCALE * rng.uniform(0.1, 0.5))
         tile = np.asarray(Image.fromarray(tile).filter(blur))

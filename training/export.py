@@ -21,6 +21,7 @@ import infdit
 from infdit.config import LR_PATCH, InfDiTConfig, SamplingDefaults
 
 DEFAULTS = SamplingDefaults(steps=4, sampler="dpmpp_2m", sigma_max=1.0, sigma_min=0.01)
+KINDS = {"steps": int, "sampler": str, "sigma_max": float, "sigma_min": float, "start_noise": float, "most_steps": int}
 _MIXIN = "mixins.adaln_layer."
 _LAYER = "transformer.layers."
 _NAMES: list[tuple[str, str]] = [
@@ -80,6 +81,11 @@ def restate(source: Path, target: Path, defaults: SamplingDefaults, provenance: 
     _write(target, checkpoint.tensors, checkpoint.metadata | told, defaults)
 
 
+def bridge_defaults(sigma_max: float) -> SamplingDefaults:
+    """How a bridge is sampled: one step from the enlarged picture; its goal is certain, so a second adds nothing."""
+    return SamplingDefaults(1, "euler", sigma_max, sigma_max / 10, start_noise=0.0, most_steps=1)
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], defaults: SamplingDefaults) -> None:
     metadata = metadata | {"defaults": json.dumps(asdict(defaults))}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     for name, default in asdict(DEFAULTS).items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
+        parser.add_argument(option, type=KINDS[name], default=default, help=f"default {default}")
     parser.add_argument("--provenance", help="in place of the model's own")
     args = parser.parse_args(argv)
     defaults = SamplingDefaults(**{name: getattr(args, name) for name in asdict(DEFAULTS)})

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from infdit import Conditioning, MemoryPlan
+from infdit.bench.perceptual import STLPIPS, st_lpips
 from infdit.config import InfDiTConfig
 from infdit.denoiser import SIGMA_DATA, Denoiser
 from infdit.model import InfDiT
@@ -42,6 +43,8 @@ from infdit.model import InfDiT
 from . import data
 from .attention import PlainAttention
 
+LOSSES = ("squares", "charbonnier", "roots")
+EPSILON = 0.01  # pixels in [-1, 1], a grey level and a quarter: errors below it count as squares under every loss
 BLOCK_SEAM = 0.5  # weight of the lines between blocks beside that of all lines between patches
 
 
@@ -51,10 +54,10 @@ class Recipe:
 
     seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
     ln σ; bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean:
-    share with k = 0; robust: Charbonnier's ε in units of F, 0: squares; tiles, original: see `tiles.Tiles`; seam:
-    weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its last, in which
-    the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at most; optimizer:
-    "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
+    share with k = 0; loss: see `of_crops`; tiles, original, damaged: see `tiles.Tiles`; perceptual: weight of ST-LPIPS
+    beside it; seam: weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its
+    last, in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at
+    most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
     """
 
     seed: int = 0
@@ -66,9 +69,11 @@ class Recipe:
     bridge: float = 0.0
     ends: float = 0.6
     clean: float = 0.7
-    robust: float = 0.0
+    loss: str = "squares"
     tiles: int = 4096
     original: float = 0.0
+    damaged: float = 0.0
+    perceptual: float = 0.0
     seam: float = 0.0
     rate: float = 1e-3
     warmup: int = 100
@@ -83,6 +88,8 @@ class Recipe:
             raise ValueError(f"{self.crops} crops cannot be cut into {self.parts} equal parts")
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer {self.optimizer!r} must be 'muon' or 'adamw'")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss {self.loss!r} must be one of {', '.join(LOSSES)}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay {self.decay} must be a share of the run, above 0 and at most 1")
 
@@ -113,6 +120,7 @@ class Gradients:
             torch._dynamo.config.suppress_errors = True
             for layer in model.layers:
                 layer.compile(dynamic=False)
+        self._looks = _st_lpips(model.device) if recipe.perceptual else None
         self._pool = ThreadPoolExecutor(threads) if threads else None
         self._ahead: dict[tuple[int, int], Future[data.Crops]] = {}
 
@@ -152,22 +160,46 @@ class Gradients:
                 stack.enter_context(PlainAttention())
             plan = MemoryPlan(config.num_layers, 2**20)
             denoise = Denoiser(model, Conditioning(lr, up), plan, origin=_origin(config, recipe.crop, rng))
-            error = denoise(x, sigma) - hr
+            denoised = denoise(x, sigma)
+        error = denoised - hr
         scale = (sigma**2 + SIGMA_DATA**2).sqrt() / (sigma * SIGMA_DATA)
         error = error * scale[:, None, None, None]  # in units of F
-        square = error.square()
-        if recipe.robust:
-            square = (square + recipe.robust**2).sqrt() - recipe.robust
-        losses = square.mean((1, 2, 3))
+        lines = 0.0
         if recipe.seam:
-            lines = across(error, config.patch_size) + BLOCK_SEAM * across(error, config.block_size)
-            losses = losses + recipe.seam * lines
-        loss = losses.mean()
+            lines = recipe.seam * (across(error, config.patch_size) + BLOCK_SEAM * across(error, config.block_size))
+        loss = of_crops(recipe.loss, error, lines, EPSILON * scale).mean()
+        if self._looks:
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                loss = loss + recipe.perceptual * self._looks(denoised, hr).mean()
         parameters = list(model.parameters())
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         every = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
         torch.cat([gradient.flatten() for gradient in every], out=self.slots[part])
         return float(loss.detach())
+
+
+def _st_lpips(device: torch.device) -> STLPIPS:
+    """The larger network, so that the smaller one, by which pictures are judged, was not trained for.
+
+    Raises:
+        ValueError: its weights are not there.
+    """
+    found = st_lpips("vgg")
+    if found is None:
+        raise ValueError("a perceptual loss needs its weights: pip install stlpips-pytorch --no-deps")
+    return found.to(device).requires_grad_(False)
+
+
+def of_crops(kind: str, error: Tensor, lines: Tensor | float, epsilon: Tensor) -> Tensor:
+    """Loss of each crop, (B,), of an error (B, 3, h, w) with a second term, both in units of F, as ε (B,) is.
+
+    "squares": the mean square. "charbonnier": the mean of √(e² + ε²). "roots": √(mean square + ε²), nearly as evenly
+    as decibels count crops: under squares a page of text weighs as much as thirty photographs.
+    """
+    if kind == "charbonnier":
+        return (error.square() + epsilon[:, None, None, None] ** 2).sqrt().mean((1, 2, 3)) + lines
+    squares = error.square().mean((1, 2, 3)) + lines
+    return squares if kind == "squares" else (squares + epsilon**2).sqrt()
 
 
 def across(error: Tensor, cell: int) -> Tensor:

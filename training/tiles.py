@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from infdit.resample import conditioning_pictures
 
 from . import drawings, teachers
 from .data import Crops
-from .degrade import SCALE
+from .degrade import SCALE, damage
 
 SIDE = 64  # low-resolution pixels
 DRAWN, WITH_ORIGINAL = 0.15, 0.53  # shares of tiles; the rest are pieces without an original
 EDGE = 4  # low-resolution pixels of a tile's border that no crop has: there the teacher did not see enough
-FIRST, EACH_STEP = 64, 2  # tiles that there are before the first step, and that every step adds
+FIRST, EACH_STEP = 512, 1  # tiles that there are before the first step, and that every step adds
 GREY = 0.15  # share of tiles without colour, as grey photographs and scans are
 _KERNELS = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BILINEAR)
 _SHARES = (0.6, 0.2, 0.1, 0.1)
@@ -47,8 +48,8 @@ class Tile:
     grey: bool
 
 
-def tile(pictures: Sequence[np.ndarray], seed: int, index: int) -> Tile:
-    """Tile `index` of a seed."""
+def tile(pictures: Sequence[np.ndarray], seed: int, index: int, damaged: float = 0.0) -> Tile:
+    """Tile `index` of a seed; a share of those with originals is `damaged` on its way down."""
     rng = np.random.default_rng([seed, index])
     kernel = _KERNELS[rng.choice(len(_KERNELS), p=_SHARES)]
     kind, whole = rng.random(), SCALE * SIDE
@@ -66,7 +67,11 @@ def tile(pictures: Sequence[np.ndarray], seed: int, index: int) -> Tile:
             low = _resized(_piece(picture, round(SIDE * factor), rng), SIDE, kernel)
             return Tile(_grey(low) if grey else low, None, False, grey)
     original = _grey(original) if grey else original
-    return Tile(_resized(original, SIDE, kernel), original, kind < DRAWN, grey)
+    low = _resized(original, SIDE, kernel)
+    if rng.random() < damaged:
+        low = damage(original, kernel, rng)
+        low = _grey(low) if grey else low
+    return Tile(low, original, kind < DRAWN, grey)
 
 
 def _piece(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -123,7 +128,8 @@ class Tiles:
     """Crops of tiles, with a teacher's answers as what is to be learned.
 
     pictures: (h, w, 3) uint8; answers: of the teacher; count: tiles in all, of which the first steps use few, so that
-    training need not wait for answers; original: weight of the original beside the answer where there is one.
+    training need not wait for answers; original: weight of the original beside the answer where there is one, of which
+    nobody is asked at 1; damaged: see `tile`; consistent: answers are made to be, when small again, what was asked.
     Of drawn tiles the original alone is learned: it has no noise.
     """
 
@@ -131,12 +137,15 @@ class Tiles:
     answers: Answers
     count: int
     original: float = 0.0
+    damaged: float = 0.0
+    consistent: bool = False
 
     def draw(self, count: int, size: int, seed: tuple[int, int, int]) -> Crops:
         """`count` crops of `size` pixels, turned and mirrored, for (seed, step, part)."""
         rng = np.random.default_rng(list(seed))
         there = min(self.count, FIRST + EACH_STEP * seed[1])
-        pieces = [self._crop(tile(self.pictures, seed[0], int(rng.integers(there))), size, rng) for _ in range(count)]
+        tiles = [tile(self.pictures, seed[0], int(rng.integers(there)), self.damaged) for _ in range(count)]
+        pieces = [self._crop(each, size, rng) for each in tiles]
         return Crops(*(torch.cat(x) for x in zip(*pieces, strict=True)))
 
     def _crop(self, tile: Tile, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
@@ -155,12 +164,24 @@ class Tiles:
         return cut(goal, SCALE), cut(up, SCALE), cut(lr, 1)
 
     def _goal(self, tile: Tile) -> np.ndarray:
-        if tile.drawn and tile.original is not None:
+        if tile.original is not None and (tile.drawn or self.original == 1):
             return tile.original
         answer = self.answers(tile)
+        if self.consistent:
+            answer = _consistent(answer, tile.low)
         if tile.original is None or not self.original:
             return answer
         return answer + np.float32(self.original) * (tile.original.astype(np.float32) - answer)
+
+
+def _consistent(answer: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """An answer whose bicubic downscale is `low`, nearly: what is missing is enlarged and added, twice."""
+    y, x = _signed(answer), _signed(low)
+    size = (y.shape[-2], y.shape[-1])
+    for _ in range(2):
+        small = F.interpolate(y, x.shape[-2:], mode="bicubic", antialias=True)
+        y = y + F.interpolate(x - small, size, mode="bicubic", antialias=True)
+    return ((y[0].movedim(0, -1).clamp(-1, 1) + 1) * 127.5).numpy()
 
 
 def _signed(picture: np.ndarray) -> torch.Tensor:

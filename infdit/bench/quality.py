@@ -25,6 +25,7 @@ from ..picture import PictureError, find_pictures, read_picture
 from ..samplers import evaluations
 from ..upscale import schedule, upscale
 from . import scores
+from .perceptual import st_lpips
 from .scores import Bytes, over
 
 MULTIPLE = 32  # that pictures with an original are cut to, in pixels: a whole number of LR tokens and of most blocks
@@ -36,7 +37,8 @@ _SEAM = "patch and block: step across the lines of the patch and the block grid 
 LEGEND = (
     "PSNR, SSIM: of luma, 4-pixel border. energy: above half Nyquist, over the original's; flat: the same in its\n"
     "flattest fifth of 16×16 tiles; corr: correlation of what lies there with the original's; corr ¼: above a quarter\n"
-    "of Nyquist, where the input ends (not judged). s: seconds.\n"
+    "of Nyquist, where the input ends (not judged). LPIPS: ST-LPIPS, how different it looks, if stlpips-pytorch is\n"
+    "there (not judged). s: seconds.\n"
     f"{_LR}\n{_SEAM}, over the original's."
 )
 LEGEND_ALONE = (
@@ -73,11 +75,12 @@ class Scores:
     consistency: float = math.nan
     patch_seam: float = math.nan
     block_seam: float = math.nan
+    perceptual: float = math.nan
     seconds: float = math.nan
 
 
-_HEADS = ("PSNR", "SSIM", "energy", "flat", "corr", "corr ¼", "LR", "patch", "block", "s")
-_DIGITS = (2, 4, 3, 3, 3, 3, 2, 3, 3, 2)
+_HEADS = ("PSNR", "SSIM", "energy", "flat", "corr", "corr ¼", "LR", "patch", "block", "LPIPS", "s")
+_DIGITS = (2, 4, 3, 3, 3, 3, 2, 3, 3, 3, 2)
 _NAME, _WIDTH = 22, 8  # characters
 
 
@@ -294,8 +297,18 @@ def _score(case: _Case, contender: tuple[Bytes, float], bicubic: Bytes, config: 
         consistency=consistency,
         patch_seam=over(patches, scores.seam(truth, config.patch_size)),
         block_seam=over(blocks, scores.seam(truth, config.block_size)),
+        perceptual=_perceptual(picture, case.original),
         seconds=seconds,
     )
+
+
+def _perceptual(picture: Bytes, original: Bytes) -> float:
+    score = st_lpips()
+    if score is None:
+        return math.nan
+    pair = (torch.from_numpy(x.astype(np.float32)).movedim(-1, 0)[None] / 127.5 - 1 for x in (picture, original))
+    with torch.inference_mode():
+        return float(score(*pair))
 
 
 # ---- text

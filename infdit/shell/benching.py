@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..bench import quality, speed
+from ..bench import lines, quality, speed
 from ..checkpoint import load_model, read_checkpoint
 from ..config import InfDiTConfig
 from ..device import default_dtype
@@ -21,10 +21,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     folder = {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"}
     p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
     p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
+    p.add_argument("--lines", action="store_true", help="how straight a model draws edges and lines of every angle")
     p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
     p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
     p.add_argument("--layers", type=int, default=2, metavar="N", help="of the timed model, of the published width (2)")
-    p.add_argument("--steps", type=steps_of, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16)")
+    p.add_argument("--steps", type=steps_of, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16, "
+                   "or as many as the model gains from)")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
@@ -36,13 +38,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Time plans beside what the planner foretells. With folders: hold a model's pictures against limits instead."""
-    if not options.quality and not options.without_original:
+    if not options.quality and not options.without_original and not options.lines:
         return _speed(options)
-    find_pictures([*options.quality, *options.without_original])  # a missing folder is not found out after an hour
+    if folders := [*options.quality, *options.without_original]:
+        find_pictures(folders)  # a missing folder is not found out after an hour
     device = device_of(options.device)
     model = load_model(options.model or "mini", DTYPES[options.dtype] or default_dtype(device), "cpu")
+    most = model.defaults.most_steps
     settings = quality.Settings(
-        options.steps,
+        tuple(sorted({min(steps, most or steps) for steps in options.steps})),
         options.sampler,
         options.sigma_max,
         options.seed,
@@ -52,6 +56,10 @@ def run(options: argparse.Namespace) -> int:
         options.crop,
     )
     print(f"model {options.model or 'mini'}")
+    if options.lines:
+        for text in lines.report([(quality.BICUBIC, lines.bicubic), ("model", lines.by_model(model))]):
+            print(text, flush=True)
+        print()
     for folders, with_original in ((options.quality, True), (options.without_original, False)):
         for folder in folders:
             for text in quality.report(folder, model, settings, with_original, options.each):

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from harness import (
     BASE,
+    BUNDLED,
     NETWORK,
+    NOISY,
     PACK,
     PACK_DIR,
     PICTURES,
@@ -70,9 +72,9 @@ def importing() -> dict:
 def equal() -> dict:
     """The node's picture beside the library's."""
     infdit = library()
-    model = infdit.load_model("mini", dtype=torch.float32, device="cpu")
     found = {}
     cases: dict[str, tuple[dict, tuple[int, int] | None]] = {
+        "bundled": ({"steps": 0, "sampler_name": "auto", "seed": 3}, None),
         "small": ({"steps": 2, "sampler_name": "heun", "seed": 7}, None),
         "batch": ({"steps": 1, "sampler_name": "euler", "seed": 2**64 - 1}, None),
         "alpha": ({"steps": 3, "sampler_name": "dpmpp_2m", "denoise": 0.6}, None),
@@ -80,9 +82,12 @@ def equal() -> dict:
         "wide": ({"size": "width and height", "size.width": 0, "size.height": 61, "steps": 1}, (61, 153)),
     }
     for name, (asked, target) in cases.items():
-        kept = PICTURES[name].clone()
-        ended = run(prompt(name, **asked))
-        settings = prompt(name, **asked)["upscale"]["inputs"]
+        picture, file = ("small", BUNDLED) if name == "bundled" else (name, NOISY)
+        path = "mini" if file == BUNDLED else BASE / "models" / "infdit" / NOISY
+        model = infdit.load_model(path, dtype=torch.float32, device="cpu")
+        kept = PICTURES[picture].clone()
+        ended = run(prompt(picture, {"model_name": file}, **asked))
+        settings = prompt(picture, **asked)["upscale"]["inputs"]
         automatic = settings["sampler_name"] == "auto"
         expected = infdit.upscale(
             model,
@@ -102,7 +107,7 @@ def equal() -> dict:
             "end": ended["end"],
             "expected_shape": list(expected.shape),
             "difference": (image - expected).abs().max().item() if same else None,
-            "untouched": torch.equal(kept, PICTURES[name]),
+            "untouched": torch.equal(kept, PICTURES[picture]),
             "contrast": expected.std().item(),
         }
     return found
@@ -219,10 +224,12 @@ def reports() -> dict:
         ("budget", "batch", {"memory_budget": 0.02, "denoise": 0.5}),
         ("none", "small", {"denoise": 0.0}),
         ("uncounted", "wide", {"steps": 1}),
+        ("bundled", "small", {"steps": 4, "sampler_name": "euler", "seed": 5}),
     ):
         # so that counting is out of the question
         with patched(pack("nodes.job"), COUNTING=1e9 if name == "uncounted" else 1e-3):
-            ended = run(prompt(picture, **asked))
+            file = BUNDLED if name == "bundled" else NOISY
+            ended = run(prompt(picture, {"model_name": file}, **asked))
         found[name] = {"end": ended["end"], "report": TAKEN.get("report", ended["message"])}
     return found
 

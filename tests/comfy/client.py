@@ -182,8 +182,8 @@ async def as_shipped(browser: Browser) -> dict:
 
 async def stopped(browser: Browser) -> dict:
     """Stop a run of about a minute, then run something small."""
-    await browser.upload("large.png", picture(400, 300))
-    ended = await browser.run(workflow(image={"image": "large.png"}, upscale={"steps": 30, "sampler_name": "heun"}), 2)
+    await browser.upload("large.png", picture(1000, 750))
+    ended = await browser.run(workflow(image={"image": "large.png"}), 2)
     after = await browser.run(workflow(upscale={"seed": 99}))
     return ended | {"after": after["end"], "results": await browser.results(after["id"])}
 

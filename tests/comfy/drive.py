@@ -22,6 +22,7 @@ FILES = ("cases_upscale", "cases_advanced", "cases_models", "cases_memory")  # i
 def main() -> None:
     asyncio.run(harness.load_core())
     harness.make_pictures()
+    harness.make_models()
     harness.comfy.utils.set_progress_bar_global_hook(harness.on_bar)
     for name in FILES:
         importlib.import_module(name)

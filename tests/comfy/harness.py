@@ -21,6 +21,7 @@ from typing import Any
 COMFYUI, BASE, FINDINGS = (Path(a).absolute() for a in sys.argv[1:4])
 PACK_DIR = next((BASE / "custom_nodes").iterdir())
 PACK = str(PACK_DIR).replace(".", "_x_")  # the name under which ComfyUI imports it
+BUNDLED, NOISY = "mini (bundled)", "noisy.safetensors"
 NETWORK: list[str] = []  # everything that was connected to or looked up
 CASES: dict[str, Callable[[], dict]] = {}
 
@@ -42,6 +43,7 @@ comfy.options.enable_args_parsing()
 import comfy.utils  # noqa: E402
 import execution  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 nodes = importlib.import_module("nodes")  # ComfyUI's nodes.py; a plain import would read as this pack's nodes/
 
@@ -164,11 +166,17 @@ def run(prompt: dict, before: Callable[[], None] | None = None) -> dict:
     }
 
 
+def make_models() -> None:
+    """NOISY: the bundled model's weights, sampled from noise in any number of steps, which the bundled one is not."""
+    path = BASE / "models" / "infdit" / NOISY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    defaults = {"steps": 1, "sampler": "euler", "sigma_max": 0.1, "sigma_min": 0.01}
+    metadata = {"config": json.dumps({"position_period": 1024}), "defaults": json.dumps(defaults)}
+    save_file(load_file(PACK_DIR / "infdit" / "weights" / "mini.safetensors"), path, metadata)
+
+
 def loader(**inputs: object) -> dict:
-    return {
-        "class_type": "InfDiTModelLoader",
-        "inputs": {"model_name": "mini (bundled)", "dtype": "fp32"} | inputs,
-    }
+    return {"class_type": "InfDiTModelLoader", "inputs": {"model_name": NOISY, "dtype": "fp32"} | inputs}
 
 
 def give(name: str) -> dict:

@@ -31,7 +31,7 @@ def test_model_folder_of_the_user_is_kept(inside: dict) -> None:
     found = inside["importing"]
     assert found["folders"] == ["elsewhere", "models/infdit"]
     assert found["extensions"] == [".odd", ".pt", ".safetensors"]
-    assert found["listed"] == ["mine.safetensors"]  # and not the note beside it
+    assert found["listed"] == ["mine.safetensors", "noisy.safetensors"]  # and not the note beside it
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_report_says_what_ran(inside: dict) -> None:
     found = inside["reports"]["plain"]
     lines = found["report"].splitlines()
     assert found["end"] == "success"
-    assert lines[:2] == ["10×12 to 40×48", "model: mini (bundled), float32 on cpu"]
+    assert lines[:2] == ["10×12 to 40×48", "model: noisy.safetensors, float32 on cpu"]
     assert lines[2].startswith("sampling: 3 steps of euler, noise ")
     assert lines[2].endswith(", seed 5")
     assert lines[3].startswith("plan: ")
@@ -148,6 +148,14 @@ def test_report_says_what_ran(inside: dict) -> None:
     assert re.fullmatch(r"time: [\d.]+ s a step, [\d.]+ s in all", lines[6])
     assert len(lines) == 7
     assert max(map(len, lines)) < 100
+
+
+def test_report_of_the_bundled_model(inside: dict) -> None:
+    """It starts without noise and gains nothing from a second step: both are said."""
+    lines = inside["reports"]["bundled"]["report"].splitlines()
+    assert lines[1].startswith("model: mini (bundled)")
+    assert lines[2] == "sampling: 1 step of euler; starts without noise: the seed changes nothing"
+    assert lines[-1] == "note: one step is all that this model gains from, so not the 4 asked for are taken"
 
 
 def test_report_of_several_pictures_within_a_budget(inside: dict) -> None:

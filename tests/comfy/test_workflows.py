@@ -180,7 +180,7 @@ def test_advanced_sampling(server: tuple[str, Path], picture: str) -> None:
     prompt = read(TWINS["advanced_sampling"])
     found = run(server[0], prompt, picture)
     assert found[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
-    assert "4 steps of euler" in found[node_id(prompt, "PreviewAny")]["text"]
+    assert "1 step of euler, noise 0.03 to 0.03" in found[node_id(prompt, "PreviewAny")]["text"]
 
 
 def test_workflow_saved_in_november_2026(server: tuple[str, Path], picture: str, clip_file: str) -> None:
@@ -190,7 +190,8 @@ def test_workflow_saved_in_november_2026(server: tuple[str, Path], picture: str,
     plot = sizes.pop("13")
     assert len(plot) == 1
     assert sizes == {"6": [(77, 51)], "12": [(60, 40)], "16": [(36, 24)], "18": [(77, 51)]}
-    assert "2 steps of dpmpp_2m" in found["7"]["text"]
+    assert "1 step of dpmpp_2m; starts without noise" in found["7"]["text"]
+    assert "not the 2 asked for are taken" in found["7"]["text"]
     assert "640×480 to 1870×1402" in found["14"]["text"]
 
 
