@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -39,6 +39,10 @@ class Conditioning:
     lr: Tensor
     lr_upscaled: Tensor
     clip_embedding: Tensor | None = None
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same with its pictures on a device."""
+        return replace(self, lr=self.lr.to(device), lr_upscaled=self.lr_upscaled.to(device))
 
 
 class Denoiser:

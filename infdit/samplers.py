@@ -50,20 +50,12 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return torch.cat((sigmas, sigmas.new_zeros(1))).float()
 
 
-def _steps(sigmas: Tensor, start: int) -> Iterator[tuple[int, float, float]]:
+def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
     """(i, σ_i, σ_{i+1}) as numbers, which scale a picture of any dtype and device without changing either."""
-    return ((i, now, following) for i, (now, following) in enumerate(pairwise(sigmas.tolist())) if i >= start)
+    return ((i, now, following) for i, (now, following) in enumerate(pairwise(sigmas.tolist())))
 
 
-def sample_euler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    callback: Callback | None = None,
-    *,
-    start: int = 0,
-    last: Tensor | None = None,
-) -> Tensor:
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method: n evaluations for n steps.
 
     Args (of all samplers):
@@ -71,26 +63,17 @@ def sample_euler(
         x: (B, 3, h, w), picture + σ_0·noise.
         sigmas: (n + 1,) falling noise levels, the last usually 0.
         callback: called after the first evaluation of each step with x, i, sigma, sigma_hat, denoised.
-        start, last: to go on at step `start` of a run, whose x this is; `last` is denoised of the step before.
     """
-    for i, sigma, following in _steps(sigmas, start):
+    for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
         x = x + (x - denoised) * ((following - sigma) / sigma)
     return x
 
 
-def sample_heun(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    callback: Callback | None = None,
-    *,
-    start: int = 0,
-    last: Tensor | None = None,
-) -> Tensor:
+def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """Heun's method, the paper's (Karras et al. 2022, algorithm 1): 2n − 1 evaluations, as the step to 0 is Euler's."""
-    for i, sigma, following in _steps(sigmas, start):
+    for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
         slope = (x - denoised) / sigma
@@ -102,22 +85,14 @@ def sample_heun(
     return x
 
 
-def sample_dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    callback: Callback | None = None,
-    *,
-    start: int = 0,
-    last: Tensor | None = None,
-) -> Tensor:
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2, data prediction; k-diffusion's form): n evaluations.
 
     In λ = −ln σ with h = λ_{i+1} − λ_i and r = h_last/h the exponential integrator's step is
     x ← σ_{i+1}/σ_i·x − (e^(−h) − 1)·((1 + 1/2r)·D_i − 1/2r·D_{i−1}); the first and the step to 0 are of first order.
     """
-    h_last = 0.0 if last is None else math.log(sigmas[start - 1].item() / sigmas[start].item())
-    for i, sigma, following in _steps(sigmas, start):
+    last, h_last = None, 0.0  # D_{i−1} and its h
+    for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
         h = math.log(sigma / following) if following > 0 else math.inf
@@ -149,21 +124,18 @@ class Method:
         sample: takes the arguments of `sample_euler`.
         evaluations: of a step; the step to 0 takes one.
         pictures: that it holds at most between two evaluations; evaluating: during one, with x and the result.
-        resumes: whether it takes `start` and `last`; looks_back: whether `last` matters to it.
     """
 
     sample: Sampler
     evaluations: int
     pictures: int
     evaluating: int
-    resumes: bool = True
-    looks_back: bool = False
 
 
 METHODS = {
     "heun": Method(sample_heun, 2, 6, 5),
     "euler": Method(sample_euler, 1, 4, 3),
-    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, 4, looks_back=True),
+    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, 4),
 }
 SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in METHODS.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from weakref import WeakSet
@@ -22,7 +23,7 @@ from .model import InfDiT
 from .planner import BudgetTooSmall, Request, free_bytes
 from .resample import conditioning_pictures
 from .run import OutOfMemory, Report, Run
-from .samplers import Callback, Method, State, evaluations, karras_sigmas, method_of
+from .samplers import Callback, Denoise, Method, State, evaluations, karras_sigmas, method_of
 from .tiers import Tier, tier
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,9 @@ def upscale(
     plan = plan or planner.within(budget)
     grid = planner.request.grid
     units = evaluations(method, sigmas) * model.config.num_layers * grid.blocks * len(image)
-    meter = _Meter(progress, units, target, callback)
-    run = Run(model, plan, device, planner.smaller, meter.advance, report or Report())
+    report = report or Report()
+    meter = _Meter(progress, units, target, callback, report.seconds)
+    run = Run(model, plan, device, planner.smaller, meter.advance, report)
     share = 1.0 if noise is not None else model.defaults.start_noise
     draws = _draws(seed, noise, share, (len(image), 3, grid.height, grid.width), run.around)
     return pictures(run, image, target, vectors, method, sigmas, draws, meter.step)
@@ -168,23 +170,28 @@ def pictures(
 
     def one(index: int, picture: Tensor, vector: Tensor | None) -> Tensor:
         """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
-        with tier(run.around):
-            picture = picture.detach().float().cpu().clamp(0, 1)
-            colour = visible_colour(picture) * 2 - 1
-            grey = run.keeps_grey and bool((colour == colour[:, :1]).all())
-            lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
-            del colour
-            start = [_start(up, sigmas[0], next(draws))]
         step: Callback = lambda state: callback({**state, "picture": index})  # noqa: E731 - as short as it is
-        y = run.sample(Conditioning(lr, up, vector), start, method, sigmas, step)
+        denoise, start, grey = prepare(picture, vector)
+        y = method.sample(denoise, start.pop(), sigmas, step)
         with tier(run.around):
             y = y[..., :height, :width].cpu()
             if grey:  # exactly, where a model of several channels is so only nearly
                 y = y.mean(1, keepdim=True).expand_as(y)
             result = (y / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
-                result = torch.cat((result, upscale_alpha(picture[..., 3:].movedim(-1, 1), target)), 1)
+                alpha = picture.detach().float().cpu().clamp(0, 1)[..., 3:]
+                result = torch.cat((result, upscale_alpha(alpha.movedim(-1, 1), target)), 1)
             return result.movedim(1, -1)
+
+    def prepare(picture: Tensor, vector: Tensor | None) -> tuple[Denoise, list[Tensor], bool]:
+        """denoise(x, σ), x to start from, in a list so that nobody else has it, and whether there is no colour."""
+        with tier(run.around):
+            colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
+            grey = run.keeps_grey and bool((colour == colour[:, :1]).all())
+            lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
+            del colour
+            start = [_start(up, sigmas[0], next(draws))]
+        return run.denoiser(Conditioning(lr, up, vector)), start, grey
 
     with tier(run.around):
         results = image.new_empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
@@ -279,7 +286,7 @@ def schedule(
 
 
 class _Meter:
-    """Turns "n blocks done" and "a step is done" into progress(done, total, preview)."""
+    """Turns "n blocks done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds."""
 
     def __init__(
         self,
@@ -287,9 +294,10 @@ class _Meter:
         total: int,
         size: tuple[int, int],
         callback: Callable[[PictureState], None] | None,
+        seconds: list[float],
     ) -> None:
         self._progress, self._total, self._size, self._callback = progress, total, size, callback
-        self._done = 0
+        self._done, self._seconds, self._began = 0, seconds, time.monotonic()
 
     def advance(self, done: int) -> None:
         self._done = done
@@ -297,6 +305,9 @@ class _Meter:
             self._progress(self._done, self._total, None)
 
     def step(self, state: PictureState) -> None:
+        now = time.monotonic()
+        self._seconds.append(now - self._began)
+        self._began = now
         if self._callback is not None:
             self._callback(state)
         if self._progress is not None:

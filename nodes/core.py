@@ -83,4 +83,4 @@ def core_method(sampler: CoreSampler, seed: int, kept: int) -> tuple[Method, str
 
     evaluations, between, during = WORKING[name]
     more = kept + (max(0, int(options.get("order", LMS_ORDER)) - LMS_ORDER) if name == "lms" else 0)
-    return Method(sample, evaluations, between + more, during + more, resumes=False), name
+    return Method(sample, evaluations, between + more, during + more), name
