@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
 
 from .clip import OpenCLIPMissingError
 from .device import out_of_memory
@@ -15,7 +19,7 @@ from .shell import benching, models, planning, upscaling
 from .shell.arguments import BAD_INPUT, Parser
 from .tensorfile import CheckpointError
 
-INTERRUPTED = 130  # exit status
+INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,12 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        status = command(options)
+        sys.stdout.flush()  # here, where what it says can still be told
+        return status
     except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # whoever read has read enough, like `head`
+        _let_go_of(sys.stdout)
+        return PIPE_CLOSED
     except OSError as error:
-        print(f"infdit: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
+        if error.filename is None:  # what was printed could not be written, to a full disk perhaps
+            _let_go_of(sys.stdout)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"infdit: {where}{error.strerror or error}; check the path", file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -42,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("infdit: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _let_go_of(stream: TextIO) -> None:
+    """Send what is still to be written nowhere: Python would try again at exit and complain."""
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

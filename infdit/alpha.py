@@ -23,9 +23,9 @@ def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
     picture is enlarged. A pyramid of alpha-weighted means is built and read back where alpha is 0 (push-pull).
 
     Args:
-        rgb: (B, 3, h, w); alpha: (B, 1, h, w) in 0..1.
+        rgb: (B, 3, h, w); alpha: (B, 1, h, w) in 0..1. A picture without any visible pixel stays as it is.
     """
-    if not (alpha == 0).any() or alpha.max() == 0:
+    if not (alpha == 0).any():
         return rgb
     means, weights = [rgb * alpha], [alpha]
     while max(means[-1].shape[-2:]) > 1:
@@ -34,7 +34,8 @@ def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
     for mean, weight in zip(means[-2::-1], weights[-2::-1], strict=True):
         coarse = F.interpolate(colour, size=mean.shape[-2:], mode="bilinear", align_corners=False)
         colour = torch.where(weight > 0, mean / weight, coarse)
-    return torch.where(alpha > 0, rgb, colour)
+    visible = alpha.amax((-2, -1), keepdim=True) > 0  # else there is nothing around, and 0/0 everywhere
+    return torch.where((alpha > 0) | ~visible, rgb, colour)
 
 
 def upscale_alpha(alpha: Tensor, size: tuple[int, int]) -> Tensor:

@@ -220,8 +220,9 @@ def convert(
     }
     _save(target, checkpoint.tensors, metadata | dict(note or {}), tally)
     if not checkpoint.clip and checkpoint.path.absolute() != target.absolute():
-        with suppress(OSError):
-            clip.unlink(missing_ok=True)  # that of another model would be taken for this one's
+        with suppress(OSError, CheckpointError):
+            if clip.exists() and read_tensors(clip).metadata.get("source") == CONVERTED:
+                clip.unlink()  # that of another model would be taken for this one's; what is not ours is not touched
     return [*written, target]
 
 

@@ -30,6 +30,16 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether two names mean one device: "cuda" is the current card."""
+    return _numbered(a) == _numbered(b)
+
+
+def _numbered(device: torch.device) -> tuple[str, int]:
+    current = torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else 0
+    return device.type, current if device.index is None else device.index
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device or the host has no memory left; PyTorch has no one type for that."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):

@@ -308,7 +308,9 @@ def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: tor
 
 def amount(count: int) -> str:
     """Bytes for people."""
-    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
+    if count < GIB / 10:
+        return f"{count / 2**20:.3g} MiB"
+    return f"{count / GIB:.3g} GiB" if count < 999.5 * GIB else f"{count / 2**40:.3g} TiB"
 
 
 def _largest(held: Footprint) -> str:

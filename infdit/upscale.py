@@ -17,6 +17,7 @@ from torch import Tensor
 from .alpha import upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
+from .device import same_device
 from .grid import BlockGrid
 from .memory import MemoryPlan, Weights
 from .model import InfDiT
@@ -213,7 +214,7 @@ class _Planner:
         noise_given: bool,
     ) -> None:
         # weights that are on an accelerator already stay there: they are not free, but part of this run
-        there = device.type != "cpu" and model.device.type == device.type
+        there = device.type != "cpu" and same_device(model.device, device)
         self._held = Weights.of(model.config, model.dtype).total if there else 0
         h, w, channels = image.shape[1:]
         self.request = Request(

@@ -57,9 +57,9 @@ class InfDiTCLIPLoader(io.ComfyNode):
         return clip_name is None or clip_name in clip_files() or missing_clip(clip_name)
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str) -> str:
-        """Changes when the file does, so that CLIP that was replaced is loaded again."""
-        return fingerprint(CLIP_FOLDERS, clip_name)
+    def fingerprint_inputs(cls, clip_name: str | None = None) -> str:
+        """Changes when the file does, so that CLIP that was replaced is loaded again. A link's name is not known."""
+        return "" if clip_name is None else fingerprint(CLIP_FOLDERS, clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:

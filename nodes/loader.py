@@ -52,9 +52,9 @@ class InfDiTModelLoader(io.ComfyNode):
         return model_name is None or model_name in model_files() or missing_model(model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, dtype: str) -> str:
-        """Changes when the file does, so that a model that was replaced is loaded again."""
-        return model_name if model_name == BUNDLED else fingerprint((FOLDER,), model_name)
+    def fingerprint_inputs(cls, model_name: str | None = None, **_: object) -> str:
+        """Changes when the file does, so that a model that was replaced is loaded again. A link's name is not known."""
+        return "" if model_name in (None, BUNDLED) else fingerprint((FOLDER,), model_name)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:

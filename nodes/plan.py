@@ -168,8 +168,12 @@ def foresee(request: Request, budget: int | None) -> Outlook:
         return Outlook(request, choose_plan(request, budget), room, host_room, budget, "")
     except BudgetTooSmall as error:
         refusal, least = str(error), error.least if error.tier == "device" else None
-    asked = least or (room if budget is None else min(budget, room))
-    return Outlook(request, request.plan(asked, sys.maxsize), room, host_room, budget, refusal)
+    asked = max(1, least or (room if budget is None else min(budget, room)))
+    try:
+        plan = request.plan(asked, sys.maxsize)
+    except BudgetTooSmall as error:  # it is not only the host that is too small
+        plan = request.plan(error.least, sys.maxsize)
+    return Outlook(request, plan, room, host_room, budget, refusal)
 
 
 def filling_words(filling: Filling) -> str:

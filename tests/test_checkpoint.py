@@ -462,9 +462,20 @@ def test_weights_that_overflow_a_dtype(tmp_path: Path) -> None:
 
 def test_convert_does_not_leave_the_clip_of_another_model(tmp_path: Path) -> None:
     old = tmp_path / "tiny.clip.safetensors"
-    old.write_bytes(b"of another model")
+    save_file({"visual.proj": torch.ones(4, 3)}, old, {"source": infdit.clip.CONVERTED})
     infdit.convert(PUBLISHED, tmp_path / "tiny.safetensors")
     assert not old.exists()
+
+
+def test_convert_leaves_what_it_did_not_write(tmp_path: Path) -> None:
+    """Another tool's file under the name that a CLIP model would have, and one that is no tensor file at all."""
+    mine = tmp_path / "tiny.clip.safetensors"
+    save_file({"visual.proj": torch.ones(4, 3)}, mine, {"source": "somebody else"})
+    for _ in range(2):
+        before = mine.read_bytes()
+        infdit.convert(PUBLISHED, tmp_path / "tiny.safetensors")
+        assert mine.read_bytes() == before
+        mine.write_bytes(b"notes")
 
 
 def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

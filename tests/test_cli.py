@@ -12,6 +12,7 @@ from conftest import DATA
 from PIL import Image
 
 from infdit.__main__ import main
+from infdit.planner import amount
 from infdit.shell.arguments import bytes_of
 
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
@@ -188,6 +189,38 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_amounts_of_memory(text: str, expected: int) -> None:
     assert bytes_of(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(2**20, "1 MiB"), (4 * 2**30, "4 GiB"), (999 * 2**30, "999 GiB"), (2**40, "1 TiB"), (1.2 * 2**40, "1.2 TiB")],
+)
+def test_amounts_for_people(count: float, said: str) -> None:
+    assert amount(int(count)) == said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
+def test_a_reader_who_has_read_enough() -> None:
+    """`| head` and the like: no complaint, and the status that a shell gives for it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "infdit", "plan", "4096x4096", "--budget", "2GiB", "--device", "cuda"]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_the_output() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "infdit", "plan", "4096x4096", "--budget", "2GiB", "--device", "cuda"]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[1]
+        )
+    assert done.returncode == 2
+    assert done.stderr == "infdit: No space left on device; check the path\n"
 
 
 def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

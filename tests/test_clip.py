@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -439,6 +440,21 @@ def test_the_known_file_gives_no_warning(
     path = save(tmp_path, tower_weights())
     monkeypatch.setitem(files.KNOWN, hashlib.sha256(path.read_bytes()).hexdigest(), "the one of this test")
     assert warnings_of(caplog, path) == []
+
+
+def test_a_file_is_hashed_once_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clip.bin"
+    path.write_bytes(b"a" * 100)
+    first = files._file_digest(path)
+    assert first == hashlib.sha256(b"a" * 100).hexdigest()
+    opened: list[Path] = []
+    original = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self) or original(self, *a, **k))
+    assert files._file_digest(path) == first
+    assert not opened
+    path.write_bytes(b"b" * 100)
+    os.utime(path, (1, 1))
+    assert files._file_digest(path) == hashlib.sha256(b"b" * 100).hexdigest()
 
 
 def test_known_digests_are_sha256_and_on_one_side_only() -> None:

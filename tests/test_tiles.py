@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +23,6 @@ from training.start import from_nothing
 CONFIG = InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=16, vector_dim=0, position_period=64)
 TINY = Recipe(crop=32, crops=4, parts=2, warmup=5, bridge=0.1, tiles=6)
 SIDE = 4 * tiles.SIDE
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def picture(seed: int, side: int = 300) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,15 +50,6 @@ def folder(tmp_path: Path) -> Path:
     for i, name in enumerate(("a_00", "a_v1", "b_00", "b_11", "c")):
         Image.fromarray(picture(i)).save(pictures / f"{name}.png")
     return pictures
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the command does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- pictures

@@ -13,7 +13,7 @@ from PIL import Image
 
 import infdit
 from infdit import MemoryPlan, upscale
-from infdit.alpha import fill_transparent
+from infdit.alpha import fill_transparent, visible_colour
 from infdit.model import InfDiT
 from infdit.upscale import schedule
 
@@ -158,6 +158,19 @@ def test_alpha_is_lanczos_and_colour_has_no_fringe(bundled: InfDiT) -> None:
     assert visible[:, 1:3].max() < 0.2
     dark = upscale(bundled, image[..., :3], 4.0)[0][result[0, ..., 3] > 0.02]
     assert (dark[:, 0] - 0.9).abs().max() > 0.3, "left as it is, black bleeds in"
+
+
+def test_a_picture_without_a_visible_pixel_in_a_batch(bundled: InfDiT) -> None:
+    """It stays as it is, whatever the others are: in colours, and so in what CLIP is told."""
+    image = picture(12, 10, channels=4, batch=3)
+    image[:, :4, :, 3] = 0
+    image[1, ..., 3] = 0
+    colour = visible_colour(image)
+    assert colour.isfinite().all()
+    assert torch.equal(colour[1], image[1, ..., :3].movedim(-1, 0))
+    for i in (0, 2):
+        assert torch.equal(colour[i : i + 1], visible_colour(image[i : i + 1]))
+    assert upscale(bundled, image, 2.0).isfinite().all()
 
 
 def test_fill_transparent() -> None:

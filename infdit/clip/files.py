@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -181,13 +181,20 @@ def _check_origin(path: Path, file: TensorFile, digest: str) -> None:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
+    """SHA-256 of a file, computed once for a file as it is: reading it whole takes longer than loading it."""
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+        stat = path.stat()
+        return _digest_of(path.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CheckpointError(
             path, f"cannot be opened ({error.strerror or error})", "check the path and its permissions"
         ) from error
+
+
+@cache
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -250,6 +250,8 @@ def plans_of_a_card() -> dict:
         ("little", gib // 2, 22 * gib, 64 * gib),
         ("too little", gib // 8, 22 * gib, 64 * gib),
         ("host too small", gib // 2, 22 * gib, 2 * gib),
+        ("both too small", gib // 8, 22 * gib, gib),
+        ("nothing free", None, -gib, gib),
     ):
         rooms = {"cuda": room, "cpu": host_room}
         with (

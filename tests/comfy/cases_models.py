@@ -96,7 +96,10 @@ def replaced() -> dict:
     asked = load_prompt(model_name=path.name)
     found = [run(asked)["ran"], run(asked)["ran"]]
     os.utime(path, (1, 1))
-    return {"ran": [*found, run(asked)["ran"], run(asked)["ran"]]}
+    found += [run(asked)["ran"], run(asked)["ran"]]
+    linked = load_prompt(model_name=["name", 0])
+    linked["name"] = {"class_type": "Say", "inputs": {"text": path.name}}
+    return {"ran": found, "linked": [run(linked)["ran"], run(linked)["ran"]]}
 
 
 @case

@@ -157,4 +157,8 @@ def test_plan_for_a_card_tells_of_both_memories(inside: dict) -> None:
     assert found["too little"]["totals"][0] > found["too little"]["limits"][0]
     assert found["host too small"]["totals"][1] > found["host too small"]["limits"][1] == 2 * GIB
     assert "of host memory" in found["host too small"]["verdict"]
+    for name in ("both too small", "nothing free"):  # red, with the least that would work, and not an error
+        assert not found[name]["fits"]
+        assert found[name]["verdict"].startswith("does not fit: ")
+        assert found[name]["totals"][0] > 0
     assert any(line.startswith("least possible: ") for line in found["automatic"]["alternatives"])

@@ -58,6 +58,7 @@ def test_name_may_come_by_a_link_and_stays_in_the_folder(inside: dict) -> None:
 
 
 def test_replaced_file_is_loaded_again(inside: dict) -> None:
+    assert ["loader" in ran for ran in inside["replaced"]["linked"]] == [True, False], "a name that comes by a link"
     loads = ["loader" in ran for ran in inside["replaced"]["ran"]]
     assert loads == [True, False, True, False]  # first; unchanged; newer; unchanged
 
