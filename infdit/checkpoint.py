@@ -1,7 +1,8 @@
 """Checkpoints: a published or converted file → InfDiT, and a published file → .safetensors.
 
-On disk the tensors have the published names and shapes, so one table serves the DeepSpeed .pt, our .safetensors and
-anybody else's copy. Every source key is mapped, dropped with a reason, or an error. All sizes are read from shapes.
+On disk the tensors have the published names and shapes, so one table (`names`) serves the DeepSpeed .pt, our
+.safetensors and anybody else's copy. Every source key is mapped, dropped with a reason, or an error. All sizes are
+read from shapes.
 """
 
 from __future__ import annotations
@@ -26,51 +27,11 @@ from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
 from .grid import SLOTS
 from .model import InfDiT
+from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
 from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
-
-# ---- the table: published name → (parameter of InfDiT, what becomes of the tensor)
-
-_Reshape = Callable[[Tensor], Tensor]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-_MIXIN = r"mixins\.adaln_layer\."
-_MAP: list[tuple[str, str, _Reshape]] = [
-    (r"mixins\.patch_embed\.proj\.weight", "patch_embed.weight", lambda t: t.flatten(1)),
-    (r"mixins\.patch_embed\.proj\.bias", "patch_embed.bias", _same),
-    (_MIXIN + r"proj_lr\.weight", "lr_embed.weight", lambda t: t.flatten(1)),
-    (_MIXIN + r"proj_lr\.bias", "lr_embed.bias", _same),
-    (r"time_embed\.mlp\.([02])\.(weight|bias)", r"noise_embed.\1.\2", _same),
-    (r"cond_embed\.map_vector\.([02])\.(weight|bias)", r"vector_embed.\1.\2", _same),
-    (_MIXIN + r"adaLN_modulations\.(\d+)\.1\.(weight|bias)", r"modulations.\1.\2", _same),
-    (_MIXIN + r"q_layer_norm\.(\d+)\.(weight|bias)", r"layers.\1.qk_norm.\2", _same),
-    (r"transformer\.layers\.(\d+)\.attention\.query_key_value\.(weight|bias)", r"layers.\1.qkv.\2", _same),
-    (r"transformer\.layers\.(\d+)\.attention\.dense\.(weight|bias)", r"layers.\1.out.\2", _same),
-    (r"transformer\.layers\.(\d+)\.mlp\.dense_h_to_4h\.(weight|bias)", r"layers.\1.mlp.0.\2", _same),
-    (r"transformer\.layers\.(\d+)\.mlp\.dense_4h_to_h\.(weight|bias)", r"layers.\1.mlp.2.\2", _same),
-    (_MIXIN + r"cross_attention\.(query|key_value)\.(weight|bias)", r"layers.0.cross.\1.\2", _same),
-    (_MIXIN + r"cross_attention\.dense\.(weight|bias)", r"layers.0.cross.out.\1", _same),
-    (_MIXIN + r"cross_q_ln\.(weight|bias)", r"layers.0.cross.query_norm.\1", _same),
-    (_MIXIN + r"cross_k_ln\.(weight|bias)", r"layers.0.cross.key_norm.\1", _same),
-    (_MIXIN + r"lr_(query|key)_position_embedding", r"layers.0.cross.\1_position", lambda t: t[0]),
-    (_MIXIN + r"post_cross_attention_layernorm\.(weight|bias)", r"layers.0.mlp_norm.\1", _same),
-    (r"mixins\.final_layer\.adaLN_modulation\.1\.(weight|bias)", r"head_modulation.\1", _same),
-    (r"mixins\.final_layer\.linear\.(weight|bias)", r"head.\1", _same),
-]
-_QKV_WEIGHT = r"transformer\.layers\.\d+\.attention\.query_key_value\.weight"
-_SLOT_EMBED = "mixins.adaln_layer.re_pos_embed"  # all layers in one tensor (L, 4, H, d)
-_DROP: list[tuple[str, str]] = [
-    (_MIXIN + r"rope\.freqs_(cos|sin)", "tables of rotary angles, which are computed"),
-    (_MIXIN + r"k_layer_norm\.\d+\.(weight|bias)", "never used: q_layer_norm serves the keys too"),
-    (r"transformer\.position_embeddings(\.weight)?", "never used: positions are rotary"),
-]
-
 
 _MAX_SIZE = 2**20  # of anything in a configuration: far beyond what exists, and safe to compute with
 _MAX_STEPS, _MAX_LAYERS = 10_000, 1024
@@ -113,12 +74,7 @@ class Checkpoint:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The parameters of `InfDiT` by their names there, as views of `tensors`."""
-        state = {f"layers.{i}.slot_embed": slots for i, slots in enumerate(self.tensors[_SLOT_EMBED])}
-        for name, tensor in self.tensors.items():
-            for pattern, target, reshape in _MAP:
-                if match := re.fullmatch(pattern, name):
-                    state[match.expand(target)] = reshape(tensor)
-        return state
+        return from_published(self.tensors)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -134,7 +90,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     dropped: dict[str, str] = {}
     unknown: list[str] = []
     for name, tensor in file.tensors.items():
-        reason = next((reason for pattern, reason in _DROP if re.fullmatch(pattern, name)), None)
+        reason = next((reason for pattern, reason in DROPPED if re.fullmatch(pattern, name)), None)
         if name.startswith(CHECKPOINT_PREFIX):
             clip_name = name.removeprefix(CHECKPOINT_PREFIX).removeprefix("model.")
             if clip_name in clip:
@@ -142,7 +98,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             clip[clip_name] = tensor
         elif reason is not None:
             dropped[name] = reason
-        elif name == _SLOT_EMBED or any(re.fullmatch(pattern, name) for pattern, _, _ in _MAP):
+        elif is_published(name):
             tensors[name] = tensor
         else:
             unknown.append(name)
@@ -257,10 +213,10 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
         return tuple(tensor.shape)
 
     stated = _json(path, file, "config")
-    num_layers, slots, num_heads, head_dim = shape(_SLOT_EMBED, 4)
-    layers = sum(re.fullmatch(_QKV_WEIGHT, name) is not None for name in file.tensors)
+    num_layers, slots, num_heads, head_dim = shape(SLOT_EMBED, 4)
+    layers = sum(re.fullmatch(QKV_WEIGHT, name) is not None for name in file.tensors)
     if (num_layers, slots) != (layers, len(SLOTS)) or layers > _MAX_LAYERS:
-        problem = f"has a {_SLOT_EMBED} for {slots} slots of {num_layers} layers, and {layers} layers"
+        problem = f"has a {SLOT_EMBED} for {slots} slots of {num_layers} layers, and {layers} layers"
         raise CheckpointError(path, problem, _WRONG_FILE)
     patch_size = shape("mixins.patch_embed.proj.weight", 4)[-1]
     block_tokens = shape("mixins.adaln_layer.lr_query_position_embedding", 4)[1]

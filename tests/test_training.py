@@ -425,11 +425,20 @@ def test_exported_weights_come_back(tmp_path: Path) -> None:
 # ---- validation
 
 
-def test_scores() -> None:
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.rand(3, 64, 64, generator=generator) - 0.5
-    # an offset of 8 grey levels everywhere: 20·log10(255/8), up to the rounding of the originals
-    assert validate.psnr(flat + 16 / 255, flat) == pytest.approx(30.07, abs=0.05)
-    assert validate.seam(flat, 4) == pytest.approx(1, abs=0.05)
-    cells = torch.rand(3, 16, 16, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2) - 0.5
-    assert validate.seam(flat + cells, 4) > 1.3
+def test_validation_is_by_the_scores_of_the_bench() -> None:
+    """Of a new bridge, which is the enlarged picture but for c_skip: by hand, from the crops."""
+    crops = data.centres([picture(i, 128) for i in range(2)], 64)
+    found = validate.validate(from_nothing(CONFIG, 0), crops, bridge=0.03)
+    skip = 0.25 / (0.03**2 + 0.25)
+
+    def luma(x: torch.Tensor) -> np.ndarray:
+        eight = ((x.clamp(-1, 1) + 1) * 127.5).round().double()
+        return (torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64) / 255 @ eight.flatten(1)).numpy() + 16
+
+    def loss(x: torch.Tensor, i: int) -> float:
+        inner = np.pad(np.ones((56, 56), bool), 4).ravel()
+        return float(((luma(x) - luma(crops.hr[i]))[inner] ** 2).mean())
+
+    expected = [10 * np.log10(loss(crops.up[i], i) / loss(skip * crops.up[i], i)) for i in range(2)]
+    assert found["gain"] == found["gain_0.03"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert {"patch_seam", "block_seam"} < found.keys()

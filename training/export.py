@@ -1,6 +1,6 @@
 """A trained model as a file of the library: published names, bf16, with configuration, defaults and provenance.
 
-The table is `infdit.checkpoint`'s, read backwards. How a model is best sampled is known only once it is trained:
+How a model is best sampled is known only once it is trained:
 `python -m training.export MODEL TARGET --steps 8 --sampler heun --sigma-max 1 --sigma-min 0.01` writes that in.
 """
 
@@ -9,68 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import infdit
-from infdit.config import LR_PATCH, InfDiTConfig, SamplingDefaults
+from infdit.config import InfDiTConfig, SamplingDefaults
+from infdit.names import to_published
 
 DEFAULTS = SamplingDefaults(steps=4, sampler="dpmpp_2m", sigma_max=1.0, sigma_min=0.01)
 KINDS = {"steps": int, "sampler": str, "sigma_max": float, "sigma_min": float, "start_noise": float, "most_steps": int}
-_MIXIN = "mixins.adaln_layer."
-_LAYER = "transformer.layers."
-_NAMES: list[tuple[str, str]] = [
-    (r"patch_embed\.(\w+)", r"mixins.patch_embed.proj.\1"),
-    (r"lr_embed\.(\w+)", _MIXIN + r"proj_lr.\1"),
-    (r"noise_embed\.(.+)", r"time_embed.mlp.\1"),
-    (r"vector_embed\.(.+)", r"cond_embed.map_vector.\1"),
-    (r"modulations\.(\d+)\.(\w+)", _MIXIN + r"adaLN_modulations.\1.1.\2"),
-    (r"layers\.(\d+)\.qk_norm\.(\w+)", _MIXIN + r"q_layer_norm.\1.\2"),
-    (r"layers\.(\d+)\.qkv\.(\w+)", _LAYER + r"\1.attention.query_key_value.\2"),
-    (r"layers\.(\d+)\.out\.(\w+)", _LAYER + r"\1.attention.dense.\2"),
-    (r"layers\.(\d+)\.mlp\.0\.(\w+)", _LAYER + r"\1.mlp.dense_h_to_4h.\2"),
-    (r"layers\.(\d+)\.mlp\.2\.(\w+)", _LAYER + r"\1.mlp.dense_4h_to_h.\2"),
-    (r"layers\.0\.cross\.(query|key_value)\.(\w+)", _MIXIN + r"cross_attention.\1.\2"),
-    (r"layers\.0\.cross\.out\.(\w+)", _MIXIN + r"cross_attention.dense.\1"),
-    (r"layers\.0\.cross\.(q|k)\w+_norm\.(\w+)", _MIXIN + r"cross_\1_ln.\2"),
-    (r"layers\.0\.cross\.(query|key)_position", _MIXIN + r"lr_\1_position_embedding"),
-    (r"layers\.0\.mlp_norm\.(\w+)", _MIXIN + r"post_cross_attention_layernorm.\1"),
-    (r"head_modulation\.(\w+)", r"mixins.final_layer.adaLN_modulation.1.\1"),
-    (r"head\.(\w+)", r"mixins.final_layer.linear.\1"),
-]
-
-
-def published(state: dict[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
-    """The parameters of `InfDiT` by published name and shape.
-
-    Raises:
-        ValueError: a parameter that the table does not know.
-    """
-    depth = config.num_layers
-    tensors = {_MIXIN + "re_pos_embed": torch.stack([state[f"layers.{i}.slot_embed"] for i in range(depth)])}
-    for name, tensor in state.items():
-        if name.endswith("slot_embed"):
-            continue
-        target = next((m.expand(to) for pattern, to in _NAMES if (m := re.fullmatch(pattern, name))), None)
-        if target is None:
-            raise ValueError(f"parameter {name} has no published name: add it to the table")
-        if name in ("patch_embed.weight", "lr_embed.weight"):
-            side = config.patch_size if name.startswith("patch") else LR_PATCH
-            tensor = tensor.unflatten(1, (-1, side, side))
-        tensors[target] = tensor[None] if target.endswith("position_embedding") else tensor
-    return tensors
 
 
 def export(
     path: Path, state: dict[str, Tensor], config: InfDiTConfig, provenance: str, defaults: SamplingDefaults = DEFAULTS
 ) -> None:
     """Write a .safetensors that `infdit.load_model` opens; it appears whole or not at all."""
-    tensors = published({k: v.detach().cpu().bfloat16().contiguous() for k, v in state.items()}, config)
+    tensors = to_published({k: v.detach().cpu().bfloat16().contiguous() for k, v in state.items()}, config)
     _write(path, tensors, {"config": json.dumps(asdict(config)), "provenance": provenance}, defaults)
 
 

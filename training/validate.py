@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infdit import Conditioning, MemoryPlan
+from infdit.bench import scores
 from infdit.denoiser import Denoiser
 from infdit.model import InfDiT
 
@@ -20,7 +21,6 @@ from .data import Crops
 SIGMAS = (1.0, 2.0, 5.0)
 BORDER = 4  # pixels that no score looks at
 NOISE_SEED = 1234
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def validate(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, float]:
@@ -31,17 +31,17 @@ def validate(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, floa
     generator = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.zeros(crops.hr.shape) if bridge else torch.randn(crops.hr.shape, generator=generator)
     sigmas = (bridge,) if bridge else SIGMAS
-    scores: dict[str, float] = {}
+    found: dict[str, float] = {}
     for sigma in sigmas:
         results = [_one_step(model, crops, noise, i, sigma) for i in range(len(noise))]
-        gains = [psnr(y, hr) - psnr(up, hr) for y, hr, up in zip(results, crops.hr, crops.up, strict=True)]
-        scores[f"gain_{sigma:g}"] = sum(gains) / len(gains)
+        triples = [tuple(map(luma, each)) for each in zip(results, crops.hr, crops.up, strict=True)]
+        gains = [scores.psnr(y, hr, BORDER) - scores.psnr(up, hr, BORDER) for y, hr, up in triples]
+        found[f"gain_{sigma:g}"] = sum(gains) / len(gains)
         if sigma == sigmas[len(sigmas) // 2]:
-            both = torch.stack(results), crops.hr
             for name, period in (("patch", model.config.patch_size), ("block", model.config.block_size)):
-                ours, theirs = (seam(x, period) for x in both)
-                scores[f"{name}_seam"] = ours / theirs
-    return {"gain": sum(scores[f"gain_{sigma:g}"] for sigma in sigmas) / len(sigmas), **scores}
+                ours, theirs = (sum(scores.seam(x[i], period) for x in triples) for i in (0, 1))
+                found[f"{name}_seam"] = ours / theirs
+    return {"gain": sum(found[f"gain_{sigma:g}"] for sigma in sigmas) / len(sigmas), **found}
 
 
 @torch.no_grad()
@@ -52,26 +52,6 @@ def _one_step(model: InfDiT, crops: Crops, noise: Tensor, i: int, sigma: float) 
     return denoise(up + sigma * noise[i : i + 1].to(device), sigma)[0].cpu()
 
 
-def luma(picture: Tensor) -> Tensor:
-    """(…, 3, h, w) in [-1, 1] → (…, h, w) in 0..255, rounded as a file is."""
-    eight = ((picture.clamp(-1, 1) + 1) * 127.5).round()
-    return (eight * torch.tensor(_LUMA)[:, None, None]).sum(-3)
-
-
-def psnr(picture: Tensor, original: Tensor) -> float:
-    """Of luma, in dB, without the border."""
-    inner = slice(BORDER, -BORDER)
-    error = (luma(picture) - luma(original))[..., inner, inner].square().mean().clamp_min(1e-4)
-    return float(10 * torch.log10(255**2 / error))
-
-
-def seam(picture: Tensor, period: int) -> float:
-    """Mean absolute luma gradient across the lines between cells of `period` pixels, over that everywhere else."""
-    y = luma(picture)
-    on = off = 0.0
-    for axis in (-1, -2):
-        steps = y.diff(dim=axis).abs().movedim(axis, -1).flatten(0, -2).mean(0)
-        line = torch.arange(1, len(steps) + 1) % period == 0
-        on += float(steps[line].mean())
-        off += float(steps[~line].mean())
-    return on / max(off, 1e-9)
+def luma(picture: Tensor) -> scores.Floats:
+    """(3, h, w) in [-1, 1] → (h, w), 16..235, rounded as a file is."""
+    return scores.luma(((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy())
