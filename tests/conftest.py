@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import infdit
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests run
 DATA = Path(__file__).parent / "data"
 # how a model is sampled that starts from noise and takes any number of steps, which the bundled one is not
 NOISY = infdit.SamplingDefaults(steps=1, sampler="euler", sigma_max=0.1, sigma_min=0.01)

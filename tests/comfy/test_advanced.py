@@ -85,7 +85,8 @@ def test_denoised_is_the_picture_without_the_noise_that_is_left(inside: dict) ->
     found = inside["denoised"]
     assert found["end"] == "success"
     assert found["shape"] == [2, 36, 48, 3]
-    assert found["denoised"] < 0.6 * found["noise left"]
+    assert found["denoised"] < 1e-5, "what the network said in the last step that was taken"
+    assert found["noise left"] > 0.001
     assert found["apart"] > 0.1  # a picture each, in their order
 
 
