@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
-from .grid import BlockGrid, Place
+from .grid import BlockGrid, BlockIndex, Geometry, Positions
 from .memory import MemoryPlan
 from .model import InfDiT
-from .tiers import Lane
-from .uniba import Geometry, Positions, Skip, callables, cut_windows, place, sweep
+from .offload import distribute_weights, prefetched_groups
+from .transfer import Transfer
+from .uniba import Skip, sweep
 
 SIGMA_DATA = 0.5
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Denoiser:
         model: the network.
         conditioning: of B pictures; they and x are on the device, or on the CPU if the plan has images on the host.
         plan: how the evaluation is cut and what is kept where; None: `MemoryPlan.default`.
-        positions, origin: see `uniba.Geometry`.
+        positions, origin: see `grid.Geometry`.
         progress: called with the number of blocks after each layer of a chunk.
         device: that computes; None: where the model is.
         skip: see `uniba.sweep`.
@@ -74,8 +75,8 @@ class Denoiser:
     ) -> None:
         self.conditioning, self.progress, self._skip = conditioning, progress, skip
         self.plan = plan or MemoryPlan.default(model.config)
-        self.lane = Lane(device or model.device)
-        self.model = place(model, self.plan, self.lane.device)
+        self.transfer = Transfer(device or model.device)
+        self.model = distribute_weights(model, self.plan, self.transfer.device)
         *_, h, w = conditioning.lr_upscaled.shape
         block = model.config.block_size
         if h % block or w % block:
@@ -105,56 +106,26 @@ class Denoiser:
         c_skip, c_out, c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
         up, lr = self.conditioning.lr_upscaled, self.conditioning.lr
         block, dtype = self.geometry.grid.block, self.model.dtype
-        canvas = _Canvas(self.geometry.grid, x)
+        canvas = Canvas(self.geometry.grid, x)
 
-        def read(places: Sequence[Place]) -> tuple[Tensor, Tensor]:
-            pixels = torch.cat((_cut(x, places, block), _cut(up, places, block).to(x.dtype)), 2)
+        def read(places: Sequence[BlockIndex]) -> tuple[Tensor, Tensor]:
+            pixels = torch.cat((cut(x, places, block), cut(up, places, block).to(x.dtype)), 2)
             windows = cut_windows(lr, places, block // LR_FACTOR)
             # published: c_in scales all six channels
             return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype))
 
-        def write(places: Sequence[Place], pixels: Tensor) -> None:
-            canvas.paste(places, c_skip * _cut(x, places, block) + c_out * pixels.to(x))
+        def write(places: Sequence[BlockIndex], pixels: Tensor) -> None:
+            canvas.paste(places, c_skip * cut(x, places, block) + c_out * pixels.to(x))
 
         modulations = self._modulations(sigma)
-        sweep(self.model, self.geometry, self.plan, self.lane, modulations, read, write, self.progress, self._skip)
+        sweep(self.model, self.geometry, self.plan, self.transfer, modulations, read, write, self.progress, self._skip)
         return canvas.image
 
     def _modulations(self, sigma: Tensor) -> tuple[list[Tensor], Tensor]:
-        linears = callables(([linear] for linear in self.model.modulations), self.plan, self.lane)
+        linears = prefetched_groups(([linear] for linear in self.model.modulations), self.plan, self.transfer)
         vector = self.conditioning.clip_embedding
-        c_noise = (sigma.log() / 4).to(self.lane.device)
+        c_noise = (sigma.log() / 4).to(self.transfer.device)
         return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor if self.plan.images == "device" else self.lane.fetch([tensor]).wait()[0]
-
-
-def _cut(image: Tensor, places: Sequence[Place], size: int) -> Tensor:
-    """Blocks of an image (B, c, h, w) → (B, n, c, size, size)."""
-    return torch.stack([image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in places], 1)
-
-
-class _Canvas:
-    """An image that is put together from chunks of blocks."""
-
-    def __init__(self, grid: BlockGrid, like: Tensor) -> None:
-        self._grid, self._like = grid, like
-        self._image: Tensor | None = None
-
-    @property
-    def image(self) -> Tensor:
-        assert self._image is not None, "a sweep writes every block"
-        return self._image
-
-    def paste(self, places: Sequence[Place], pixels: Tensor) -> None:
-        """Put a chunk of blocks (B, n, 3, size, size) in its place."""
-        grid, size = self._grid, self._grid.block
-        if len(places) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
-            order = "(r c)" if grid.by_rows else "(c r)"
-            self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
-            return
-        if self._image is None:
-            self._image = torch.empty_like(self._like)
-        for (r, c), block in zip(places, pixels.unbind(1), strict=True):
-            self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
+        return tensor if self.plan.images == "device" else self.transfer.copy_to_device([tensor]).wait()[0]

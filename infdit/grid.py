@@ -1,4 +1,4 @@
-"""A picture as a grid of blocks, and the order in which a sweep visits them. Integers only.
+"""A picture as a grid of blocks, the order in which a sweep visits them, and where their tokens lie. Integers only.
 
 Lines run along the short side, so that C, the blocks of a line, is small. A block's neighbours (upper-left, left,
 upper) then lie at most C + 1 places before it: that is all a sweep must remember (INFDIT.md section 7).
@@ -6,15 +6,18 @@ upper) then lie at most C + 1 places before it: that is all a sweep must remembe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from .config import InfDiTConfig
 
 Sweep = Literal["auto", "rows", "columns"]
-Place = tuple[int, int]  # row, column of a block
+Positions = Literal["continuous", "wrapped"]
+BlockIndex = tuple[int, int]  # row, column of a block
 
 # The blocks whose keys and values a block attends to, in the published order of the four slots: (up, left) steps.
-SLOTS: tuple[Place, ...] = ((0, 0), (1, 1), (0, 1), (1, 0))
+SLOTS: tuple[BlockIndex, ...] = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ class BlockGrid:
         """C, the blocks of a line."""
         return self.columns if self.by_rows else self.rows
 
-    def place(self, index: int) -> Place:
+    def coordinates(self, index: int) -> BlockIndex:
         """Row and column of the block that is visited at `index`."""
         line, along = divmod(index, self.line)
         return (line, along) if self.by_rows else (along, line)
 
-    def index(self, place: Place) -> int:
-        """When the block at (row, column) is visited: the inverse of `place`."""
+    def index(self, place: BlockIndex) -> int:
+        """When the block at (row, column) is visited: the inverse of `coordinates`."""
         row, column = place
         return row * self.line + column if self.by_rows else column * self.line + row
 
@@ -74,10 +77,64 @@ class BlockGrid:
         An index outside the picture is clamped to 0 on its axis, so a missing neighbour is a copy of the nearest
         block. Slots are chosen by geometry: where lines run down, upper and left lie the other way around in time.
         """
-        row, column = self.place(index)
+        row, column = self.coordinates(index)
         return tuple(self.index((max(row - up, 0), max(column - left, 0))) for up, left in SLOTS)
 
     def chunks(self, size: int) -> Iterator[range]:
         """All block indices in order, `size` at a time; the last chunk may be shorter."""
         for start in range(0, self.blocks, size):
             yield range(start, min(start + size, self.blocks))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where blocks lie and which rotary positions their tokens have (INFDIT.md section 5).
+
+    Attributes:
+        origin: (row, column) in patches of the grid's first patch: a crop of a larger picture has another than (0, 0).
+        positions: "wrapped" starts anew after every period as the published code does, so that at the seam a block
+            sees its neighbour at distance 1 − period instead of 1. "continuous" turns a key into the frame of the
+            block that reads it: the same up to the first seam, and no seam after it.
+    """
+
+    config: InfDiTConfig
+    grid: BlockGrid
+    positions: Positions = "continuous"
+    origin: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions {self.positions!r} must be one of {get_args(Positions)}")
+
+    def starts(self, place: BlockIndex) -> tuple[int, int]:
+        """(row, column) in patches of a block's first patch."""
+        side = self.config.block_side
+        return self.origin[0] + place[0] * side, self.origin[1] + place[1] * side
+
+    def token_positions(self, places: Sequence[BlockIndex]) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows and columns, each (n, side), at which the tokens of blocks are turned."""
+        period, side = self.config.position_period, self.config.block_side
+
+        def axis(start: int) -> list[int]:
+            if self.positions == "wrapped":
+                return [(start + i) % period for i in range(side)]  # published
+            return [start % period + i for i in range(side)]
+
+        starts = [self.starts(place) for place in places]
+        return [axis(row) for row, _ in starts], [axis(column) for _, column in starts]
+
+    def frame_shifts(self, index: int) -> list[tuple[int, int]]:
+        """By how many patches (row, column) the keys of each slot must still be moved for block `index` to read them.
+
+        Zero or one period back: a block just behind the seam reads keys that were turned just before it.
+        """
+        if self.positions == "wrapped":
+            return [(0, 0)] * 4
+        period = self.config.position_period
+        own = self.starts(self.grid.coordinates(index))
+        shifts: list[tuple[int, int]] = []
+        for neighbour in self.grid.neighbours(index):
+            theirs = self.starts(self.grid.coordinates(neighbour))
+            row, column = ((q % period - (q - k)) - k % period for q, k in zip(own, theirs, strict=True))
+            shifts.append((row, column))
+        return shifts

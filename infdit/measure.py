@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .tiers import Tier, current_tier
+from .transfer import Tier, current_tier
 
 
 class PeakMeter(TorchDispatchMode):

@@ -14,7 +14,7 @@ import torch
 from .config import LR_FACTOR, InfDiTConfig
 from .grid import BlockGrid, Sweep
 from .samplers import Method, method_of
-from .tiers import Tier, slab_bytes
+from .transfer import Tier, slab_bytes
 
 WeightsKept = Literal["resident", "streamed"]
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
@@ -210,7 +210,7 @@ def _given(height: int, width: int, batch: int, source: tuple[int, int, int] | N
 
 
 def _slabs(size: int, piece: int, one_memory: bool) -> int:
-    """Bytes of host memory that `tiers.HostMemory` takes for tensors of together `size`, each a `piece` at most."""
+    """Bytes of host memory that `transfer.HostMemory` takes for tensors of together `size`, each a `piece` at most."""
     slab = slab_bytes(piece)
     return size if one_memory else -(-size // (slab - piece)) * slab
 

@@ -16,7 +16,7 @@ from .config import InfDiTConfig
 from .grid import BlockGrid
 from .memory import FLOAT32, Footprint, MemoryPlan, Weights, WeightsKept, footprint, workspace
 from .samplers import Method
-from .tiers import Tier
+from .transfer import Tier
 
 GIB = 2**30
 CPU = torch.device("cpu")

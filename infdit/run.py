@@ -19,10 +19,11 @@ from .denoiser import Conditioning, Denoiser
 from .device import out_of_host_memory, out_of_memory
 from .memory import MemoryPlan
 from .model import InfDiT
+from .offload import distribute_weights
 from .planner import amount
 from .samplers import Denoise
-from .tiers import Tier
-from .uniba import Skip, place
+from .transfer import Tier
+from .uniba import Skip
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Run:
 
     @property
     def keeps_grey(self) -> bool:
-        """Whether a picture without colour must come back without any: a bridge invents nothing, colour neither."""
+        """Whether what has no colour must come back without any: a bridge invents nothing, colour neither."""
         return self._model.defaults.start_noise == 0
 
     @property
@@ -134,7 +135,7 @@ class Run:
         return denoise
 
     def _make(self, conditioning: Conditioning) -> Denoiser:
-        self._placed = self._placed or place(self._model, self.plan, self.device)
+        self._placed = self._placed or distribute_weights(self._model, self.plan, self.device)
         return Denoiser(
             self._placed, conditioning, self.plan, progress=self._advance, device=self.device, skip=self._skip
         )

@@ -25,12 +25,13 @@ from .planner import BudgetTooSmall, Request, free_bytes
 from .resample import conditioning_pictures
 from .run import OutOfMemory, Report, Run
 from .samplers import Callback, Denoise, Method, State, evaluations, karras_sigmas, method_of
-from .tiers import Tier, tier
+from .transfer import Tier, tier
 
 log = logging.getLogger(__name__)
 
 MAX_SCALE = 4  # what Inf-DiT was trained for
 PREVIEW_SIDE = 512  # pixels
+GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
 Preview = Callable[[], Tensor]
@@ -176,19 +177,19 @@ def pictures(
         y = method.sample(denoise, start.pop(), sigmas, step)
         with tier(run.around):
             y = y[..., :height, :width].cpu()
-            if grey:  # exactly, where a model of several channels is so only nearly
-                y = y.mean(1, keepdim=True).expand_as(y)
+            if grey is not None:
+                take_colour(y, grey)
             result = (y / 2 + 0.5).clamp_(0, 1)
             if picture.shape[-1] == 4:
                 alpha = picture.detach().float().cpu().clamp(0, 1)[..., 3:]
                 result = torch.cat((result, upscale_alpha(alpha.movedim(-1, 1), target)), 1)
             return result.movedim(1, -1)
 
-    def prepare(picture: Tensor, vector: Tensor | None) -> tuple[Denoise, list[Tensor], bool]:
-        """denoise(x, σ), x to start from, in a list so that nobody else has it, and whether there is no colour."""
+    def prepare(picture: Tensor, vector: Tensor | None) -> tuple[Denoise, list[Tensor], Tensor | None]:
+        """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
         with tier(run.around):
             colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
-            grey = run.keeps_grey and bool((colour == colour[:, :1]).all())
+            grey = without_colour(colour) if run.keeps_grey else None
             lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
             del colour
             start = [_start(up, sigmas[0], next(draws))]
@@ -199,6 +200,21 @@ def pictures(
     for i, picture in enumerate(image.split(1)):
         results[i : i + 1] = one(i, picture, None if vectors is None else vectors[i])
     return results
+
+
+def without_colour(colour: Tensor) -> Tensor | None:
+    """(1, 3, h, w) → (1, 1, h, w), true where R = G = B as far as GREY_REACH pixels around; None if that is nowhere."""
+    coloured = (colour.amax(1, keepdim=True) != colour.amin(1, keepdim=True)).float()
+    grey = F.max_pool2d(coloured, 2 * GREY_REACH + 1, 1, GREY_REACH) == 0
+    return grey if grey.any() else None
+
+
+def take_colour(y: Tensor, grey: Tensor) -> None:
+    """Make (1, 3, H, W) exactly grey, in place, where the picture it is made of is, which a network is only nearly."""
+    where = F.interpolate(grey.float(), y.shape[-2:], mode="nearest")[:, 0] > 0
+    mean = y.mean(1)
+    for channel in y.unbind(1):
+        channel.copy_(torch.where(where, mean, channel))
 
 
 class _Planner:

@@ -18,15 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from .config import LR_FACTOR, InfDiTConfig
-from .grid import BlockGrid
+from .grid import BlockGrid, Geometry
 from .measure import PeakMeter
 from .memory import MemoryPlan
 from .model import InfDiT
+from .offload import is_streamed
 from .planner import Request
 from .run import Report, Run
 from .samplers import karras_sigmas, method_of
-from .tiers import Tier
-from .uniba import Geometry, Skip, streams
+from .transfer import Tier
+from .uniba import Skip
 from .upscale import pictures
 
 ACCELERATOR = "lazy:0"  # a device that PyTorch knows and that nobody has: only fake tensors can be on it
@@ -69,7 +70,7 @@ def counted_peak(request: Request, plan: MemoryPlan, whole: bool = False) -> dic
         held: dict[Tier, list[Tensor]] = {"device": [], "host": []}
         if request.one_memory:  # else they are copied to where they are wanted
             for name, parameter in model.named_parameters():
-                held["host" if streams(plan, name) else "device"].append(parameter)
+                held["host" if is_streamed(plan, name) else "device"].append(parameter)
         with PeakMeter(held, device) as meter:
             draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(request.batch))
             pictures(run, image, target, None, method_of(request.sampler), sigmas, draws, lambda state: None)

@@ -135,5 +135,8 @@ def test_grey_stays_grey(bridge: InfDiT) -> None:
     assert result.std() > 0.01
     coloured = grey.clone()
     coloured[0, 3, 3, 0] += 0.1
-    result = upscale(bridge, coloured)
-    assert (result.amax(-1) != result.amin(-1)).any(), "one coloured pixel, and the model is free"
+    result = upscale(bridge, coloured)[0]
+    tint = result.amax(-1) - result.amin(-1)
+    assert (tint[:28, :28] > 0).any(), "near a coloured pixel the model is free"
+    assert (tint[32:] == 0).all(), "and nowhere else"
+    assert (tint[:, 32:] == 0).all()

@@ -13,7 +13,7 @@ from infdit import Conditioning, Denoiser, InfDiTConfig, MemoryPlan
 from infdit.measure import PeakMeter
 from infdit.memory import Footprint, Weights, footprint
 from infdit.model import InfDiT
-from infdit.tiers import tier
+from infdit.transfer import tier
 
 MIB = 2**20
 SLACK = 16 * MIB

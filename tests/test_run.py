@@ -166,7 +166,7 @@ def test_a_full_host_is_not_answered_with_a_plan_that_takes_more_of_it(
         raise error
 
     run = Run(mini, MemoryPlan(images="host"), torch.device("cuda"), shrink, lambda done: None, Report())
-    monkeypatch.setattr("infdit.run.place", fail)
+    monkeypatch.setattr("infdit.run.distribute_weights", fail)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     lr = torch.zeros(1, 3, 8, 8)
     with pytest.raises(OutOfMemory, match=r"^the computer's own memory is full" if full else r"^no smaller plan"):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from infdit import InfDiTConfig, MemoryPlan, tiers, verify
+from infdit import InfDiTConfig, MemoryPlan, transfer, verify
 from infdit.planner import Request
 
 HOST, COMPUTE, COPY = "host", "compute", "copy"
@@ -191,13 +191,13 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Agents:
         finally:
             found.current = before
 
-    original = tiers.Lane.__init__
+    original = transfer.Transfer.__init__
 
-    def lane(self: tiers.Lane, device: torch.device) -> None:
+    def made(self: transfer.Transfer, device: torch.device) -> None:
         original(self, device)
         self._stream = streams[COPY]  # type: ignore[assignment]
 
-    monkeypatch.setattr(tiers.Lane, "__init__", lane)
+    monkeypatch.setattr(transfer.Transfer, "__init__", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", using)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[found.current])
@@ -248,14 +248,14 @@ def unfinished(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers of a chunk the card may still have to do, each time the bar moves and a stop is obeyed."""
     ends: list[int] = []
     found: list[int] = []
-    original = tiers.Lane.pace
+    original = transfer.Transfer.throttle
 
-    def pace(lane: tiers.Lane) -> None:
+    def throttle(self: transfer.Transfer) -> None:
         ends.append(agents.clocks[COMPUTE][COMPUTE])
-        original(lane)
+        original(self)
         found.append(sum(end > agents.clocks[HOST][COMPUTE] for end in ends))
 
-    monkeypatch.setattr(tiers.Lane, "pace", pace)
+    monkeypatch.setattr(transfer.Transfer, "throttle", throttle)
     watch(agents, monkeypatch, MemoryPlan(3, 2))
     return found
 

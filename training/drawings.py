@@ -30,7 +30,8 @@ def draw(side: int, rng: np.random.Generator) -> np.ndarray:
 def _colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
     """Background and ink: half the time black on white or white on black, else colours, pure ones among them."""
     pair = ((255, 255, 255), (0, 0, 0)) if rng.random() < 0.5 else (_colour(rng), _colour(rng))
-    return pair if rng.random() < 0.7 else pair[::-1]
+    background, ink = pair
+    return (background, ink) if rng.random() < 0.7 else (ink, background)
 
 
 def _colour(rng: np.random.Generator) -> Colour:

@@ -52,8 +52,8 @@ def from_nothing(config: InfDiTConfig, seed: int) -> InfDiT:
                 parameter.zero_()
         _equalise(model.patch_embed, config.patch_size, RISE)
         _equalise(model.lr_embed, LR_PATCH, LR_RISE)
-        for index, layer in enumerate(model.layers[: max(1, config.num_layers - FREE)]):
-            if config.head_dim >= 8:
+        for index, layer in enumerate(model.layers):
+            if isinstance(layer, Layer) and index < max(1, config.num_layers - FREE) and config.head_dim >= 8:
                 _look_around(layer, config, index)
         for module in model.modules():
             if isinstance(module, LRCrossAttention):
@@ -98,8 +98,8 @@ def _look_at_nearest(cross: LRCrossAttention, config: InfDiTConfig) -> None:
     near = torch.where(patches - own < 0.5, -1.0, 1.0)
     for head in range(config.num_heads):
         rows, columns = ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1), (-1, 1), (1, -1), (-1, -1))[head % 9]
-        places = ((own + near * steps + 0.5) / tokens for steps in (rows, columns))
-        cross.query_position[:, head] = _features(*places, config.head_dim)
+        down, right = ((own + near * steps + 0.5) / tokens for steps in (rows, columns))
+        cross.query_position[:, head] = _features(down, right, config.head_dim)
     for norm in (cross.query_norm, cross.key_norm):
         norm.weight.fill_(CONTENT)
 

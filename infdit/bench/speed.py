@@ -20,7 +20,7 @@ from ..grid import BlockGrid
 from ..memory import MemoryPlan
 from ..model import InfDiT
 from ..planner import GIB, CostModel, Request, amount, seconds_per_evaluation
-from ..tiers import Lane
+from ..transfer import Transfer
 
 SIGMA = 1.0
 MATRIX = 4096  # rows of the product that shows how much arithmetic a device does
@@ -140,7 +140,7 @@ def bus(device: torch.device) -> float | None:
     """Bytes a second from the host to the device; None where they are one memory."""
     if device.type == "cpu":
         return None
-    source = Lane(device).host(COPIED).empty((COPIED,), torch.uint8)
+    source = Transfer(device).host(COPIED).empty((COPIED,), torch.uint8)
     return COPIED / min(_seconds(lambda: source.to(device, non_blocking=True), device) for _ in range(4))
 
 

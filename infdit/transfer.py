@@ -1,4 +1,4 @@
-"""Two tiers of memory, device and host, and the lane between them.
+"""Two tiers of memory, device and host, and the transfers between them.
 
 On CUDA weights and hidden states on the host are pinned and their copies run beside the arithmetic, on a stream of
 their own; pictures are copied when a chunk of them is needed, and the arithmetic waits. Elsewhere a copy
@@ -38,7 +38,7 @@ def current_tier() -> Tier | None:
     return _tier.get()
 
 
-class Lane:
+class Transfer:
     """Copies between the host and one device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -55,25 +55,25 @@ class Lane:
         with tier("device"):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
-    def upload(self, numbers: Sequence[object]) -> Tensor:
+    def to_device(self, numbers: Sequence[object]) -> Tensor:
         """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
         tensor = torch.tensor(numbers)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self._stream else tensor.to(self.device)
 
-    def fetch(self, tensors: Sequence[Tensor]) -> Fetch:
+    def copy_to_device(self, tensors: Sequence[Tensor]) -> PendingCopy:
         """Begin to copy tensors from the host to the device."""
         with tier("device"):
             if self._stream is None:
-                return Fetch([tensor.to(self.device, copy=True) for tensor in tensors])
+                return PendingCopy([tensor.to(self.device, copy=True) for tensor in tensors])
             # not before the arithmetic that is queued now: what it writes may be what is fetched
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
-            return Fetch(copies, arrived)
+            return PendingCopy(copies, arrived)
 
-    def store(self, source: Tensor, target: Tensor) -> None:
+    def copy_to_host(self, source: Tensor, target: Tensor) -> None:
         """Begin to copy a tensor of the device, all of whose arithmetic is queued, into one of the host."""
         if self._stream is None:
             target.copy_(source)
@@ -83,7 +83,7 @@ class Lane:
             target.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
 
-    def pace(self) -> None:
+    def throttle(self) -> None:
         """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""
         if self._stream is not None:
             if self._last is not None:
@@ -91,7 +91,7 @@ class Lane:
             self._last = torch.cuda.Event()
             self._last.record(torch.cuda.current_stream(self.device))
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device has done all that is queued: what was freed can then be used again."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).synchronize()
@@ -135,7 +135,7 @@ def slab_bytes(piece: int) -> int:
     return 2 ** math.ceil(math.log2(8 * max(piece, ALIGNMENT)))
 
 
-class Fetch:
+class PendingCopy:
     """Copies under way to the device."""
 
     def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None = None) -> None:
