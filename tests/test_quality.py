@@ -228,7 +228,8 @@ def table(text: str) -> dict[str, dict[str, str]]:
 
 def test_command(tmp_path: Path, noisy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photograph(tmp_path / "a.png", (72, 67))
-    options = ["--model", str(noisy_file), "--steps", "1,2", "--sampler", "heun", "--device", "cpu", "--each"]
+    options = ["--model", str(noisy_file), "--steps", "1,2", "--sampler", "heun", "--sigma-max", "0.03"]
+    options += ["--device", "cpu", "--each"]
     assert main(["bench", "--quality", str(tmp_path), *options]) == 0
     out, err = capsys.readouterr()
     assert "100%" in err
