@@ -116,8 +116,8 @@ def prefetched_groups(
     for group in groups:
         ahead.append([(module, transfer.copy_to_device(list(module.parameters()))) for module in group])
         if len(ahead) == 2:
-            yield [partial(_call_with, module, fetch.wait()) for module, fetch in ahead.popleft()]
-    yield [partial(_call_with, module, fetch.wait()) for module, fetch in ahead.popleft()]
+            yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+    yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
 
 
 def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> Tensor:

@@ -115,6 +115,7 @@ class Run:
         del conditioning
 
         def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
+            """D(x; σ), under a smaller plan each time that memory runs out."""
             nonlocal denoiser
             before = self._done
             while True:

@@ -251,9 +251,9 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
     held: list[weakref.ref] = []
     original = infdit.uniba.KVRing.share
 
-    def share(self: object, visit: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    def share(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
         held.extend((weakref.ref(k), weakref.ref(v)))
-        return original(self, visit, k, v)
+        return original(self, chunk, k, v)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infdit.uniba.KVRing, "share", share)
