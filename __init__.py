@@ -6,4 +6,4 @@ import sys
 WEB_DIRECTORY = "./web"  # docs/<node id>.md there is a node's help page
 
 if "folder_paths" in sys.modules:  # inside ComfyUI; pytest, too, imports this file, as the package around tests/
-    from .nodes import comfy_entrypoint as comfy_entrypoint
+    from .nodes.extension import comfy_entrypoint as comfy_entrypoint

@@ -1,4 +1,4 @@
-"""The shell: `python -m infdit upscale | plan | convert | info | bench`."""
+"""The shell: `python -m infdit upscale | plan | convert | info`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from .cli import BAD_INPUT, Parser, models, plan, upscale
 from .clip import OpenCLIPMissingError
 from .device import out_of_memory
-from .run import OutOfMemory
-from .shell import benching, models, planning, upscaling
-from .shell.arguments import BAD_INPUT, Parser
+from .memory.planner import OutOfMemory
 from .tensorfile import CheckpointError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"infdit: {error if isinstance(error, OutOfMemory) else upscaling.OUT_OF_MEMORY}", file=sys.stderr)
+        print(f"infdit: {error if isinstance(error, OutOfMemory) else upscale.OUT_OF_MEMORY}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("infdit: interrupted", file=sys.stderr)
@@ -66,7 +65,7 @@ def _let_go_of(stream: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="infdit", description="Upscale pictures to any resolution with Inf-DiT.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for command in (upscaling, planning, models, benching):
+    for command in (upscale, plan, models):
         command.add(commands)
     return parser
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from .grid import BlockGrid, BlockIndex
 
 
-def cut(image: Tensor, places: Sequence[BlockIndex], size: int) -> Tensor:
+def cut(image: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
     """Blocks of an image (B, c, h, w) → (B, n, c, size, size)."""
-    return torch.stack([image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in places], 1)
+    return torch.stack([image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in coordinates], 1)
 
 
 class Canvas:
@@ -29,32 +29,23 @@ class Canvas:
         assert self._image is not None, "a sweep writes every block"
         return self._image
 
-    def paste(self, places: Sequence[BlockIndex], pixels: Tensor) -> None:
-        """Put a chunk of blocks (B, n, 3, size, size) in its place."""
+    def paste(self, coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
+        """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
         grid, size = self._grid, self._grid.block
-        if len(places) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
+        if len(coordinates) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
             order = "(r c)" if grid.by_rows else "(c r)"
             self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
         if self._image is None:
             self._image = torch.empty_like(self._like)
-        for (r, c), block in zip(places, pixels.unbind(1), strict=True):
+        for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
             self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
 
 
-def inside(grid: BlockGrid, places: Sequence[BlockIndex]) -> list[list[list[bool]]]:
-    """(n, 3, 3): which of the 3×3 blocks around each place lie in the picture."""
-    near = (-1, 0, 1)
-    return [
-        [[0 <= row + r < grid.rows and 0 <= column + c < grid.columns for c in near] for r in near]
-        for row, column in places
-    ]
-
-
-def cut_windows(lr: Tensor, places: Sequence[BlockIndex], size: int) -> Tensor:
-    """The 3×3 blocks of `size` pixels of `lr` around each place, (B, n, 3, w, w); zeros outside."""
+def cut_windows(lr: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
+    """The 3×3 blocks of `size` pixels of `lr` around each block, (B, n, 3, w, w); zeros outside."""
     windows: list[Tensor] = []
-    for row, column in places:
+    for row, column in coordinates:
         above, before = (1 - min(row, 1)) * size, (1 - min(column, 1)) * size  # pixels that lie outside
         top, left = (row - 1) * size + above, (column - 1) * size + before
         cut = lr[..., top : (row + 2) * size, left : (column + 2) * size]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .clip import CHECKPOINT_PREFIX, CONVERTED
+from .clip.loader import CHECKPOINT_PREFIX, CONVERTED
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
 from .grid import SLOTS

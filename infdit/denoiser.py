@@ -17,11 +17,10 @@ from torch import Tensor
 from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
 from .grid import BlockGrid, BlockIndex, Geometry, Positions
-from .memory import MemoryPlan
+from .memory.offload import Offloader, distribute_weights
+from .memory.plan import MemoryPlan
 from .model import InfDiT
-from .offload import distribute_weights, prefetched_groups
-from .transfer import Transfer
-from .uniba import Skip, sweep
+from .uniba import sweep
 
 SIGMA_DATA = 0.5
 log = logging.getLogger(__name__)
@@ -54,9 +53,8 @@ class Denoiser:
         conditioning: of B pictures; they and x are on the device, or on the CPU if the plan has images on the host.
         plan: how the evaluation is cut and what is kept where; None: `MemoryPlan.default`.
         positions, origin: see `grid.Geometry`.
-        progress: called with the number of blocks after each layer of a chunk.
-        device: that computes; None: where the model is.
-        skip: see `uniba.sweep`.
+        progress: is called with the number of blocks after each layer of a chunk.
+        device: what computes; None: where the model is.
 
     Raises:
         ValueError: shapes that do not fit the model or each other.
@@ -71,12 +69,11 @@ class Denoiser:
         origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None,
         device: torch.device | None = None,
-        skip: Skip | None = None,
     ) -> None:
-        self.conditioning, self.progress, self._skip = conditioning, progress, skip
+        self.conditioning, self.progress = conditioning, progress
         self.plan = plan or MemoryPlan.default(model.config)
-        self.transfer = Transfer(device or model.device)
-        self.model = distribute_weights(model, self.plan, self.transfer.device)
+        self.offload = Offloader(self.plan, device or model.device)
+        self.model = distribute_weights(model, self.plan, self.offload.transfer.device)
         *_, h, w = conditioning.lr_upscaled.shape
         block = model.config.block_size
         if h % block or w % block:
@@ -89,7 +86,8 @@ class Denoiser:
         if vector is not None and width and vector.shape != (batch, width):
             raise ValueError(f"clip_embedding of shape {tuple(vector.shape)} must be {(batch, width)}")
         grid = BlockGrid.covering(h, w, block, self.plan.sweep)
-        self.geometry = Geometry(model.config, grid, positions, origin)
+        config = model.config
+        self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """D(x; σ), like x, for x (B, 3, h, w) of float32 or float64 and sigma 0-d or (B,), above 0."""
@@ -108,24 +106,24 @@ class Denoiser:
         block, dtype = self.geometry.grid.block, self.model.dtype
         canvas = Canvas(self.geometry.grid, x)
 
-        def read(places: Sequence[BlockIndex]) -> tuple[Tensor, Tensor]:
-            pixels = torch.cat((cut(x, places, block), cut(up, places, block).to(x.dtype)), 2)
-            windows = cut_windows(lr, places, block // LR_FACTOR)
+        def read(coordinates: Sequence[BlockIndex]) -> tuple[Tensor, Tensor]:
+            pixels = torch.cat((cut(x, coordinates, block), cut(up, coordinates, block).to(x.dtype)), 2)
+            windows = cut_windows(lr, coordinates, block // LR_FACTOR)
             # published: c_in scales all six channels
             return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype))
 
-        def write(places: Sequence[BlockIndex], pixels: Tensor) -> None:
-            canvas.paste(places, c_skip * cut(x, places, block) + c_out * pixels.to(x))
+        def write(coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
+            canvas.paste(coordinates, c_skip * cut(x, coordinates, block) + c_out * pixels.to(x))
 
         modulations = self._modulations(sigma)
-        sweep(self.model, self.geometry, self.plan, self.transfer, modulations, read, write, self.progress, self._skip)
+        sweep(self.model, self.geometry, self.offload, modulations, read, write, self.progress)
         return canvas.image
 
     def _modulations(self, sigma: Tensor) -> tuple[list[Tensor], Tensor]:
-        linears = prefetched_groups(([linear] for linear in self.model.modulations), self.plan, self.transfer)
+        linears = self.offload.ready([linear] for linear in self.model.modulations)
         vector = self.conditioning.clip_embedding
-        c_noise = (sigma.log() / 4).to(self.transfer.device)
+        c_noise = (sigma.log() / 4).to(self.offload.transfer.device)
         return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor if self.plan.images == "device" else self.transfer.copy_to_device([tensor]).wait()[0]
+        return tensor if self.plan.images == "device" else self.offload.transfer.copy_to_device([tensor]).wait()[0]

@@ -1,9 +1,12 @@
-"""Which device and dtype to use when nobody says."""
+"""Which device and dtype to use when nobody says, and what allocators do."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+SLAB_ALIGNMENT = 512  # bytes, at which pieces of a slab begin
 _NO_HOST_MEMORY = "can't allocate memory"  # as PyTorch's allocator for the CPU says it
 
 
@@ -51,3 +54,8 @@ def out_of_host_memory(error: BaseException) -> bool:
     """Whether it is the host that has none left."""
     python = isinstance(error, MemoryError) and not isinstance(error, torch.cuda.OutOfMemoryError)
     return python or _NO_HOST_MEMORY in str(error)
+
+
+def slab_bytes(piece: int) -> int:
+    """The power of two that holds at least eight pieces: a slab of pinned memory."""
+    return 2 ** math.ceil(math.log2(8 * max(piece, SLAB_ALIGNMENT)))

@@ -1,7 +1,7 @@
 """A picture as a grid of blocks, the order in which a sweep visits them, and where their tokens lie. Integers only.
 
 Lines run along the short side, so that C, the blocks of a line, is small. A block's neighbours (upper-left, left,
-upper) then lie at most C + 1 places before it: that is all a sweep must remember (INFDIT.md section 7).
+upper) then lie at most C + 1 coordinates before it: that is all a sweep must remember.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-from .config import InfDiTConfig
 
 Sweep = Literal["auto", "rows", "columns"]
 Positions = Literal["continuous", "wrapped"]
@@ -66,9 +64,9 @@ class BlockGrid:
         line, along = divmod(index, self.line)
         return (line, along) if self.by_rows else (along, line)
 
-    def index(self, place: BlockIndex) -> int:
+    def index(self, coordinates: BlockIndex) -> int:
         """When the block at (row, column) is visited: the inverse of `coordinates`."""
-        row, column = place
+        row, column = coordinates
         return row * self.line + column if self.by_rows else column * self.line + row
 
     def neighbours(self, index: int) -> tuple[int, ...]:
@@ -80,6 +78,11 @@ class BlockGrid:
         row, column = self.coordinates(index)
         return tuple(self.index((max(row - up, 0), max(column - left, 0))) for up, left in SLOTS)
 
+    def around(self, at: BlockIndex) -> list[list[bool]]:
+        """(3, 3): which of the 3×3 blocks around one lie in the picture."""
+        row, column = at
+        return [[0 <= row + r < self.rows and 0 <= column + c < self.columns for c in (-1, 0, 1)] for r in (-1, 0, 1)]
+
     def chunks(self, size: int) -> Iterator[range]:
         """All block indices in order, `size` at a time; the last chunk may be shorter."""
         for start in range(0, self.blocks, size):
@@ -88,17 +91,21 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where blocks lie and which rotary positions their tokens have (INFDIT.md section 5).
+    """Where blocks lie and which rotary positions their tokens have.
 
     Attributes:
+        grid: the blocks.
+        side: patches along one side of a block.
+        period: patches after which the published positions start anew.
         origin: (row, column) in patches of the grid's first patch: a crop of a larger picture has another than (0, 0).
         positions: "wrapped" starts anew after every period as the published code does, so that at the seam a block
             sees its neighbour at distance 1 − period instead of 1. "continuous" turns a key into the frame of the
             block that reads it: the same up to the first seam, and no seam after it.
     """
 
-    config: InfDiTConfig
     grid: BlockGrid
+    side: int
+    period: int
     positions: Positions = "continuous"
     origin: tuple[int, int] = (0, 0)
 
@@ -106,21 +113,19 @@ class Geometry:
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions {self.positions!r} must be one of {get_args(Positions)}")
 
-    def starts(self, place: BlockIndex) -> tuple[int, int]:
+    def starts(self, at: BlockIndex) -> tuple[int, int]:
         """(row, column) in patches of a block's first patch."""
-        side = self.config.block_side
-        return self.origin[0] + place[0] * side, self.origin[1] + place[1] * side
+        return self.origin[0] + at[0] * self.side, self.origin[1] + at[1] * self.side
 
-    def token_positions(self, places: Sequence[BlockIndex]) -> tuple[list[list[int]], list[list[int]]]:
+    def token_positions(self, coordinates: Sequence[BlockIndex]) -> tuple[list[list[int]], list[list[int]]]:
         """Rows and columns, each (n, side), at which the tokens of blocks are turned."""
-        period, side = self.config.position_period, self.config.block_side
 
         def axis(start: int) -> list[int]:
             if self.positions == "wrapped":
-                return [(start + i) % period for i in range(side)]  # published
-            return [start % period + i for i in range(side)]
+                return [(start + i) % self.period for i in range(self.side)]  # published
+            return [start % self.period + i for i in range(self.side)]
 
-        starts = [self.starts(place) for place in places]
+        starts = [self.starts(at) for at in coordinates]
         return [axis(row) for row, _ in starts], [axis(column) for _, column in starts]
 
     def frame_shifts(self, index: int) -> list[tuple[int, int]]:
@@ -130,11 +135,10 @@ class Geometry:
         """
         if self.positions == "wrapped":
             return [(0, 0)] * 4
-        period = self.config.position_period
         own = self.starts(self.grid.coordinates(index))
         shifts: list[tuple[int, int]] = []
         for neighbour in self.grid.neighbours(index):
             theirs = self.starts(self.grid.coordinates(neighbour))
-            row, column = ((q % period - (q - k)) - k % period for q, k in zip(own, theirs, strict=True))
+            row, column = ((q % self.period - (q - k)) - k % self.period for q, k in zip(own, theirs, strict=True))
             shifts.append((row, column))
         return shifts

@@ -2,7 +2,7 @@
 
 A picture is cut into blocks; tokens of a block attend to those of its own block and of its upper-left, left and
 upper neighbour (Unidirectional Block Attention). Nothing here knows how many blocks there are, in which order they
-come or where their neighbours' keys and values are kept: `uniba` hands that in as `share`.
+come or where their neighbours' keys and values are kept: `uniba` hands that in as `gather_neighbours`.
 
 B batch, N blocks, T tokens of a block, W low-resolution tokens that it sees, H heads, D width, d head width.
 """
@@ -18,15 +18,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
+from .rotary import rotate
 
 EPS = 1e-6
 NOISE_CHANNELS = 192
 # (keys, values) of the blocks at hand → (keys, values) of the four blocks that each attends to, in slot order
-Share = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+GatherNeighbours = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InfDiT(nn.Module):
-    """The parameters of one Inf-DiT and the steps of its evaluation that need no neighbour.
+    """The network F: its parameters and the steps of its evaluation.
 
     Attributes:
         config: the sizes.
@@ -57,6 +58,26 @@ class InfDiT(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.head.weight.device
+
+    def forward(
+        self,
+        pixels: Tensor,
+        windows: Tensor,
+        inside: Tensor,
+        angles: Tensor,
+        gather_neighbours: GatherNeighbours,
+        c_noise: Tensor,
+        vector: Tensor | None = None,
+    ) -> Tensor:
+        """F for all blocks of a picture at once, (B, N, 3, h, w); `uniba.sweep` computes the same in pieces.
+
+        The arguments are those of the steps below.
+        """
+        modulations, head_modulation = self.modulations_for(c_noise, vector, self.modulations)
+        h, window = self.embed(pixels), self.embed_lr(windows, inside)
+        for layer, modulation in zip(self.layers, modulations, strict=True):
+            h = layer(h, modulation, angles, gather_neighbours, window)
+        return self.unembed(h, head_modulation)
 
     def modulations_for(
         self, c_noise: Tensor, vector: Tensor | None, linears: Iterable[Callable[[Tensor], Tensor]]
@@ -128,7 +149,12 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
     def forward(
-        self, h: Tensor, modulation: Tensor, angles: Tensor, share: Share, window: Tensor | None = None
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        angles: Tensor,
+        gather_neighbours: GatherNeighbours,
+        window: Tensor | None = None,
     ) -> Tensor:
         """One layer over N blocks.
 
@@ -136,21 +162,21 @@ class Layer(nn.Module):
             h: (B, N, T, D) tokens.
             modulation: (4, B, 1, 1, D), see `InfDiT.modulations_for`.
             angles: (N, T, d/2) rotary angles of the tokens, see `rotary_angles`.
-            share: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks that each
-                attends to, (B, N, 4, T, H, d), which may be changed in place.
+            gather_neighbours: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks
+                that each attends to, (B, N, 4, T, H, d), which may be changed in place.
             window: (B, N, W, D) low-resolution tokens, in the first layer.
         """
         attention_shift, attention_scale, mlp_shift, mlp_scale = modulation
-        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), angles, share)
+        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), angles, gather_neighbours)
         if self.cross is not None:
             h = h + self.cross(h, window)
         return h + self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale))
 
-    def attend(self, a: Tensor, angles: Tensor, share: Share) -> Tensor:
+    def attend(self, a: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours) -> Tensor:
         """Block attention of modulated tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
         q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
         q, k = rotate(self.qk_norm(q), angles), rotate(self.qk_norm(k), angles)  # (B, N, T, H, d)
-        keys, values = share(k, v)  # (B, N, 4, T, H, d)
+        keys, values = gather_neighbours(k, v)  # (B, N, 4, T, H, d)
         del k, v  # kept as keys and values; nothing else of them is needed while the attention runs
         keys.add_(self.slot_embed[:, None])
         return self.out(_attention(q, keys.flatten(2, 3), values.flatten(2, 3)))
@@ -178,32 +204,6 @@ class LRCrossAttention(nn.Module):
         q = self.query_norm(q) + self.query_position
         k = self.key_norm(k) + self.key_position
         return self.out(_attention(q, k, v))
-
-
-def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Angles that turn the pairs of a head: the first half by the token's row, the second by its column.
-
-    Args:
-        rows, columns: (N, side) positions in patches.
-        head_dim: d.
-        dtype: float32 or float64.
-
-    Returns:
-        (N, side·side, d/2): pos · 10000^(−4j/d) for pair j < d/4 of each half.
-    """
-    pairs = torch.arange(head_dim // 4, device=rows.device, dtype=dtype)
-    frequencies = torch.exp(-math.log(10000) * 4 / head_dim * pairs)
-    side = rows.shape[1]
-    by_row = (rows[..., None] * frequencies)[:, :, None].expand(-1, side, side, -1)
-    by_column = (columns[..., None] * frequencies)[:, None].expand(-1, side, side, -1)
-    return torch.cat((by_row, by_column), -1).flatten(1, 2)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x (…, T, H, d) by angles (…, T, d/2), in the angles' precision."""
-    a, b = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

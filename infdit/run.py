@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
-from .device import out_of_host_memory, out_of_memory
-from .memory import MemoryPlan
+from .device import out_of_host_memory, out_of_memory, same_device
+from .memory.offload import distribute_weights
+from .memory.plan import MemoryPlan, Weights, Workload
+from .memory.planner import OutOfMemory, PlannedRun, format_bytes
 from .model import InfDiT
-from .offload import distribute_weights
-from .planner import amount
 from .samplers import Denoise
-from .transfer import Tier
-from .uniba import Skip
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +32,22 @@ HOST_FULL = (
 )
 
 
-class OutOfMemory(MemoryError):  # noqa: N818 - as torch.cuda's
-    """No smaller plan is left."""
-
-
 @dataclass
 class Report:
     """What a run did, filled in while it runs.
 
     Attributes:
-        plan: that it began with, and after `replanned` that it ended with.
+        plan: the first, and after `replanned` the last.
         replanned: a sentence for each time that memory ran out.
         seconds: of each step.
+        peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
     """
 
     plan: MemoryPlan | None = None
     replanned: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
 
 
 class Run:
@@ -57,35 +55,21 @@ class Run:
 
     Args:
         model: as it was loaded; the plan says where its parameters go.
-        plan: to begin with.
-        device: that computes.
-        smaller: makes a plan that takes less than the given one, or raises OutOfMemory.
-        progress: told the number of blocks done in all after each layer of a chunk.
+        planned: what is computed, and the plan to begin with.
+        progress: is told the number of blocks done in all after each layer of a chunk.
         report: is filled in.
-        skip: see `uniba.sweep`.
     """
 
-    def __init__(
-        self,
-        model: InfDiT,
-        plan: MemoryPlan,
-        device: torch.device,
-        smaller: Callable[[MemoryPlan], MemoryPlan],
-        progress: Callable[[int], None],
-        report: Report,
-        skip: Skip | None = None,
-    ) -> None:
-        self.plan, self.device = plan, device
-        self._model, self._smaller, self._progress, self._skip = model, smaller, progress, skip
+    def __init__(self, model: InfDiT, planned: PlannedRun, progress: Callable[[int], None], report: Report) -> None:
+        self._model, self._planned, self._progress, self._report = model, planned, progress, report
         self._placed: InfDiT | None = None
-        self._report = report
         self._done = 0
-        report.plan = plan
+        report.plan = planned.plan
 
     @property
-    def block_size(self) -> int:
-        """Pixels: pictures are padded to whole blocks."""
-        return self._model.config.block_size
+    def workload(self) -> Workload:
+        """What is computed."""
+        return self._planned.workload
 
     @property
     def keeps_grey(self) -> bool:
@@ -95,12 +79,7 @@ class Run:
     @property
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
-        return self.device if self.plan.images == "device" else torch.device("cpu")
-
-    @property
-    def around(self) -> Tier:
-        """The tier of what lies around the sampling; on a CPU there is one memory, unless the plan says otherwise."""
-        return "device" if self.device.type == "cpu" and self.plan.images == "device" else "host"
+        return self.workload.device if self._planned.plan.images == "device" else torch.device("cpu")
 
     def denoiser(self, conditioning: Conditioning) -> Denoise:
         """denoise(x, σ) for one picture, x and the result wherever the sampler has them.
@@ -127,7 +106,7 @@ class Run:
                         raise
                     # the error itself would keep all that the attempt held
                     failure, on_the_host = str(error), out_of_host_memory(error)
-                if on_the_host and self.device.type != "cpu":
+                if on_the_host and not self.workload.unified_memory:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
                 denoiser, self._done = None, before
                 self._make_room(failure)
@@ -135,11 +114,25 @@ class Run:
 
         return denoise
 
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Note what a card's allocator gives out meanwhile, less what others had of it."""
+        device, cuda = self.workload.device, torch.cuda
+        if device.type != "cuda":
+            yield
+            return
+        there = self._planned.plan.weights == "resident" and same_device(self._model.device, device)
+        ours = Weights.of(self.workload.config, self.workload.dtype).total if there else 0
+        allocated, reserved = cuda.memory_allocated(device) - ours, cuda.memory_reserved(device) - ours
+        cuda.reset_peak_memory_stats(device)
+        yield
+        self._report.peak_bytes = cuda.max_memory_allocated(device) - allocated
+        self._report.reserved_bytes = cuda.max_memory_reserved(device) - reserved
+
     def _make(self, conditioning: Conditioning) -> Denoiser:
-        self._placed = self._placed or distribute_weights(self._model, self.plan, self.device)
-        return Denoiser(
-            self._placed, conditioning, self.plan, progress=self._advance, device=self.device, skip=self._skip
-        )
+        plan, device = self._planned.plan, self.workload.device
+        self._placed = self._placed or distribute_weights(self._model, plan, device)
+        return Denoiser(self._placed, conditioning, plan, progress=self._advance, device=device)
 
     def _advance(self, blocks: int) -> None:
         self._done += blocks
@@ -149,11 +142,11 @@ class Run:
         """Give back what the failed attempt held and make a smaller plan."""
         self._placed = None
         gc.collect()
-        if self.device.type == "cuda":
+        if self.workload.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._report.plan = self.plan = self._smaller(self.plan)
-        peak = amount(self.plan.peak_bytes or 0)
+        self._planned = self._planned.smaller()
+        self._report.plan = plan = self._planned.plan
+        peak = format_bytes(plan.peak_bytes or 0)
         message = f"out of memory: going on with a smaller plan of {peak}; the picture is the same"
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
-

@@ -117,7 +117,7 @@ def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoise
 
 
 @dataclass(frozen=True)
-class Method:
+class SamplerInfo:
     """A sampler and what it costs.
 
     Attributes:
@@ -132,28 +132,28 @@ class Method:
     evaluating: int
 
 
-METHODS = {
-    "heun": Method(sample_heun, 2, 6, 5),
-    "euler": Method(sample_euler, 1, 4, 3),
-    "dpmpp_2m": Method(sample_dpmpp_2m, 1, 7, 4),
+SAMPLER_INFO = {
+    "heun": SamplerInfo(sample_heun, 2, 6, 5),
+    "euler": SamplerInfo(sample_euler, 1, 4, 3),
+    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 7, 4),
 }
-SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in METHODS.items()}
+SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in SAMPLER_INFO.items()}
 
 
-def method_of(sampler: str | Method) -> Method:
+def get_sampler(sampler: str | SamplerInfo) -> SamplerInfo:
     """The method of this name; one that is given itself is taken.
 
     Raises:
         ValueError: a name that is none of SAMPLERS.
     """
-    if isinstance(sampler, Method):
+    if isinstance(sampler, SamplerInfo):
         return sampler
-    if sampler not in METHODS:
-        raise ValueError(f"sampler {sampler!r} is none of {', '.join(METHODS)}")
-    return METHODS[sampler]
+    if sampler not in SAMPLER_INFO:
+        raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLER_INFO)}")
+    return SAMPLER_INFO[sampler]
 
 
-def evaluations(sampler: str | Method, sigmas: Tensor) -> int:
+def evaluations(sampler: str | SamplerInfo, sigmas: Tensor) -> int:
     """How often a sampler calls `denoise` over these noise levels."""
     above = sum(level > 0 for level in sigmas[1:].tolist())
-    return len(sigmas) - 1 + (method_of(sampler).evaluations - 1) * above
+    return len(sigmas) - 1 + (get_sampler(sampler).evaluations - 1) * above

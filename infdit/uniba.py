@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .blocks import inside
 from .grid import BlockGrid, BlockIndex, Geometry
-from .memory import MemoryPlan
-from .model import InfDiT, rotary_angles, rotate
-from .offload import Call, HiddenStates, prefetched_groups
-from .transfer import Transfer
+from .rotary import rotary_angles, rotate
+
+if TYPE_CHECKING:
+    from .memory.offload import Call, Offloader
+    from .model import InfDiT
 
 # blocks at (row, column) → their pixels (B, n, 6, h, w) and windows of the low-resolution picture (B, n, 3, w, w)
 Read = Callable[[Sequence[BlockIndex]], tuple[Tensor, Tensor]]
 Write = Callable[[Sequence[BlockIndex], Tensor], None]  # blocks at (row, column) and their pixels (B, n, 3, h, w)
-Skip = Callable[[range, range], bool]  # (layers, blocks): whether to leave a chunk out
 
 
 class Chunk:
@@ -35,18 +35,21 @@ class Chunk:
 
     Attributes:
         blocks: indices in the order of the sweep.
-        places: their rows and columns.
+        coordinates: their rows and columns.
         angles: (n, T, d/2) rotary angles of their tokens.
+        inside: (n, 3, 3), which of the blocks around each lie in the picture.
         own: (n,) the indices as a tensor; neighbours: (n·4,) those of the blocks that they attend to.
         turns: for slots whose keys lie in another frame than their reader's, (n, 1, d/2) angles that move them there.
     """
 
-    def __init__(self, geometry: Geometry, blocks: range, transfer: Transfer, dtype: torch.dtype) -> None:
-        grid, head_dim = geometry.grid, geometry.config.head_dim
+    def __init__(self, geometry: Geometry, blocks: range, offload: Offloader, model: InfDiT) -> None:
+        grid, transfer = geometry.grid, offload.transfer
+        head_dim, dtype = model.config.head_dim, torch.promote_types(model.dtype, torch.float32)
         self.blocks = blocks
-        self.places = [grid.coordinates(i) for i in blocks]
-        rows, columns = geometry.token_positions(self.places)
+        self.coordinates = [grid.coordinates(i) for i in blocks]
+        rows, columns = geometry.token_positions(self.coordinates)
         self.angles = rotary_angles(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
+        self.inside = transfer.to_device([grid.around(at) for at in self.coordinates])
         self.own = transfer.to_device(list(blocks))
         self.neighbours = transfer.to_device([n for i in blocks for n in grid.neighbours(i)])
         self.turns: dict[int, Tensor] = {}
@@ -63,7 +66,7 @@ class KVRing:
         self.size = min(grid.line + 1 + chunk, grid.blocks)
         self.kept: tuple[Tensor, Tensor] | None = None
 
-    def share(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_neighbours(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values (B, n, T, H, d) of a chunk; give those that it attends to, (B, n, 4, T, H, d)."""
         if len(chunk.blocks) == self.size:  # the whole grid at once: nothing to remember, and differentiable
             keys, values = k, v
@@ -85,64 +88,54 @@ class KVRing:
 def sweep(
     model: InfDiT,
     geometry: Geometry,
-    plan: MemoryPlan,
-    transfer: Transfer,
+    offload: Offloader,
     modulations: tuple[Sequence[Tensor], Tensor],
     read: Read,
     write: Write,
     progress: Callable[[int], None] | None = None,
-    skip: Skip | None = None,
 ) -> None:
     """One evaluation of the network over a whole grid of blocks.
 
     Args:
-        model: the weights; those of `layers` on the host if the plan streams them, all others on the transfer's device.
+        model: the weights; those of `layers` on the host if the plan streams them, all others on the device.
         geometry: grid and positions.
-        plan: layers in groups, blocks in chunks, what is kept where.
+        offload: layers in groups, blocks in chunks, what is kept where.
         modulations: of the layers and of the head, see `InfDiT.modulations_for`.
-        read: gives the input of the blocks at hand; write: takes their result; both on the device.
-        progress: told the number of blocks after each layer; an exception that it raises ends the sweep.
-        skip: what is not computed, when only memory is of interest: hidden states then hold anything.
+        read: gives the input of the blocks at hand, write: takes their result, both on the device.
+        progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
     layer_modulations, head_modulation = modulations
-    grid, depth = geometry.grid, len(model.layers)
-    states = HiddenStates(transfer, plan.hidden)
+    grid, depth, plan = geometry.grid, len(model.layers), offload.plan
+    states = offload.hidden_states()
     chunks = list(grid.chunks(plan.chunk))
     groups = [range(first, min(first + plan.group, depth)) for first in range(0, depth, plan.group)]
-    ready = prefetched_groups(([model.layers[i] for i in group] for group in groups), plan, transfer)
+    ready = offload.ready([model.layers[i] for i in group] for group in groups)
     for group in groups:
         steps = [
             (layer, layer_modulations[i], KVRing(grid, plan.chunk)) for i, layer in zip(group, next(ready), strict=True)
         ]
         for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
-            if skip is not None and skip(group, blocks):
-                if group.start > 0:
-                    states.forget(blocks, last=group.stop == depth)
-                elif group.stop < depth:
-                    shape = len(head_modulation[0]), len(blocks), model.config.block_tokens, model.config.hidden_size
-                    states.reserve(blocks, shape, model.dtype)
-                continue
-            chunk = Chunk(geometry, blocks, transfer, torch.promote_types(model.dtype, torch.float32))
+            chunk = Chunk(geometry, blocks, offload, model)
             window = None
             if group.start == 0:
-                pixels, lr = read(chunk.places)
-                h, window = model.embed(pixels), model.embed_lr(lr, transfer.to_device(inside(grid, chunk.places)))
+                pixels, lr = read(chunk.coordinates)
+                h, window = model.embed(pixels), model.embed_lr(lr, chunk.inside)
                 del pixels, lr
             else:
                 h = states.load(blocks, following)
             for number in range(len(steps)):  # by number: no variable may outlive the group and keep a layer
                 h = _advance(h, steps[number], chunk, window)
-                transfer.throttle()
+                offload.transfer.throttle()
                 if progress is not None:
                     progress(len(blocks))
             if group.stop == depth:
-                write(chunk.places, model.unembed(h, head_modulation))
+                write(chunk.coordinates, model.unembed(h, head_modulation))
             else:
                 states.store(blocks, h)
         del steps  # weights and rings of this group make room before those of another are fetched
-        transfer.synchronize()
+        offload.transfer.synchronize()
 
 
 def _advance(h: Tensor, step: tuple[Call, Tensor, KVRing], chunk: Chunk, window: Tensor | None) -> Tensor:
     layer, modulation, ring = step
-    return layer(h, modulation, chunk.angles, partial(ring.share, chunk), window)
+    return layer(h, modulation, chunk.angles, partial(ring.gather_neighbours, chunk), window)

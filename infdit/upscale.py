@@ -14,18 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alpha import upscale_alpha, visible_colour
+from .conditioning import conditioning_pictures, upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
 from .device import same_device
-from .grid import BlockGrid
-from .memory import MemoryPlan, Weights
+from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
+from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
-from .planner import BudgetTooSmall, Request, free_bytes
-from .resample import conditioning_pictures
-from .run import OutOfMemory, Report, Run
-from .samplers import Callback, Denoise, Method, State, evaluations, karras_sigmas, method_of
-from .transfer import Tier, tier
+from .run import Report, Run
+from .samplers import Callback, Denoise, SamplerInfo, State, evaluations, get_sampler, karras_sigmas
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +33,7 @@ RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens 
 
 Preview = Callable[[], Tensor]
 Progress = Callable[[int, int, "Preview | None"], None]
+MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
 
 
 class PictureState(State):
@@ -44,58 +42,38 @@ class PictureState(State):
     picture: int
 
 
-_told: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
+_warned: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
 
 
 @torch.no_grad()
 def upscale(
-    model: InfDiT,
-    image: Tensor,
-    scale: float = 4.0,
-    steps: int | None = None,
-    sampler: str | Method | None = None,
-    sigma_max: float | None = None,
-    seed: int = 0,
-    budget: int | None = None,
-    plan: MemoryPlan | None = None,
-    *,
-    size: tuple[int, int] | None = None,
-    denoise: float = 1.0,
-    sigmas: Tensor | None = None,
-    noise: Callable[[tuple[int, int, int, int]], Tensor] | None = None,
-    clip_embedding: Tensor | None = None,
-    progress: Progress | None = None,
-    callback: Callable[[PictureState], None] | None = None,
-    device: torch.device | str | None = None,
-    report: Report | None = None,
+    model: InfDiT, image: Tensor, scale: float = 4.0, steps: int | None = None,
+    sampler: str | SamplerInfo | None = None, sigma_max: float | None = None, seed: int = 0, budget: int | None = None,
+    plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
+    sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
+    progress: Progress | None = None, callback: Callable[[PictureState], None] | None = None,
+    device: torch.device | str | None = None, report: Report | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
     Args:
         model: see `load_model`.
-        image: (B, h, w, 3) or (B, h, w, 4) in 0..1, floating point, of any size from 1×1; a fourth channel is
-            straight alpha, which is enlarged by Lanczos.
+        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; a fourth channel is straight alpha.
         scale: above 1, at most 4. The sides of the result are rounded half up.
-        steps, sampler, sigma_max: None takes the model's defaults. sampler is one of `samplers.SAMPLERS`, or a method
-            of somebody else's.
-        seed: 0..2^64 − 1, of the noise: one float32 draw of `torch.randn` on the CPU for all pictures at the size of
-            whole blocks, as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
+        steps, sampler, sigma_max: None takes the model's defaults; a sampler is a name of `samplers.SAMPLERS`, or any.
+        seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
+            as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
         budget: bytes on the device that the run may hold, see `plan_memory`; None: what is free there, less a margin.
         plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding.
         size: (height, width) of the result in place of `scale`; from once to 4 times each side.
         denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
-        noise: makes the noise of all pictures, (B, 3, H, W) of float32 at the size of whole blocks, in place of seed;
-            used as it is, whatever the model's start_noise.
+        noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
-        progress: called as progress(done, total, preview) between the layers of a chunk, counted in layers × blocks ×
-            evaluations × pictures; `done` falls back when memory ran out and a step is repeated. After each step
-            preview is a function that makes the denoised picture as (h, w, 3) uint8, at most 512 pixels a side. An
-            exception that progress raises ends the run at once.
-        callback: called after the first evaluation of each step with pictures of the padded size, see `samplers`, and
-            with the index of the picture as "picture".
-        device: that computes; None: where the model is. A model on the CPU can be streamed to it by the plan; one that
-            is on the device stays there.
+        progress: called as progress(done, total, preview) between the layers of a chunk, see `_Progress`. An exception
+            that it raises ends the run at once.
+        callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
+        device: what computes; None: where the model is. A model that is on the device stays there.
         report: is filled in with what was done.
 
     Returns:
@@ -106,100 +84,166 @@ def upscale(
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
     """
     check_image(image)
+    target = target_size(image.shape[1], image.shape[2], scale, size)
+    sampler = get_sampler(sampler or model.defaults.sampler)
+    vectors = _clip_vectors(model, clip_embedding, len(image))
+    sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
+    draws = _noise_per_image(check_seed(seed), noise, 1.0 if noise else model.defaults.start_noise)
+    if not isinstance(plan, PlannedRun):
+        plan = plan_run(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+    report = report or Report()
+    units = evaluations(sampler, sigmas) * model.config.num_layers * plan.workload.grid.blocks * len(image)
+    shown = _Progress(progress, units, target, callback, report.seconds)
+    run = Run(model, plan, shown.advance, report)
+    with run.measured():
+        return upscale_batch(run, image, vectors, sampler, sigmas, draws, shown.step)
+
+
+def plan_run(
+    model: InfDiT,
+    image: Tensor,
+    target: tuple[int, int],
+    sampler: SamplerInfo,
+    device: torch.device,
+    budget: int | None = None,
+    plan: MemoryPlan | None = None,
+    noise_given: bool = False,
+) -> PlannedRun:
+    """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
+    if plan is not None and budget is not None:
+        raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
+    there = device.type != "cpu" and same_device(model.device, device)
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, "resident" if there else None)
+    held = Weights.of(model.config, model.dtype).total if there else 0
+
+    def free() -> int:
+        """Weights that are on the device already are not free, but part of this run."""
+        return free_bytes(device) + held
+
+    return PlannedRun(workload, plan or fastest_plan(workload, free() if budget is None else budget), free)
+
+
+def workload_of(
+    model: InfDiT,
+    shape: Sequence[int],
+    target: tuple[int, int],
+    sampler: str | SamplerInfo,
+    device: torch.device,
+    noise_given: bool = False,
+    weights: WeightsKept | None = None,
+) -> Workload:
+    """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
+    batch, height, width, channels = shape
+    return Workload(
+        model.config,
+        *target,
+        batch=batch,
+        dtype=model.dtype,
+        device=device,
+        sampler=sampler,
+        weights=weights,
+        source=(height, width, channels),
+        noise_given=noise_given,
+    )
+
+
+def check_seed(seed: int) -> int:
+    """The seed as a Python integer.
+
+    Raises:
+        ValueError, TypeError: it is none of 0..2^64 − 1.
+    """
     seed = operator.index(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
-    target = target_size(image.shape[1], image.shape[2], scale, size)
-    method = method_of(sampler or model.defaults.sampler)
-    vectors = _clip_vectors(model, clip_embedding, len(image))
-    sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _falling(sigmas)
-    device = torch.device(device or model.device)
-    if plan is not None and budget is not None:
-        raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
-    planner = _Planner(model, image, target, device, method, noise is not None)
-    plan = plan or planner.within(budget)
-    grid = planner.request.grid
-    units = evaluations(method, sigmas) * model.config.num_layers * grid.blocks * len(image)
-    report = report or Report()
-    meter = _Meter(progress, units, target, callback, report.seconds)
-    run = Run(model, plan, device, planner.smaller, meter.advance, report)
-    share = 1.0 if noise is not None else model.defaults.start_noise
-    draws = _draws(seed, noise, share, (len(image), 3, grid.height, grid.width), run.around)
-    return pictures(run, image, target, vectors, method, sigmas, draws, meter.step)
+    return seed
 
 
-def _falling(sigmas: Tensor) -> Tensor:
+def _check_sigmas(sigmas: Tensor) -> Tensor:
     levels = sigmas.tolist() if sigmas.dim() == 1 else []
     if not levels or not all(a > b for a, b in pairwise(levels)) or levels[-1] < 0 or not math.isfinite(levels[0]):
         raise ValueError(f"sigmas {levels or tuple(sigmas.shape)} must be a list of falling noise levels, not below 0")
     return sigmas
 
 
-def _draws(
-    seed: int,
-    noise: Callable[[tuple[int, int, int, int]], Tensor] | None,
-    share: float,
-    shape: tuple[int, int, int, int],
-    around: Tier,
-) -> Iterator[Tensor | None]:
-    """The noise of one picture after the other, (1, 3, H, W) each; None where the start has none."""
-    if noise is None:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(shape[0]):
-            yield torch.randn((1, *shape[1:]), generator=generator).mul_(share) if share else None
-        return
-    with tier(around):
+def _noise_per_image(
+    seed: int, noise: MakeNoise | None, share: float
+) -> Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]]:
+    """What makes the noise of one picture after the other, (1, 3, H, W) each; None where the start has none."""
+
+    def draws(shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
+        if noise is None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            for _ in range(shape[0]):
+                yield _randn((1, *shape[1:]), generator).mul_(share) if share else None
+            return
         given = noise(shape)
-    if given.shape != shape:
-        raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
-    for draw in given.split(1):
-        yield draw.float().cpu().clone()  # it becomes the start, in place
+        if given.shape != shape:
+            raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
+        for draw in given.split(1):
+            yield draw.float().cpu().clone()  # it becomes the start, in place
+
+    return draws
 
 
-def pictures(
+def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def upscale_batch(
     run: Run,
     image: Tensor,
-    target: tuple[int, int],
     vectors: Sequence[Tensor] | None,
-    method: Method,
+    sampler: SamplerInfo,
     sigmas: Tensor,
-    draws: Iterator[Tensor | None],
+    draws: Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]],
     callback: Callable[[PictureState], None],
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
-    grid = BlockGrid.covering(*target, run.block_size)
-    height, width = target
-
-    def one(index: int, picture: Tensor, vector: Tensor | None) -> Tensor:
-        """(1, h, w, c) → (1, height, width, c); a function, so that nothing of one picture outlives it."""
-        step: Callback = lambda state: callback({**state, "picture": index})  # noqa: E731 - as short as it is
-        denoise, start, grey = prepare(picture, vector)
-        y = method.sample(denoise, start.pop(), sigmas, step)
-        with tier(run.around):
-            y = y[..., :height, :width].cpu()
-            if grey is not None:
-                take_colour(y, grey)
-            result = (y / 2 + 0.5).clamp_(0, 1)
-            if picture.shape[-1] == 4:
-                alpha = picture.detach().float().cpu().clamp(0, 1)[..., 3:]
-                result = torch.cat((result, upscale_alpha(alpha.movedim(-1, 1), target)), 1)
-            return result.movedim(1, -1)
-
-    def prepare(picture: Tensor, vector: Tensor | None) -> tuple[Denoise, list[Tensor], Tensor | None]:
-        """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
-        with tier(run.around):
-            colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
-            grey = without_colour(colour) if run.keeps_grey else None
-            lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
-            del colour
-            start = [_start(up, sigmas[0], next(draws))]
-        return run.denoiser(Conditioning(lr, up, vector)), start, grey
-
-    with tier(run.around):
-        results = image.new_empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
+    grid, (height, width) = run.workload.grid, (run.workload.height, run.workload.width)
+    noises = draws((len(image), 3, grid.height, grid.width))
+    results = torch.empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
     for i, picture in enumerate(image.split(1)):
-        results[i : i + 1] = one(i, picture, None if vectors is None else vectors[i])
+        step: Callback = lambda state, i=i: callback({**state, "picture": i})  # noqa: E731 - as short as it is
+        vector = None if vectors is None else vectors[i]
+        results[i : i + 1] = _upscale_one(run, picture, vector, sampler, sigmas, noises, step)
     return results
+
+
+def _upscale_one(
+    run: Run,
+    picture: Tensor,
+    vector: Tensor | None,
+    sampler: SamplerInfo,
+    sigmas: Tensor,
+    noises: Iterator[Tensor | None],
+    callback: Callback,
+) -> Tensor:
+    """(1, h, w, c) → (1, height, width, c)."""
+    target = run.workload.height, run.workload.width
+    denoise, start, grey = _prepare(run, picture, vector, sigmas[0], noises)
+    y = sampler.sample(denoise, start.pop(), sigmas, callback)
+    y = y[..., : target[0], : target[1]].cpu()
+    if grey is not None:
+        take_colour(y, grey)
+    result = (y / 2 + 0.5).clamp_(0, 1)
+    if picture.shape[-1] == 4:
+        alpha = picture.detach().float().cpu().clamp(0, 1)[..., 3:]
+        result = torch.cat((result, upscale_alpha(alpha.movedim(-1, 1), target)), 1)
+    return result.movedim(1, -1)
+
+
+def _prepare(
+    run: Run, picture: Tensor, vector: Tensor | None, sigma: Tensor, noises: Iterator[Tensor | None]
+) -> tuple[Denoise, list[Tensor], Tensor | None]:
+    """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
+    grid, target = run.workload.grid, (run.workload.height, run.workload.width)
+    colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
+    grey = without_colour(colour) if run.keeps_grey else None
+    lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
+    del colour
+    start = [_noisy_start(up, sigma, next(noises))]
+    return run.denoiser(Conditioning(lr, up, vector)), start, grey
 
 
 def without_colour(colour: Tensor) -> Tensor | None:
@@ -217,56 +261,8 @@ def take_colour(y: Tensor, grey: Tensor) -> None:
         channel.copy_(torch.where(where, mean, channel))
 
 
-class _Planner:
-    """Plans for one run, and smaller ones when they turn out not to fit."""
-
-    def __init__(
-        self,
-        model: InfDiT,
-        image: Tensor,
-        target: tuple[int, int],
-        device: torch.device,
-        method: Method,
-        noise_given: bool,
-    ) -> None:
-        # weights that are on an accelerator already stay there: they are not free, but part of this run
-        there = device.type != "cpu" and same_device(model.device, device)
-        self._held = Weights.of(model.config, model.dtype).total if there else 0
-        h, w, channels = image.shape[1:]
-        self.request = Request(
-            model.config,
-            *target,
-            batch=len(image),
-            dtype=model.dtype,
-            device=device,
-            sampler=method,
-            weights="resident" if there else None,
-            source=(h, w, channels),
-            noise_given=noise_given,
-        )
-
-    def within(self, budget: int | None) -> MemoryPlan:
-        """The fastest plan; None: within what is free."""
-        return self.request.plan(self._free if budget is None else budget)
-
-    @property
-    def _free(self) -> int:
-        return free_bytes(self.request.device) + self._held
-
-    def smaller(self, plan: MemoryPlan) -> MemoryPlan:
-        """A plan that takes less than one for which there was no room: what is free now, or a quarter less."""
-        peak = plan.peak_bytes or self.request.footprint(plan).device
-        try:
-            return self.request.plan(max(1, min(self._free, peak * 3 // 4)))
-        except BudgetTooSmall as error:
-            if error.tier == "device" and error.least < peak:
-                return self.request.plan(error.least)
-            refusal = str(error)
-        raise OutOfMemory(f"out of memory on {self.request.device}, and no smaller plan works: {refusal}")
-
-
-def _start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
-    """x = up + σ·ε, not σ·ε alone: that keeps the colours (INFDIT.md section 2). x = up for a bridge."""
+def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
+    """x = up + σ·ε, not σ·ε alone: that keeps the colours, as the authors do. x = up for a bridge."""
     if noise is None:
         return up.clone()
     return noise.mul_(sigma.cpu()).to(up.device).add_(up)
@@ -302,8 +298,13 @@ def schedule(
     return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** rho, rho)
 
 
-class _Meter:
-    """Turns "n blocks done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds."""
+class _Progress:
+    """Turns "n blocks done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds.
+
+    done and total count layers × blocks × evaluations × pictures; done falls back when memory ran out and an
+    evaluation is repeated. After each step preview is a function that makes the denoised picture as (h, w, 3) uint8,
+    at most 512 pixels a side; else it is None.
+    """
 
     def __init__(
         self,
@@ -388,8 +389,8 @@ def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> tuple[
             log.warning("this model has no CLIP input: clip_embedding is ignored")
         return None
     if embedding is None:
-        if model not in _told:
-            _told.add(model)
+        if model not in _warned:
+            _warned.add(model)
             log.warning("no CLIP embedding for a model that was trained with one: it runs with zeros in its place")
         return None
     if embedding.dim() != 2 or embedding.shape[0] not in (1, batch) or embedding.shape[1] != width:

@@ -10,21 +10,13 @@ from torch import Tensor
 
 from ..infdit import SamplingDefaults
 from ..infdit.upscale import PictureState, check_image, schedule
+from . import schema
 from .clip import GuidedVector
-from .core import WORKING, CoreNoise, CoreSampler, core_method, core_noise, seed_of
-from .host import HostedModel, from_image, to_image
-from .job import Job
-from .schema import (
-    ADVANCED,
-    CATEGORY,
-    RUN_BUDGET,
-    SLIDER,
-    conditioning_input,
-    memory_budget_input,
-    model_input,
-    report_output,
-    search_aliases,
-)
+from .comfy_memory import ManagedModel, budget_bytes, plan_run
+from .comfy_page import from_image, to_image
+from .comfy_samplers import WORKING, CoreNoise, CoreSampler, core_noise, core_sampler, seed_of
+from .report import sampling_line
+from .run import run_upscale
 from .size import Size, result_size, size_input
 
 
@@ -36,12 +28,12 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
         return io.Schema(
             node_id="InfDiTUpscaleAdvanced",
             display_name="Inf-DiT Upscale (Advanced)",
-            category=CATEGORY,
+            category=schema.CATEGORY,
             description="Inf-DiT Upscale with noise, sampler and sigmas from ComfyUI's own nodes: Random Noise, "
             "KSampler Select, and Inf-DiT Scheduler or any other list of falling noise levels.",
             inputs=[
-                model_input(),
-                io.Image.Input("image", tooltip="The pictures to enlarge: any size, any number."),
+                schema.model_input(),
+                schema.image_input(),
                 size_input(),
                 io.Noise.Input("noise", tooltip="The noise that detail grows from, such as from Random Noise."),
                 io.Sampler.Input(
@@ -53,54 +45,46 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
                     tooltip="Falling noise levels, from Inf-DiT Scheduler. They are in units of pixels from -1 to 1, "
                     "so those of schedulers made for latents do not fit.",
                 ),
-                memory_budget_input(RUN_BUDGET),
-                conditioning_input(),
+                schema.memory_budget_input(schema.RUN_BUDGET),
+                schema.conditioning_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The enlarged pictures, exactly of the size asked for."),
+                schema.image_output(),
                 io.Image.Output(
                     display_name="denoised",
                     tooltip="What the model took the picture to be in its last step: the same as image if the sigmas "
                     "end with 0, else image without the noise that is left in it.",
                 ),
-                report_output(),
+                schema.report_output(),
             ],
             hidden=[io.Hidden.unique_id],
-            **search_aliases("inf-dit custom sampler", "infdit advanced", "upscaler", "super resolution"),
+            **schema.search_aliases("inf-dit custom sampler", "infdit advanced", "upscaler", "super resolution"),
         )
 
     @classmethod
     def execute(
-        cls,
-        model: HostedModel,
-        image: Tensor,
-        noise: CoreNoise,
-        sampler: CoreSampler,
-        sigmas: Tensor,
-        memory_budget: float,
-        size: Size | None = None,
-        conditioning: GuidedVector | None = None,
+        cls, model: ManagedModel, image: Tensor, noise: CoreNoise, sampler: CoreSampler, sigmas: Tensor,
+        memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         check_image(pictures)
         target = result_size(size, *pictures.shape[1:3])
-        seed = seed_of(noise)
+        seed, sigmas = seed_of(noise), sigmas.float().cpu()
         # on a CPU the last denoised pictures are in the memory that is planned
-        method, name = core_method(sampler, seed, len(pictures) if model.device.type == "cpu" else 0)
-        job = Job(
-            model,
-            pictures,
-            target,
-            method,
-            sigmas.float().cpu(),
-            memory_budget,
-            conditioning,
-            node_id=cls.hidden.unique_id,
-            sampler_name=name,
-            noise_name=f"seed {seed}",
-        )
+        method, name = core_sampler(sampler, seed, len(pictures) if model.device.type == "cpu" else 0)
+        workload = model.workload(pictures.shape, target, method, noise_given=True)
         last = LastDenoised(len(sigmas) - 1, target)
-        result, report = job.run(noise=partial(core_noise, noise), callback=last)
+        result, report = run_upscale(
+            model,
+            plan_run(workload, budget_bytes(memory_budget)),
+            pictures,
+            sigmas,
+            conditioning,
+            cls.hidden.unique_id,
+            sampling_line(name, sigmas, model.defaults, f"seed {seed}"),
+            noise=partial(core_noise, noise),
+            callback=last,
+        )
         denoised = last.pictures()
         return io.NodeOutput(to_image(result), to_image(result[..., :3] if denoised is None else denoised), report)
 
@@ -131,7 +115,7 @@ class InfDiTScheduler(io.ComfyNode):
         return io.Schema(
             node_id="InfDiTScheduler",
             display_name="Inf-DiT Scheduler",
-            category=CATEGORY,
+            category=schema.CATEGORY,
             description="Noise levels for Inf-DiT Upscale (Advanced): the schedule of Karras et al. The defaults are "
             "those of the published model.",
             inputs=[
@@ -139,48 +123,27 @@ class InfDiTScheduler(io.ComfyNode):
                     "steps", default=20, min=1, max=1000, tooltip="Sampling steps: one noise level more than that."
                 ),
                 io.Float.Input(
-                    "sigma_max",
-                    default=40.0,
-                    min=0.01,
-                    max=5000.0,
-                    step=0.01,
-                    round=False,
+                    "sigma_max", default=40.0, min=0.01, max=5000.0, step=0.01, round=False,
                     tooltip="Where sampling begins: how much noise is laid over the picture. 40 for the published "
                     "model; the report of Inf-DiT Upscale (Advanced) says what another model was made for.",
                 ),
                 io.Float.Input(
-                    "sigma_min",
-                    default=0.002,
-                    min=0.0001,
-                    max=100.0,
-                    step=0.001,
-                    round=False,
+                    "sigma_min", default=0.002, min=0.0001, max=100.0, step=0.001, round=False,
+                    extra_dict=schema.ADVANCED,
                     tooltip="The last noise level before 0. 0.002 for the published model.",
-                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
-                    "rho",
-                    default=7.0,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    round=False,
+                    "rho", default=7.0, min=1.0, max=100.0, step=0.1, round=False, extra_dict=schema.ADVANCED,
                     tooltip="How much closer together the levels are where there is little noise. 1: evenly spaced.",
-                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=SLIDER,
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=schema.SLIDER,
                     tooltip="How far up the schedule sampling begins. 1: at sigma_max; lower values stay closer to "
                     "the plain enlargement; 0 is the plain enlargement. The number of steps stays.",
                 ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last one 0.")],
-            **search_aliases("inf-dit sigmas", "infdit scheduler", "karras"),
+            **schema.search_aliases("inf-dit sigmas", "infdit scheduler", "karras"),
         )
 
     @classmethod

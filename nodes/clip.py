@@ -11,11 +11,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import clip as infdit_clip
-from ..infdit.alpha import visible_colour
 from ..infdit.clip import MAX_STRENGTH, NEGATIVE, POSITIVE, STRENGTH, VIEWS, View, clip_embedding
+from ..infdit.conditioning import visible_colour
 from ..infdit.upscale import check_image
+from .comfy_memory import ManagedCLIP, clip_at_work, managed_clip
+from .comfy_page import from_image
 from .files import CLIP_FOLDERS, clip_files, clip_path, fingerprint, missing_clip
-from .host import HostedCLIP, clip_at_work, from_image, host_clip
 from .schema import CATEGORY, SLIDER, InfDiTCLIP, InfDiTConditioning, search_aliases
 
 
@@ -24,7 +25,7 @@ class GuidedVector:
     """What an INFDIT_CONDITIONING link carries: CLIP's vectors, (B or 1, width), and what they were made from."""
 
     vectors: Tensor
-    told: str
+    description: str
     warnings: tuple[str, ...] = ()
 
 
@@ -40,8 +41,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
             description="Loads the CLIP model (ViT-L-14) that Inf-DiT was trained with.",
             inputs=[
                 io.Combo.Input(
-                    "clip_name",
-                    options=clip_files(),
+                    "clip_name", options=clip_files(),
                     tooltip="A file in models/clip_vision or models/infdit: open_clip's ViT-L-14 "
                     "datacomp_xl_s13b_b90k, or what came with the published checkpoint (which cannot read text). Other "
                     "ViT-L-14 files have the same shapes and give wrong results.",
@@ -63,8 +63,8 @@ class InfDiTCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
-        with told_warnings() as warnings:
-            clip = host_clip(clip_name, clip_path(clip_name))
+        with captured_warnings() as warnings:
+            clip = managed_clip(clip_name, clip_path(clip_name))
         return io.NodeOutput(replace(clip, warnings=tuple(warnings)))
 
 
@@ -83,40 +83,22 @@ class InfDiTCLIPEncode(io.ComfyNode):
                 InfDiTCLIP.Input("clip", tooltip="From Load Inf-DiT CLIP."),
                 io.Image.Input("image", tooltip="The pictures that will be enlarged."),
                 io.String.Input(
-                    "positive",
-                    optional=True,
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    placeholder=POSITIVE,
+                    "positive", optional=True, default="", multiline=True, dynamic_prompts=True, placeholder=POSITIVE,
                     tooltip=f'What to lead the picture to. The paper\'s example is "{POSITIVE}" Empty: nothing. Needs '
                     "a CLIP file that can read text.",
                 ),
                 io.String.Input(
-                    "negative",
-                    optional=True,
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    placeholder=NEGATIVE,
+                    "negative", optional=True, default="", multiline=True, dynamic_prompts=True, placeholder=NEGATIVE,
                     tooltip=f'What to lead the picture away from. The paper\'s example is "{NEGATIVE}" Empty: nothing.',
                 ),
                 io.Float.Input(
-                    "strength",
-                    optional=True,
-                    default=STRENGTH,
-                    min=0.0,
-                    max=MAX_STRENGTH,
-                    step=0.05,
+                    "strength", optional=True, default=STRENGTH, min=0.0, max=MAX_STRENGTH, step=0.05,
                     display_mode=SLIDER,
                     tooltip="How strongly the texts lead. 0: not at all; 2 is the paper's. Without texts it does "
                     "nothing.",
                 ),
                 io.Combo.Input(
-                    "view",
-                    optional=True,
-                    options=list(VIEWS),
-                    default=VIEWS[0],
+                    "view", optional=True, options=list(VIEWS), default=VIEWS[0],
                     tooltip="What CLIP sees of a picture that is not square. crop: the square in its middle, as the "
                     "model was trained; pad: all of it, smaller, for panoramas and tall pictures.",
                 ),
@@ -127,31 +109,26 @@ class InfDiTCLIPEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        clip: HostedCLIP,
-        image: Tensor,
-        positive: str = "",
-        negative: str = "",
-        strength: float = STRENGTH,
+        cls, clip: ManagedCLIP, image: Tensor, positive: str = "", negative: str = "", strength: float = STRENGTH,
         view: View = "crop",
     ) -> io.NodeOutput:
         pictures = from_image(image)
         check_image(pictures)
         colour = visible_colour(pictures) * 2 - 1
-        with told_warnings() as warnings, clip_at_work(clip) as encoder:
+        with captured_warnings() as warnings, clip_at_work(clip) as encoder:
             vectors = clip_embedding(encoder, colour, positive, negative, strength, view).float().cpu()
-        told = _told(clip, positive, negative, strength)
-        return io.NodeOutput(GuidedVector(vectors, told, (*clip.warnings, *warnings)))
+        description = _describe(clip, positive, negative, strength)
+        return io.NodeOutput(GuidedVector(vectors, description, (*clip.warnings, *warnings)))
 
 
-def _told(clip: HostedCLIP, positive: str, negative: str, strength: float) -> str:
+def _describe(clip: ManagedCLIP, positive: str, negative: str, strength: float) -> str:
     texts = [f"{way} {text.strip()!r}" for way, text in (("to", positive), ("away from", negative)) if text.strip()]
     led = f", led {' and '.join(texts)} with strength {strength:g}" if texts and strength else ""
     return f"the picture as {clip.name} sees it{led}"
 
 
 @contextmanager
-def told_warnings() -> Iterator[list[str]]:
+def captured_warnings() -> Iterator[list[str]]:
     """What the library warns of meanwhile: nobody who looks at a page sees the log."""
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)

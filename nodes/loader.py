@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from .comfy_memory import managed_model
+from .comfy_page import Bar
 from .files import BUNDLED, FOLDER, converted, fingerprint, missing_model, model_files, model_path
-from .host import Bar, host_model
 from .schema import ADVANCED, CATEGORY, InfDiTModel, search_aliases
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,18 +26,14 @@ class InfDiTModelLoader(io.ComfyNode):
             "models/infdit.",
             inputs=[
                 io.Combo.Input(
-                    "model_name",
-                    options=model_files(),
+                    "model_name", options=model_files(),
                     tooltip="The small model that comes with the pack, or a file (.safetensors, or the published .pt) "
                     "in models/infdit. A .pt is converted to a .safetensors beside it when it is first used.",
                 ),
                 io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="auto",
+                    "dtype", options=list(DTYPES), default="auto", extra_dict=ADVANCED,
                     tooltip="The precision that the model computes in. auto: bf16 where your hardware computes it "
                     "natively, else fp32. bf16 and fp16 need half the memory of fp32.",
-                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[
@@ -59,4 +56,4 @@ class InfDiTModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
         path = converted(model_path(model_name), Bar(cls.hidden.unique_id).move)
-        return io.NodeOutput(host_model(model_name, path, DTYPES[dtype]))
+        return io.NodeOutput(managed_model(model_name, path, DTYPES[dtype]))

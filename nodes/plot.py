@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..infdit.planner import amount
+from ..infdit.memory.planner import format_bytes
 
 WIDTH, MARGIN, BAR, GAUGE = 1024, 40, 60, 12  # pixels
 BACKGROUND, TRACK, TEXT, FAINT = "#16191f", "#2b313c", "#f2f4f7", "#b4bcc8"
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Filling:
+class MemoryBar:
     """One memory.
 
     Attributes:
@@ -45,60 +45,67 @@ class Filling:
         """All parts."""
         return sum(self.parts.values())
 
+    @property
+    def line(self) -> str:
+        """In words."""
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
+        limit = f"{self.limit_name} {format_bytes(self.limit)}"
+        return f"{self.name}: {format_bytes(self.total)} of {limit}: {parts}"
 
-def draw(title: str, verdict: str, fits: bool, fillings: Sequence[Filling], lines: Sequence[str]) -> Tensor:
+
+def draw(title: str, verdict: str, fits: bool, bars: Sequence[MemoryBar], lines: Sequence[str]) -> Tensor:
     """(1, h, w, 3) in 0..1."""
     canvas = _Canvas()
     canvas.text(title, 34, TEXT)
     canvas.text(verdict, 26, GOOD if fits else BAD)
-    for filling in fillings:
+    for bar in bars:
         canvas.gap(22)
-        _draw_filling(canvas, filling)
+        _draw_bar(canvas, bar)
     canvas.gap(26)
     for line in lines:
         canvas.text(line, 20, FAINT)
     return torch.from_numpy(np.array(canvas.cropped())).float()[None] / 255
 
 
-def _draw_filling(canvas: _Canvas, filling: Filling) -> None:
-    share = f"{filling.total / filling.limit:.0%} of " if filling.limit else "more than "
-    limit = f"{share}{filling.limit_name} {amount(filling.limit)}"
-    canvas.text(f"{filling.name}: {amount(filling.total)}, {limit}", 24, TEXT)
+def _draw_bar(canvas: _Canvas, bar: MemoryBar) -> None:
+    share = f"{bar.total / bar.limit:.0%} of " if bar.limit else "more than "
+    limit = f"{share}{bar.limit_name} {format_bytes(bar.limit)}"
+    canvas.text(f"{bar.name}: {format_bytes(bar.total)}, {limit}", 24, TEXT)
     canvas.gap(8)
-    _gauge(canvas, filling)
-    _composition(canvas, filling)
-    _legend(canvas, filling)
+    _gauge(canvas, bar)
+    _composition(canvas, bar)
+    _legend(canvas, bar)
 
 
-def _gauge(canvas: _Canvas, filling: Filling) -> None:
+def _gauge(canvas: _Canvas, bar: MemoryBar) -> None:
     """How far the limit is: a thin bar."""
-    scale = (WIDTH - 2 * MARGIN) / max(filling.total, filling.limit, 1)
-    edge = MARGIN + filling.limit * scale
-    end = MARGIN + max(3, filling.total * scale)
+    scale = (WIDTH - 2 * MARGIN) / max(bar.total, bar.limit, 1)
+    edge = MARGIN + bar.limit * scale
+    end = MARGIN + max(3, bar.total * scale)
     canvas.box(MARGIN, canvas.y, edge, canvas.y + GAUGE, TRACK)
-    canvas.box(MARGIN, canvas.y, min(end, edge), canvas.y + GAUGE, GOOD if filling.total <= filling.limit else TEXT)
+    canvas.box(MARGIN, canvas.y, min(end, edge), canvas.y + GAUGE, GOOD if bar.total <= bar.limit else TEXT)
     canvas.box(edge, canvas.y, end, canvas.y + GAUGE, BAD)
     canvas.gap(GAUGE + 8)
 
 
-def _composition(canvas: _Canvas, filling: Filling) -> None:
+def _composition(canvas: _Canvas, bar: MemoryBar) -> None:
     """What it consists of: a thick bar."""
-    scale = (WIDTH - 2 * MARGIN) / max(filling.total, 1)
+    scale = (WIDTH - 2 * MARGIN) / max(bar.total, 1)
     left = float(MARGIN)
-    for name, size in filling.parts.items():
+    for name, size in bar.parts.items():
         canvas.box(left, canvas.y, left + size * scale, canvas.y + BAR, COLOURS[name])
         left += size * scale
     canvas.gap(BAR + 10)
 
 
-def _legend(canvas: _Canvas, filling: Filling) -> None:
-    shown = [(name, size) for name, size in filling.parts.items() if size]
+def _legend(canvas: _Canvas, bar: MemoryBar) -> None:
+    shown = [(name, size) for name, size in bar.parts.items() if size]
     column = (WIDTH - 2 * MARGIN) // 3
     for start in range(0, len(shown), 3):
         for i, (name, size) in enumerate(shown[start : start + 3]):
             x = MARGIN + i * column
             canvas.box(x, canvas.y + 4, x + 18, canvas.y + 22, COLOURS[name])
-            canvas.label(x + 28, canvas.y, f"{name} {amount(size)}", 20, TEXT)
+            canvas.label(x + 28, canvas.y, f"{name} {format_bytes(size)}", 20, TEXT)
         canvas.gap(32)
 
 

@@ -33,6 +33,16 @@ def model_input() -> io.Input:
     return InfDiTModel.Input("model", tooltip="From Load Inf-DiT Model.")
 
 
+def image_input(more: str = "") -> io.Input:
+    """The pictures."""
+    return io.Image.Input("image", tooltip=f"The pictures to enlarge: any size, any number.{more}")
+
+
+def image_output() -> io.Output:
+    """The result."""
+    return io.Image.Output(display_name="image", tooltip="The enlarged pictures, exactly of the size asked for.")
+
+
 def memory_budget_input(tooltip: str) -> io.Input:
     """How much memory a run may hold."""
     return io.Float.Input(
@@ -51,8 +61,7 @@ RUN_BUDGET = (
 def conditioning_input() -> io.Input:
     """What CLIP tells the model, for models that listen."""
     return InfDiTConditioning.Input(
-        "conditioning",
-        optional=True,
+        "conditioning", optional=True,
         tooltip="From Inf-DiT CLIP Encode: what the picture shows and where to lead it. The published model was "
         "trained with it; models without a CLIP input, such as the bundled one, ignore it and the report says so.",
     )
@@ -62,6 +71,6 @@ def report_output() -> io.Output:
     """Text for people."""
     return io.String.Output(
         display_name="report",
-        tooltip="What was done, in a few lines: size, steps, memory plan, predicted and measured peak, time. Connect "
-        "Preview as Text to read it.",
+        tooltip="What was done, in a few lines: size, steps, memory plan, predicted peak (and on a card the "
+        "measured one), time. Connect Preview as Text to read it.",
     )

@@ -34,12 +34,7 @@ def size_input() -> io.Input:
 
 def _scale_input() -> io.Input:
     return io.Float.Input(
-        "scale",
-        default=4.0,
-        min=1.01,
-        max=float(MAX_SCALE),
-        step=0.01,
-        display_mode=SLIDER,
+        "scale", default=4.0, min=1.01, max=float(MAX_SCALE), step=0.01, display_mode=SLIDER,
         tooltip="How many times larger each side becomes. The model is trained for up to 4.",
     )
 
@@ -47,10 +42,7 @@ def _scale_input() -> io.Input:
 def _side_input(name: str, default: int = 4096) -> io.Input:
     other = "height" if name == "width" else "width"
     return io.Int.Input(
-        name,
-        default=default,
-        min=0,
-        max=MAX_SIDE,
+        name, default=default, min=0, max=MAX_SIDE,
         tooltip=f"Pixels of the result. 0: what keeps the picture's proportions at the {other} given. If both are "
         "given the picture is stretched to them.",
     )
@@ -58,21 +50,14 @@ def _side_input(name: str, default: int = 4096) -> io.Input:
 
 def _longest_side_input() -> io.Input:
     return io.Int.Input(
-        "longest_side",
-        default=4096,
-        min=1,
-        max=MAX_SIDE,
+        "longest_side", default=4096, min=1, max=MAX_SIDE,
         tooltip="Pixels of the result's longer side; the other one keeps the proportions.",
     )
 
 
 def _megapixels_input() -> io.Input:
     return io.Float.Input(
-        "megapixels",
-        default=16.0,
-        min=0.01,
-        max=float(MAX_SIDE**2 // MEGAPIXEL),
-        step=0.01,
+        "megapixels", default=16.0, min=0.01, max=float(MAX_SIDE**2 // MEGAPIXEL), step=0.01,
         tooltip="Pixels of the result in millions, counted as 1024×1024 as in ComfyUI's own nodes; proportions are "
         "kept. 16 is 4096×4096.",
     )

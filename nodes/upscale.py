@@ -6,24 +6,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import SamplingDefaults
-from ..infdit.alpha import upscale_alpha
+from ..infdit.conditioning import upscale_alpha
 from ..infdit.samplers import SAMPLERS
 from ..infdit.upscale import check_image, schedule
+from . import schema
 from .clip import GuidedVector
-from .host import HostedModel, from_image, to_image
-from .job import Job
-from .schema import (
-    ADVANCED,
-    CATEGORY,
-    MAX_SEED,
-    RUN_BUDGET,
-    SLIDER,
-    conditioning_input,
-    memory_budget_input,
-    model_input,
-    report_output,
-    search_aliases,
-)
+from .comfy_memory import ManagedModel, budget_bytes, plan_run
+from .comfy_page import from_image, to_image
+from .report import sampling_line
+from .run import run_upscale
 from .size import Size, result_size, size_input
 
 AUTO = "auto"
@@ -37,112 +28,90 @@ class InfDiTUpscale(io.ComfyNode):
         return io.Schema(
             node_id="InfDiTUpscale",
             display_name="Inf-DiT Upscale",
-            category=CATEGORY,
+            category=schema.CATEGORY,
             description="Enlarges pictures up to four times with an Inf-DiT model: a diffusion transformer that works "
             "on the whole picture at once, without tiles or seams. It needs no prompt.",
             inputs=[
-                model_input(),
-                io.Image.Input(
-                    "image",
-                    tooltip="The pictures to enlarge: any size, any number. Transparency (a fourth channel) is "
-                    "enlarged along.",
-                ),
+                schema.model_input(),
+                schema.image_input(" Transparency (a fourth channel) is enlarged along."),
                 size_input(),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
-                    "made for. The bundled model gains nothing from more than one.",
-                    extra_dict=ADVANCED,
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=[AUTO, *SAMPLERS],
-                    default=AUTO,
-                    tooltip="How the steps are taken. auto: the sampler that the model was made for. heun computes "
-                    "each step twice.",
-                    extra_dict=ADVANCED,
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=SLIDER,
-                    tooltip="How freely the model invents detail. 1: as it was trained to; lower values stay closer "
-                    "to the plain enlargement; 0 is the plain enlargement.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise that detail grows from: the same seed gives the same picture. The bundled model "
-                    "starts without noise: there the seed changes nothing.",
-                ),
-                memory_budget_input(RUN_BUDGET),
-                conditioning_input(),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="A mask to enlarge along with the picture, such as the transparency from Load Image. It "
-                    "comes out at the size of the result and does not change the picture.",
-                ),
+                *_sampling_inputs(),
+                schema.memory_budget_input(schema.RUN_BUDGET),
+                schema.conditioning_input(),
+                _mask_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The enlarged pictures, exactly of the size asked for."),
+                schema.image_output(),
                 io.Mask.Output(
                     display_name="mask",
                     tooltip="The mask given, enlarged. Without one: what is transparent in a picture with a fourth "
                     "channel (1 where nothing is seen, as from Load Image), else 0 everywhere.",
                 ),
-                report_output(),
+                schema.report_output(),
             ],
             hidden=[io.Hidden.unique_id],
-            **search_aliases("inf-dit", "infdit", "upscaler", "super resolution", "enlarge image", "hires", "4x"),
+            **schema.search_aliases("inf-dit", "infdit", "upscaler", "super resolution", "enlarge image", "4x"),
         )
 
     @classmethod
     def execute(
-        cls,
-        model: HostedModel,
-        image: Tensor,
-        steps: int,
-        sampler_name: str,
-        denoise: float,
-        seed: int,
-        memory_budget: float,
-        size: Size | None = None,
-        conditioning: GuidedVector | None = None,
+        cls, model: ManagedModel, image: Tensor, steps: int, sampler_name: str, denoise: float, seed: int,
+        memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         check_image(pictures)
-        target = result_size(size, *pictures.shape[1:3])
-        defaults = model.network.defaults
+        defaults, target = model.defaults, result_size(size, *pictures.shape[1:3])
         sampler = defaults.sampler if sampler_name == AUTO else sampler_name
-        job = Job(
-            model,
-            pictures,
-            target,
-            sampler,
-            schedule(defaults, steps or None, denoise=denoise),
-            memory_budget,
-            conditioning,
-            node_id=cls.hidden.unique_id,
-            sampler_name=sampler,
-            noise_name=f"seed {seed}" if defaults.start_noise else "",
-            notes=steps_note(steps, defaults),
-        )
+        sigmas = schedule(defaults, steps or None, denoise=denoise)
         masks = None if mask is None else enlarged_mask(from_image(mask), target)
-        result, report = job.run(seed)
-        if masks is None:
-            masks = transparency(result)
+        planned = plan_run(model.workload(pictures.shape, target, sampler), budget_bytes(memory_budget))
+        result, report = run_upscale(
+            model,
+            planned,
+            pictures,
+            sigmas,
+            conditioning,
+            cls.hidden.unique_id,
+            sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
+            steps_note(steps, defaults),
+            seed=seed,
+        )
+        masks = transparency(result) if masks is None else masks
         return io.NodeOutput(to_image(result), to_image(masks), report)
+
+
+def _sampling_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "steps", default=0, min=0, max=1000, extra_dict=schema.ADVANCED,
+            tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
+            "made for. The bundled model gains nothing from more than one.",
+        ),
+        io.Combo.Input(
+            "sampler_name", options=[AUTO, *SAMPLERS], default=AUTO, extra_dict=schema.ADVANCED,
+            tooltip="How the steps are taken. auto: the sampler that the model was made for. heun computes "
+            "each step twice.",
+        ),
+        io.Float.Input(
+            "denoise", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=schema.SLIDER,
+            tooltip="How freely the model invents detail. 1: as it was trained to; lower values stay closer "
+            "to the plain enlargement; 0 is the plain enlargement.",
+        ),
+        io.Int.Input(
+            "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=True,
+            tooltip="The noise that detail grows from: the same seed gives the same picture. The bundled model "
+            "starts without noise: there the seed changes nothing.",
+        ),
+    ]
+
+
+def _mask_input() -> io.Input:
+    return io.Mask.Input(
+        "mask", optional=True,
+        tooltip="A mask to enlarge along with the picture, such as the transparency from Load Image. It "
+        "comes out at the size of the result and does not change the picture.",
+    )
 
 
 def steps_note(steps: int, defaults: SamplingDefaults) -> list[str]:

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import infdit
+from benchmarks.__main__ import main
+from benchmarks.peak_meter import PeakMeter
+from benchmarks.speed import Timing, random_model, time_plans
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.__main__ import main
-from infdit.bench.speed import Timing, random_model, time_plans
-from infdit.measure import PeakMeter
-from infdit.memory import Weights
+from infdit.memory.plan import Weights
 
 CPU = torch.device("cpu")
 
 
 def test_it_prints_constants_and_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--model", "mini", "--size", "64x96", "--device", "cpu", "--dtype", "fp32"]) == 0
+    assert main(["--model", "mini", "--size", "64x96", "--device", "cpu", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
     assert "TFLOP/s assumed" in out
     assert out.count(" layers × ") == 6
@@ -30,7 +30,7 @@ def test_timings_are_of_the_plans_in_their_order() -> None:
     plans = [MemoryPlan(6, 12), MemoryPlan(1, 1, "streamed", "host", "host")]
     timings = time_plans(model, plans, 96, 128, CPU, rounds=1)
     assert [t.plan for t in timings] == plans
-    assert all(t.measured > 0 and t.foretold > 0 for t in timings)
+    assert all(t.measured > 0 and t.predicted > 0 for t in timings)
     assert timings[0].peak > timings[1].peak
 
 
@@ -46,10 +46,10 @@ def test_the_chosen_of_five_plans_is_as_fast_as_the_fastest_that_fits(capsys: py
     with capsys.disabled():
         print()
         for t in timings:
-            print(f"{t.plan.group} layers × {t.plan.chunk} blocks: {t.measured:.3f} s, foretold {t.foretold:.3f} s")
+            print(f"{t.plan.group} layers × {t.plan.chunk} blocks: {t.measured:.3f} s, predicted {t.predicted:.3f} s")
     for most in sorted(t.peak for t in timings):
         fitting = [t for t in timings if t.peak <= most]
-        chosen = min(fitting, key=lambda t: (t.foretold, t.peak))
+        chosen = min(fitting, key=lambda t: (t.predicted, t.peak))
         assert chosen.measured <= 1.15 * fastest_of(fitting).measured, most
 
 
@@ -70,7 +70,7 @@ def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> 
             with torch.no_grad():
                 denoise(x, 1.0)
             seconds.setdefault(name, []).append(time.perf_counter() - began)
-    with PeakMeter({"device": [x, up, conditioning.lr]}) as meter, torch.no_grad():
+    with PeakMeter([x, up, conditioning.lr]) as meter, torch.no_grad():
         infdit.Denoiser(model, conditioning, smallest)(x, 1.0)
     working = meter.peak["device"]
     median = {name: statistics.median(times) for name, times in seconds.items()}

@@ -65,7 +65,7 @@ def test_every_key_is_accounted_for() -> None:
 
 
 def test_parameters_of_the_published_size() -> None:
-    """INFDIT.md section 1, less the k_layer_norm that is never used: 28 layers of weight and bias of 80."""
+    """The published parameters, less the k_layer_norm that is never used: 28 layers of weight and bias of 80."""
     with torch.device("meta"):
         model = infdit.model.InfDiT(InfDiTConfig())
     assert sum(p.numel() for p in model.parameters()) == 753_435_248 - 28 * 2 * 80

@@ -12,8 +12,8 @@ from conftest import DATA
 from PIL import Image
 
 from infdit.__main__ import main
-from infdit.planner import amount
-from infdit.shell.arguments import bytes_of
+from infdit.cli import bytes_of
+from infdit.memory.planner import format_bytes
 
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 
@@ -118,7 +118,7 @@ def test_out_of_memory_on_one_picture(
 
     sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
     with monkeypatch.context() as patch:
-        patch.setattr("infdit.shell.upscaling.upscale", too_large)
+        patch.setattr("infdit.cli.upscale.upscale", too_large)
         assert run("upscale", sources[0], "-o", tmp_path / "out.png") == 2
         assert "out of memory" in one_line(capsys)
         assert run("upscale", *sources, "-o", tmp_path / "out") == 2
@@ -196,7 +196,7 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
     [(2**20, "1 MiB"), (4 * 2**30, "4 GiB"), (999 * 2**30, "999 GiB"), (2**40, "1 TiB"), (1.2 * 2**40, "1.2 TiB")],
 )
 def test_amounts_for_people(count: float, said: str) -> None:
-    assert amount(int(count)) == said
+    assert format_bytes(int(count)) == said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
@@ -267,7 +267,7 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
 
         return encode
 
-    monkeypatch.setattr("infdit.shell.upscaling.load_clip", load)
+    monkeypatch.setattr("infdit.cli.upscale.load_clip", load)
     source, model = make_picture(tmp_path / "in.png"), tmp_path / "tiny.safetensors"
     assert run("convert", PUBLISHED, model) == 0
     options = ("--model", model, "--steps", 2, "--dtype", "fp32")
@@ -294,7 +294,7 @@ def test_interrupt_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("infdit.shell.upscaling.upscale", interrupted)
+    monkeypatch.setattr("infdit.cli.upscale.upscale", interrupted)
     source = make_picture(tmp_path / "in.png")
     assert run("upscale", source, "-o", tmp_path / "out.png") == 130
     assert "interrupted" in capsys.readouterr().err

@@ -26,8 +26,8 @@ from clipmath import (
 from PIL import Image
 from test_cli import PUBLISHED, make_picture, one_line, run
 
+from infdit.cli import upscale as shell
 from infdit.clip import load_clip
-from infdit.shell import upscaling as shell
 
 MODEL = ("--model", PUBLISHED, "--steps", 1, "--dtype", "fp32", "--scale", 2)
 VISION, TEXT = replace(SMALL, output_dim=32), replace(SMALL_TEXT, output_dim=32)  # as wide as that model's input

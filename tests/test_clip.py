@@ -32,7 +32,8 @@ from clipmath import (
 
 import infdit
 from infdit.checkpoint import convert
-from infdit.clip import CLIPEncoder, OpenCLIPMissingError, files, load_clip, preprocess, towers, view
+from infdit.clip import CLIPEncoder, OpenCLIPMissingError, load_clip, loader, preprocess
+from infdit.clip import encoder as towers
 from infdit.tensorfile import CheckpointError, TensorFile
 
 DATA = Path(__file__).parent / "data"
@@ -65,7 +66,7 @@ def test_preprocess_equals_torchs_own_resize_cut_in_the_middle() -> None:
     width = int(224 * 500 / 301)
     resized = F.interpolate(image, (224, width), mode="bicubic", antialias=True, align_corners=False)
     left = (width - 224) // 2
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (view.MEAN, view.STD))
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (towers.MEAN, towers.STD))
     expected = ((resized[..., left : left + 224] + 1) / 2 - mean) / std
     torch.testing.assert_close(preprocess(image), expected, rtol=0, atol=1e-10)
 
@@ -160,7 +161,7 @@ def test_the_whole_of_a_very_long_strip_fits_into_memory(axis: int) -> None:
     shape[axis] = 112_000
     image = torch.linspace(-1, 1, 112_000, dtype=torch.float64).view(1, 1, *shape[2:]).expand(shape)
     line = preprocess(image, view="pad")[0].select(4 - axis, 111)  # (3, 224), the only one that is no padding
-    steps = (line * torch.tensor(view.STD)[:, None]).diff()[:, 4:-4]
+    steps = (line * torch.tensor(towers.STD)[:, None]).diff()[:, 4:-4]
     torch.testing.assert_close(steps, torch.full_like(steps, 1 / 224), rtol=1e-5, atol=0)
 
 
@@ -274,7 +275,7 @@ def test_the_default_sizes_are_vit_l_14() -> None:
 def test_loading_copies_nothing_that_need_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {name: tensor.float() for name, tensor in tower_weights().items()}
     path = save(tmp_path, weights)
-    monkeypatch.setattr(files, "read_tensors", lambda _: TensorFile(weights, {}))
+    monkeypatch.setattr(loader, "read_tensors", lambda _: TensorFile(weights, {}))
     encoder = load_small(path, torch.float32)
     for name, parameter in encoder.tower.named_parameters():
         assert parameter.data_ptr() == weights[f"visual.{name}"].data_ptr()
@@ -287,7 +288,7 @@ def test_loading_copies_nothing_that_need_not_change(tmp_path: Path, monkeypatch
 def test_on_a_cpu_a_file_of_float32_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
 ) -> None:
-    monkeypatch.setattr(files, "default_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(loader, "default_dtype", lambda _: torch.bfloat16)
     path = save(tmp_path, {name: tensor.to(stored) for name, tensor in tower_weights().items()})
     encoder = load_clip(path, device="cpu", config=SMALL)
     expected = torch.float32 if stored == torch.float32 else torch.bfloat16
@@ -397,8 +398,8 @@ def test_other_files_are_refused_with_the_one_to_give(
 @needs_open_clip
 def test_a_file_known_to_be_wrong_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, tower_weights())
-    monkeypatch.setitem(files.KNOWN_WRONG, hashlib.sha256(path.read_bytes()).hexdigest(), "somebody's quick CLIP")
-    monkeypatch.setattr(files, "read_tensors", lambda _: pytest.fail("was read"))
+    monkeypatch.setitem(loader.KNOWN_WRONG, hashlib.sha256(path.read_bytes()).hexdigest(), "somebody's quick CLIP")
+    monkeypatch.setattr(loader, "read_tensors", lambda _: pytest.fail("was read"))
     assert "somebody's quick CLIP" in refusal(path)
 
 
@@ -418,7 +419,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, path: Path) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_small(path)
-    return [record.getMessage() for record in caplog.records if record.name == "infdit.clip.files"]
+    return [record.getMessage() for record in caplog.records if record.name == "infdit.clip.loader"]
 
 
 @needs_open_clip
@@ -438,28 +439,28 @@ def test_the_known_file_gives_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, tower_weights())
-    monkeypatch.setitem(files.KNOWN, hashlib.sha256(path.read_bytes()).hexdigest(), "the one of this test")
+    monkeypatch.setitem(loader.KNOWN, hashlib.sha256(path.read_bytes()).hexdigest(), "the one of this test")
     assert warnings_of(caplog, path) == []
 
 
 def test_a_file_is_hashed_once_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "clip.bin"
     path.write_bytes(b"a" * 100)
-    first = files._file_digest(path)
+    first = loader._file_digest(path)
     assert first == hashlib.sha256(b"a" * 100).hexdigest()
     opened: list[Path] = []
     original = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self) or original(self, *a, **k))
-    assert files._file_digest(path) == first
+    assert loader._file_digest(path) == first
     assert not opened
     path.write_bytes(b"b" * 100)
     os.utime(path, (1, 1))
-    assert files._file_digest(path) == hashlib.sha256(b"b" * 100).hexdigest()
+    assert loader._file_digest(path) == hashlib.sha256(b"b" * 100).hexdigest()
 
 
 def test_known_digests_are_sha256_and_on_one_side_only() -> None:
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [*files.KNOWN, *files.KNOWN_WRONG])
-    assert not files.KNOWN.keys() & files.KNOWN_WRONG.keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [*loader.KNOWN, *loader.KNOWN_WRONG])
+    assert not loader.KNOWN.keys() & loader.KNOWN_WRONG.keys()
 
 
 def converted_clip(tmp_path: Path) -> Path:

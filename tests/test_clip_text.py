@@ -34,8 +34,9 @@ from clipmath import (
 )
 
 from infdit.checkpoint import convert
-from infdit.clip import CLIPEncoder, clip_embedding, files, guide, load_clip, text_direction, towers
-from infdit.clip.towers import CLIPTextEncoder, tokenize
+from infdit.clip import CLIPEncoder, clip_embedding, guide, load_clip, loader, text_direction
+from infdit.clip import encoder as towers
+from infdit.clip.encoder import CLIPTextEncoder, tokenize
 from infdit.tensorfile import CheckpointError
 
 DATA = Path(__file__).parent / "data"
@@ -171,8 +172,9 @@ def test_the_tower_is_there_only_while_a_text_is_read(tmp_path: Path, monkeypatc
         return sum(type(thing) is CLIPTextEncoder for thing in gc.get_objects())
 
     placed: list[str] = []
-    place = files._place
-    monkeypatch.setattr(files, "_place", lambda path, tensors, *to: placed.extend(tensors) or place(path, tensors, *to))
+    place = loader._place
+    noted = lambda path, tensors, *to: placed.extend(tensors) or place(path, tensors, *to)  # noqa: E731
+    monkeypatch.setattr(loader, "_place", noted)
     during: list[int] = []
     forward = CLIPTextEncoder.forward
     monkeypatch.setattr(CLIPTextEncoder, "forward", lambda *a: during.append(alive()) or forward(*a))

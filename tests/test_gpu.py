@@ -1,6 +1,6 @@
 """What only a card can show: copies beside arithmetic give the CPU's picture, within the bytes foretold, and stop soon.
 
-Skipped where there is no CUDA (or ROCm) device. `python -m infdit bench` times plans on the same device.
+Skipped where there is no CUDA (or ROCm) device. `python -m benchmarks` times plans on the same device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from test_memory import random_model
 
 import infdit
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.planner import Request
+from infdit.memory.plan import Workload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -50,7 +50,7 @@ def test_every_plan_gives_the_picture_of_the_cpu(plan: MemoryPlan) -> None:
 def test_no_plan_takes_more_than_was_foretold(plan: MemoryPlan) -> None:
     config = InfDiTConfig(8, 1024, 16, 4, 64, 0)
     model = random_model(config, torch.bfloat16)
-    foretold = Request(config, 1024, 1024, device=CUDA, sampler="euler").footprint(plan).device
+    foretold = Workload(config, 1024, 1024, device=CUDA, sampler="euler").footprint(plan).device
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(CUDA)
     torch.cuda.reset_peak_memory_stats(CUDA)

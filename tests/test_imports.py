@@ -1,8 +1,8 @@
-"""The import graph: nodes → infdit, never back; ComfyUI's internals in nodes/host.py only; no cycles; nothing absolute.
+"""The import graph: nodes → infdit, never back; ComfyUI's internals in nodes/comfy_*.py only; no cycles, few levels.
 
     infdit/*                 standard library, third parties, relative imports within infdit
     nodes/*                  besides those: comfy_api and folder_paths, and infdit, relatively
-    nodes/host.py            besides those: comfy.*
+    nodes/comfy_*.py         besides those: comfy.*
     __init__.py of the pack  the standard library and nodes, relatively
 """
 
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # top-level modules of ComfyUI, and our own by their absolute names: inside ComfyUI `nodes` is ComfyUI's nodes.py
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "server"}
-OURS = {"infdit", "nodes", "tests", "training"}
+OURS = {"infdit", "nodes", "tests", "training", "benchmarks"}
 LIBRARY, NODES = sorted((ROOT / "infdit").rglob("*.py")), sorted((ROOT / "nodes").rglob("*.py"))
 LAZY = {"open_clip", "torchvision", "transformers", "matplotlib", "requests"}  # slow or broken where nobody needs them
 
@@ -112,9 +112,53 @@ def test_library_has_no_import_cycles() -> None:
     assert cycle(graph(LIBRARY, everywhere=True)) == []
 
 
+def levels(edges: dict[str, set[str]]) -> dict[str, int]:
+    """1 for a module that imports none of the others, else one more than the highest that it imports."""
+    found: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(edges).static_order():
+        found[name] = 1 + max((found[other] for other in edges[name]), default=0)
+    return found
+
+
+def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
+    """Rooms from the ground up: what is in one imports from those below it, or from its own."""
+    edges = graph(LIBRARY, everywhere=True)
+    assert max(levels(edges).values()) <= 7
+    rooms = {name: room_of(name) for name in edges}
+    upward = [(a, b) for a, others in edges.items() for b in others if rooms[b] > rooms[a]]
+    assert upward == []
+
+
+ROOMS = (  # architecture.md draws them
+    ("config", "grid", "rotary", "samplers", "device"),
+    ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
+    ("uniba", "denoiser"),
+    ("run", "upscale"),
+    ("names", "tensorfile", "unpickle", "clip", "checkpoint", "picture"),
+    ("", "cli", "__main__"),
+)
+
+
+def room_of(name: str) -> int:
+    """The floor that a module is on, by its longest beginning that is named."""
+    parts = name.removeprefix("pack.infdit").removeprefix(".")
+    for beginning in (".".join(parts.split(".")[:n]) for n in range(parts.count(".") + 1, -1, -1)):
+        for floor, modules in enumerate(ROOMS):
+            if beginning in modules and (beginning or not parts):
+                return floor
+    raise AssertionError(f"{name} is in none of ROOMS: say where it belongs")
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *NODES], ids=by_name)
+def test_functions_are_short(path: Path) -> None:
+    functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 60}
+    assert long == {}
+
+
 @pytest.mark.parametrize("path", NODES, ids=by_name)
-def test_only_host_uses_comfyui_internals(path: Path) -> None:
-    allowed = {"comfy_api", "folder_paths"} | ({"comfy"} if path.name == "host.py" else set())
+def test_only_what_is_named_after_it_uses_comfyui_internals(path: Path) -> None:
+    allowed = {"comfy_api", "folder_paths"} | ({"comfy"} if path.name.startswith("comfy_") else set())
     assert absolute(path.read_text()) & (COMFYUI | OURS) <= allowed
 
 
@@ -126,7 +170,7 @@ def test_nodes_have_no_import_cycles() -> None:
 def test_pack_only_registers() -> None:
     source = (ROOT / "__init__.py").read_text()
     assert absolute(source) <= {"sys"}
-    assert set(imports(source, "pack", package=True)) == {"sys", "pack.nodes.comfy_entrypoint"}
+    assert set(imports(source, "pack", package=True)) == {"sys", "pack.nodes.extension.comfy_entrypoint"}
     assert "NODE_CLASS_MAPPINGS" not in source  # where it exists, ComfyUI ignores comfy_entrypoint
 
 
@@ -146,7 +190,7 @@ def test_the_check_sees_imports_anywhere(source: str, found: set[str]) -> None:
 @pytest.mark.parametrize(
     ("source", "everywhere", "found"),
     [
-        ("from . import host", True, {"pack.nodes.host"}),
+        ("from . import schema", True, {"pack.nodes.schema"}),
         ("from ..infdit.grid import BlockGrid", True, {"pack.infdit.grid.BlockGrid"}),
         ("try:\n    import open_clip\nexcept ImportError:\n    pass", False, {"open_clip"}),
         ("class A:\n    def f(self):\n        import open_clip", False, set()),

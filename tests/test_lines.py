@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import infdit
-from infdit.__main__ import main
-from infdit.bench import lines
+from benchmarks import lines
+from benchmarks.__main__ import main
 
 
 def stepped(angle: float, step: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_the_bundled_model_draws_in_one_stroke() -> None:
 
 
 def test_bench_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--lines"]) == 0
+    assert main(["--lines"]) == 0
     out = capsys.readouterr().out
     assert "stairs px" in out
     assert out.index("bicubic") < out.index("model  ")

@@ -9,11 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
-from infdit import Conditioning, Denoiser, InfDiTConfig, MemoryPlan
-from infdit.measure import PeakMeter
-from infdit.memory import Footprint, Weights, footprint
+from benchmarks.dry_run import ACCELERATOR, counted_peak
+from benchmarks.peak_meter import PeakMeter
+from infdit import InfDiTConfig, MemoryPlan
+from infdit.memory.plan import Footprint, Weights, Workload
 from infdit.model import InfDiT
-from infdit.transfer import tier
 
 MIB = 2**20
 SLACK = 16 * MIB
@@ -26,15 +26,6 @@ def random_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
     for parameter in model.parameters():
         parameter.normal_(0, 0.02)
     return model
-
-
-def held(model: InfDiT, plan: MemoryPlan) -> dict[str, list[torch.Tensor]]:
-    """The parameters by the tier that a plan puts them on."""
-    tiers: dict[str, list[torch.Tensor]] = {"device": [], "host": []}
-    for name, parameter in model.named_parameters():
-        moved = plan.weights == "streamed" and name.startswith(("layers.", "modulations."))
-        tiers["host" if moved else "device"].append(parameter)
-    return tiers
 
 
 def random_case(rng: random.Random) -> tuple[InfDiTConfig, int, int, MemoryPlan, torch.dtype, str, int]:
@@ -60,33 +51,38 @@ def random_case(rng: random.Random) -> tuple[InfDiTConfig, int, int, MemoryPlan,
     return config, h, w, plan, dtype, rng.choice(list(infdit.samplers.SAMPLERS)), rng.choice([1, 1, 2])
 
 
-def assert_within(counted: dict[str, int], foretold: Footprint) -> None:
-    for name, predicted in (("device", foretold.device), ("host", foretold.host)):
-        assert counted[name] <= predicted
-        assert predicted <= 1.25 * counted[name] + SLACK
+def assert_within(counted: dict[str, int], held: Footprint, unified: bool = False) -> None:
+    """unified: the device is a CPU, where one memory holds both."""
+    predicted = {"device": held.device, "host": held.host}
+    if unified:
+        predicted = {"device": held.device + held.host, "host": 0}
+    for tier, most in predicted.items():
+        assert counted[tier] <= most
+        assert most <= 1.25 * counted[tier] + SLACK
 
 
-def assert_foretold(seed: int, cases: int) -> None:
+def assert_predicted(seed: int, cases: int) -> None:
     rng = random.Random(seed)
     for _ in range(cases):
         config, h, w, plan, dtype, sampler, batch = case = random_case(rng)
         model = random_model(config, dtype)
         image = torch.rand(batch, -(-h // 4), -(-w // 4), 3)
-        with PeakMeter(held(model, plan)) as meter:
+        with PeakMeter(model.parameters()) as meter:
             infdit.upscale(model, image, size=(h, w), steps=3, sampler=sampler, plan=plan)
         try:
-            assert_within(meter.peak, footprint(config, h, w, plan, dtype, sampler, batch, one_memory=True))
+            held = Workload(config, h, w, batch, dtype, sampler=sampler).footprint(plan)
+            assert_within(meter.peak, held, unified=True)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def test_counted_peaks_of_random_runs_are_foretold() -> None:
-    assert_foretold(seed=0, cases=25)
+def test_counted_peaks_of_random_runs_are_predicted() -> None:
+    assert_predicted(seed=0, cases=25)
 
 
 @pytest.mark.slow
-def test_counted_peaks_of_many_random_runs_are_foretold() -> None:
-    assert_foretold(seed=1, cases=200)
+def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
+    assert_predicted(seed=1, cases=200)
 
 
 @pytest.mark.parametrize(
@@ -99,23 +95,11 @@ def test_counted_peaks_of_many_random_runs_are_foretold() -> None:
     ids=["everything on the host", "everything on the device", "weights streamed"],
 )
 def test_published_size_on_fake_tensors(side: int, plan: MemoryPlan) -> None:
-    """Where 16 MiB of slack are little beside the whole; one evaluation, pictures apart."""
-    config, dtype = InfDiTConfig(), torch.bfloat16
-    with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        model = InfDiT(config).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        with tier(plan.images):
-            x, up, lr = (torch.zeros(1, 3, s, s) for s in (side, side, side // 4))
-        pictures = [x, up, lr]
-        parameters = held(model, plan)
-        parameters[plan.images] += pictures
-        denoise = Denoiser(model, Conditioning(lr, up), plan)
-        with PeakMeter(parameters) as meter, torch.no_grad():
-            denoise(x, 1.0)
-    foretold = footprint(config, side, side, plan, dtype, "euler")
-    assert meter.peak["device"] <= foretold.device
-    assert foretold.device <= 1.1 * meter.peak["device"] + SLACK
+    """Where 16 MiB of slack are little beside the whole."""
+    workload = Workload(InfDiTConfig(), side, side, device=torch.device("cuda"), sampler="euler")
+    counted, held = counted_peak(workload, plan), workload.footprint(plan)
+    assert counted["device"] <= held.device
+    assert held.device <= 1.1 * counted["device"] + SLACK
 
 
 def test_weights_are_counted_from_sizes() -> None:
@@ -129,20 +113,20 @@ def test_the_promised_sizes() -> None:
     """Published model, bf16, everything that can be away on the host."""
     plan = MemoryPlan(1, 1, "streamed", "host", "host")
     for side, gib in ((4096, 0.4), (8192, 0.6), (16384, 1.0)):
-        assert footprint(InfDiTConfig(), side, side, plan, torch.bfloat16).device <= gib * 2**30
+        workload = Workload(InfDiTConfig(), side, side, device=torch.device("cuda"))
+        assert workload.footprint(plan).device <= gib * 2**30
 
 
 def test_meter_counts_storages_once_and_what_is_freed() -> None:
-    with PeakMeter() as meter:
-        a = torch.zeros(1000)
+    with FakeTensorMode(), PeakMeter(device=ACCELERATOR) as meter:
+        a = torch.zeros(1000, device=ACCELERATOR)
         views = [a[i:] for i in range(10)]
         assert meter.live["device"] == 4000
         b = a + 1
         assert meter.live["device"] == 8000
         del a, views
         assert meter.live["device"] == 4000
-        with tier("host"):
-            c = torch.zeros(10)
+        c = torch.zeros(10)
         d = c * 2
         assert meter.live["host"] == 80
         del b, c, d
@@ -152,7 +136,7 @@ def test_meter_counts_storages_once_and_what_is_freed() -> None:
 
 def test_meter_leaves_nothing_on_weights_that_outlive_it() -> None:
     weight = torch.zeros(10)
-    with PeakMeter({"device": [weight]}) as meter:
+    with PeakMeter([weight]) as meter:
         weight + 1
     gone = weakref.ref(meter)
     del meter

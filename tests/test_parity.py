@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import infdit
-from infdit.resample import conditioning_pictures
+from infdit.conditioning import conditioning_pictures
 
 PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 STORED = load_file(DATA / "tiny.safetensors")

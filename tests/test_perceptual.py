@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infdit.bench.perceptual import STLPIPS, st_lpips
+from benchmarks.perceptual import STLPIPS, st_lpips
 
 # what the package's own code gave for `pair`, in float32
 KNOWN = {"alex": [0.0544, 0.0627], "vgg": [0.2597, 0.2952]}

@@ -4,21 +4,21 @@ import random
 
 import pytest
 import torch
-from test_memory import assert_within, held, random_model
+from test_memory import assert_within, random_model
 
 import infdit
+from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
 from infdit.grid import BlockGrid
-from infdit.measure import PeakMeter
-from infdit.memory import footprint
-from infdit.planner import GIB, PATIENCE, CostModel, schedules, seconds_per_evaluation
+from infdit.memory.plan import Workload
+from infdit.memory.planner import GIB, MAX_LAYER_SECONDS, CostModel, schedules, seconds_per_evaluation
 
 PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
 
 
 def seconds(config: InfDiTConfig, h: int, w: int, plan: MemoryPlan, dtype: torch.dtype, device: torch.device) -> float:
-    return seconds_per_evaluation(config, BlockGrid.covering(h, w, config.block_size), plan, dtype, device)
+    return seconds_per_evaluation(Workload(config, h, w, 1, dtype, device), plan)
 
 
 def random_request(rng: random.Random) -> dict:
@@ -71,8 +71,8 @@ def test_no_schedule_that_fits_is_faster_and_time_never_rises_with_the_budget() 
             chosen = plan_memory(**request, budget=budget, host_budget=MUCH)
             time = seconds(config, h, w, chosen, dtype, device)
             for plan in schedules(config, grid, one, CostModel.of(device, dtype).longest_chunk(config)):
-                bytes_ = footprint(config, h, w, plan, dtype, request["sampler"], request["batch"], one).device
-                assert bytes_ > budget or seconds(config, h, w, plan, dtype, device) >= time
+                held = Workload(config, h, w, request["batch"], dtype, device, request["sampler"]).footprint(plan)
+                assert held.device > budget or seconds(config, h, w, plan, dtype, device) >= time
             assert time <= last
             last = time
 
@@ -85,7 +85,7 @@ def test_a_layer_of_a_chunk_is_short_so_that_the_bar_moves_and_a_run_can_be_stop
         grid = BlockGrid.covering(2048, 2048, config.block_size)
         visits = -(-grid.blocks // plan.chunk) * config.num_layers
         each = seconds(config, 2048, 2048, plan, torch.float32, CPU) / visits
-        assert plan.chunk == 1 or each < 2 * PATIENCE
+        assert plan.chunk == 1 or each < 2 * MAX_LAYER_SECONDS
         chunks[name] = plan.chunk
     assert chunks["small"] > 16 > chunks["published"]
 
@@ -98,7 +98,7 @@ def test_the_promise(side: int, gib: float) -> None:
 
 def test_weights_stay_where_there_is_room() -> None:
     plan = MemoryPlan(1, 4, "resident", "host", "host")
-    assert footprint(PUBLISHED, 4096, 4096, plan, BF16).device <= 4 * GIB
+    assert Workload(PUBLISHED, 4096, 4096, device=CUDA).footprint(plan).device <= 4 * GIB
     chosen = plan_memory(PUBLISHED, 4096, 4096, dtype=BF16, device="cuda", budget=24 * GIB, host_budget=MUCH)
     assert chosen.weights == "resident"
 
@@ -123,11 +123,12 @@ def test_runs_on_a_cpu_stay_within_their_budget() -> None:
         model = random_model(config, torch.float32)
         plan = plan_memory(**request, budget=budget)
         image = torch.rand(batch, -(-h // 4), -(-w // 4), 3)
-        with PeakMeter(held(model, plan)) as meter:
+        with PeakMeter(model.parameters()) as meter:
             infdit.upscale(model, image, size=(h, w), steps=2, sampler=sampler, budget=budget)
         assert plan.peak_bytes is not None
         assert meter.peak["device"] <= plan.peak_bytes <= budget
-        assert_within(meter.peak, footprint(config, h, w, plan, torch.float32, sampler, batch, one_memory=True))
+        held = Workload(config, h, w, batch, torch.float32, sampler=sampler).footprint(plan)
+        assert_within(meter.peak, held, unified=True)
 
 
 def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:

@@ -1,4 +1,4 @@
-"""The figures of `python -m infdit bench`: each against a closed form or arithmetic of its own, and one whole run."""
+"""The figures of `python -m benchmarks`: each against a closed form or arithmetic of its own, and one whole run."""
 
 import math
 import os
@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import infdit
-from infdit.__main__ import main
-from infdit.bench import quality, scores
-from infdit.bench.quality import Scores, Settings, Thresholds
+from benchmarks import quality, scores
+from benchmarks.__main__ import main
+from benchmarks.quality import Scores, Settings, Thresholds
 from infdit.model import InfDiT
 
 SIDE = 64
@@ -230,7 +230,7 @@ def test_command(tmp_path: Path, noisy_file: Path, capsys: pytest.CaptureFixture
     photograph(tmp_path / "a.png", (72, 67))
     options = ["--model", str(noisy_file), "--steps", "1,2", "--sampler", "heun", "--sigma-max", "0.03"]
     options += ["--device", "cpu", "--each"]
-    assert main(["bench", "--quality", str(tmp_path), *options]) == 0
+    assert main(["--quality", str(tmp_path), *options]) == 0
     out, err = capsys.readouterr()
     assert "100%" in err
     assert "a.png" in out
@@ -277,7 +277,7 @@ def test_the_row_is_what_upscale_gives(tmp_path: Path, noisy_mini: InfDiT) -> No
 def test_without_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         photograph(tmp_path / f"{name}.png", (80, 64))
-    assert main(["bench", "--without-original", str(tmp_path), "--steps", "1", "--crop", "18", "--limit", "1"]) == 0
+    assert main(["--without-original", str(tmp_path), "--steps", "1", "--crop", "18", "--limit", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 pictures" in out
     rows = table(out)
@@ -299,14 +299,14 @@ def test_without_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     photograph(tmp_path / "a.png", (64, 64))
-    assert main(["bench", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    assert main([*(argument.format(tmp_path) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["0", "1,,2", "x", "1,-2", ""])
 def test_steps_that_are_none(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["bench", "--quality", "x", "--steps", steps])
+        main(["--quality", "x", "--steps", steps])
     assert exit_.value.code == 2
     assert "must be numbers of steps" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infdit.resample import conditioning_pictures
+from infdit.conditioning import conditioning_pictures
 
 MULTIPLES_OF_4 = [
     ((7, 9), (28, 36)),

@@ -2,20 +2,22 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
+from benchmarks.dry_run import ACCELERATOR
+from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, Conditioning, MemoryPlan, OutOfMemory, Report, upscale
-from infdit.grid import BlockGrid
-from infdit.measure import PeakMeter
+from infdit.memory.plan import Workload
+from infdit.memory.planner import PlannedRun
 from infdit.model import InfDiT, Layer
 from infdit.run import Run
-from infdit.samplers import Denoise, Method, method_of
-from infdit.upscale import pictures
-from infdit.verify import ACCELERATOR
+from infdit.samplers import Denoise, SamplerInfo, get_sampler
+from infdit.upscale import upscale_batch
 
 STEPS = 3
 
@@ -86,15 +88,13 @@ def test_what_the_failed_attempt_held_is_free_before_the_next_begins(
     FullDevice(monkeypatch, {6})  # the last layer: hidden states, keys and values are there
     live: list[int] = []
     with PeakMeter() as meter:
-        from infdit import run
+        original = PlannedRun.smaller
 
-        original = run.Run._make_room
-
-        def spy(self: run.Run, *inputs: object) -> None:
-            original(self, *inputs)
+        def smaller(self: PlannedRun) -> PlannedRun:
             live.append(meter.live["device"])
+            return original(self)
 
-        monkeypatch.setattr(run.Run, "_make_room", spy)
+        monkeypatch.setattr(PlannedRun, "smaller", smaller)
         upscale(mini, image, plan=plan, steps=1, sampler="euler")
     pictures = 3 * 4 * 64 * 96
     assert len(live) == 1
@@ -158,14 +158,16 @@ def test_a_full_host_is_not_answered_with_a_plan_that_takes_more_of_it(
     """Beside an accelerator; on a CPU there is one memory, and a smaller plan is the answer."""
     smaller: list[MemoryPlan] = []
 
-    def shrink(plan: MemoryPlan) -> MemoryPlan:
-        smaller.append(plan)
+    def shrink(planned: PlannedRun) -> PlannedRun:
+        smaller.append(planned.plan)
         raise OutOfMemory("no smaller plan")
 
     def fail(*inputs: object, **more: object) -> torch.Tensor:
         raise error
 
-    run = Run(mini, MemoryPlan(images="host"), torch.device("cuda"), shrink, lambda done: None, Report())
+    monkeypatch.setattr(PlannedRun, "smaller", shrink)
+    workload = Workload(mini.config, 64, 64, device=torch.device("cuda"))
+    run = Run(mini, PlannedRun(workload, MemoryPlan(images="host"), lambda: 0), lambda done: None, Report())
     monkeypatch.setattr("infdit.run.distribute_weights", fail)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     lr = torch.zeros(1, 3, 8, 8)
@@ -186,7 +188,7 @@ def test_a_foreign_sampler_recovers_too(
             x = x + 0.5 * (denoise(x, sigmas[0]) - x)
         return x
 
-    method = Method(sample, 3, 4, 4)
+    method = SamplerInfo(sample, 3, 4, 4)
     options = {"sampler": method, "sigmas": torch.tensor([0.1, 0.0]), "plan": MemoryPlan(6, 4)}
     expected = upscale(mini, image, **options)
     each = calls_per_evaluation(mini, image, MemoryPlan(6, 4))
@@ -208,7 +210,9 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = InfDiT(config).requires_grad_(False)
         report = Report()
-        run = Run(model, plans[0], torch.device(ACCELERATOR), lambda plan: plans[1], lambda done: None, report)
+        planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda: 0)
+        monkeypatch.setattr(PlannedRun, "smaller", lambda self: replace(self, plan=plans[1]))
+        run = Run(model, planned, lambda done: None, report)
         with PeakMeter(device=ACCELERATOR) as meter:
             original = Layer.forward
 
@@ -219,11 +223,9 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
                 return original(layer, *inputs)
 
             monkeypatch.setattr(Layer, "forward", forward)
-            grid = BlockGrid.covering(*target, 16)
-            draws = (torch.empty(1, 3, grid.height, grid.width) for _ in range(1))
-            pictures(
-                run, torch.empty(1, 128, 128, 3), target, None, method_of("euler"), sigmas, draws, lambda state: None
-            )
+            draws = lambda shape: iter([torch.empty(shape)])  # noqa: E731
+            image = torch.empty(1, 128, 128, 3)
+            upscale_batch(run, image, None, get_sampler("euler"), sigmas, draws, lambda state: None)
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"

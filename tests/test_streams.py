@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from infdit import InfDiTConfig, MemoryPlan, transfer, verify
-from infdit.planner import Request
+from benchmarks import dry_run
+from infdit import InfDiTConfig, MemoryPlan
+from infdit.memory.offload import Transfer
+from infdit.memory.plan import Workload
 
 HOST, COMPUTE, COPY = "host", "compute", "copy"
 CONFIG = InfDiTConfig(num_layers=3, hidden_size=32, num_heads=2, block_size=16, vector_dim=0, position_period=8)
@@ -191,13 +193,13 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Agents:
         finally:
             found.current = before
 
-    original = transfer.Transfer.__init__
+    original = Transfer.__init__
 
-    def made(self: transfer.Transfer, device: torch.device) -> None:
+    def made(self: Transfer, device: torch.device) -> None:
         original(self, device)
         self._stream = streams[COPY]  # type: ignore[assignment]
 
-    monkeypatch.setattr(transfer.Transfer, "__init__", made)
+    monkeypatch.setattr(Transfer, "__init__", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", using)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[found.current])
@@ -214,9 +216,9 @@ def watch(agents: Agents, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan, tol
             seen.storages[tensor.untyped_storage()].recorded.add(stream.name)
 
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    monkeypatch.setattr(verify, "PeakMeter", lambda held, device: seen)
-    request = Request(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
-    verify.counted_peak(request, plan, whole=True)
+    monkeypatch.setattr(dry_run, "PeakMeter", lambda held, device: seen)
+    workload = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
+    dry_run.counted_peak(workload, plan, whole=True)
     if seen.lost:
         raise RaceError(seen.lost[0])
     return seen
@@ -248,14 +250,14 @@ def unfinished(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers of a chunk the card may still have to do, each time the bar moves and a stop is obeyed."""
     ends: list[int] = []
     found: list[int] = []
-    original = transfer.Transfer.throttle
+    original = Transfer.throttle
 
-    def throttle(self: transfer.Transfer) -> None:
+    def throttle(self: Transfer) -> None:
         ends.append(agents.clocks[COMPUTE][COMPUTE])
         original(self)
         found.append(sum(end > agents.clocks[HOST][COMPUTE] for end in ends))
 
-    monkeypatch.setattr(transfer.Transfer, "throttle", throttle)
+    monkeypatch.setattr(Transfer, "throttle", throttle)
     watch(agents, monkeypatch, MemoryPlan(3, 2))
     return found
 

@@ -17,7 +17,7 @@ import infdit
 from infdit import Conditioning, MemoryPlan
 from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.denoiser import Denoiser
-from infdit.model import rotary_angles, rotate
+from infdit.rotary import rotary_angles, rotate
 from training import __main__ as command
 from training import data, degrade, validate
 from training.attention import PlainAttention

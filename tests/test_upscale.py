@@ -13,7 +13,7 @@ from PIL import Image
 
 import infdit
 from infdit import MemoryPlan, upscale
-from infdit.alpha import fill_transparent, visible_colour
+from infdit.conditioning import fill_transparent, visible_colour
 from infdit.model import InfDiT
 from infdit.upscale import schedule
 
@@ -249,14 +249,14 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
             raise StopError
 
     held: list[weakref.ref] = []
-    original = infdit.uniba.KVRing.share
+    original = infdit.uniba.KVRing.gather_neighbours
 
-    def share(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    def gather(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
         held.extend((weakref.ref(k), weakref.ref(v)))
         return original(self, chunk, k, v)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infdit.uniba.KVRing, "share", share)
+        patch.setattr(infdit.uniba.KVRing, "gather_neighbours", gather)
         with pytest.raises(StopError):
             upscale(mini, picture(20, 150), 4.0, progress=progress, plan=MemoryPlan(6, 8), **FAST)
     assert calls == 4

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infdit.resample import conditioning_pictures
+from infdit.conditioning import conditioning_pictures
 
 from .degrade import MARGIN, SCALE, clean, degrade
 

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.perceptual import STLPIPS, st_lpips
 from infdit import Conditioning, MemoryPlan
-from infdit.bench.perceptual import STLPIPS, st_lpips
 from infdit.config import InfDiTConfig
 from infdit.denoiser import SIGMA_DATA, Denoiser
 from infdit.model import InfDiT

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from infdit.resample import conditioning_pictures
+from infdit.conditioning import conditioning_pictures
 
 from . import drawings, teachers
 from .data import Crops

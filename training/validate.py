@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks import scores
 from infdit import Conditioning, MemoryPlan
-from infdit.bench import scores
 from infdit.denoiser import Denoiser
 from infdit.model import InfDiT
 

@@ -2,16 +2,15 @@
 
     clip_embedding = norm(I + α·(C_positive − C_negative))
 
-I is the picture's vector (`view`: what CLIP sees of it; `towers`), C are those of two optional texts (`guidance`).
-The weights come from open_clip's file or from a published Inf-DiT checkpoint (`files`).
+I is the picture's vector, C are those of two optional texts (`encoder`, `guidance`). The weights come from open_clip's
+file or from a published Inf-DiT checkpoint (`loader`).
 """
 
 from __future__ import annotations
 
-from .files import CHECKPOINT_PREFIX, CONVERTED, WEIGHTS, load_clip
+from .encoder import VIEWS, CLIPEncoder, OpenCLIPMissingError, TextConfig, View, VisionConfig, preprocess
 from .guidance import MAX_STRENGTH, NEGATIVE, POSITIVE, STRENGTH, clip_embedding, guide, text_direction
-from .towers import CLIPEncoder, OpenCLIPMissingError, TextConfig, VisionConfig
-from .view import VIEWS, View, preprocess
+from .loader import CHECKPOINT_PREFIX, CONVERTED, WEIGHTS, load_clip
 
 __all__ = [
     "CHECKPOINT_PREFIX",

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .towers import CLIPEncoder
-from .view import View
+from .encoder import CLIPEncoder, View
 
 STRENGTH = 2.0  # α in the published code, beside these texts
 POSITIVE = "HD, high resolution, clear."

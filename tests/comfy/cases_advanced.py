@@ -182,9 +182,10 @@ def denoised() -> dict:
 @case
 def core_memory() -> dict:
     """Pictures that each sampler holds, counted, beside what is foretold: more than one between evaluations, during."""
-    infdit, core = library(), pack("nodes.core")
-    measure = pack("infdit.measure")
-    upscale, plans = pack("infdit.upscale"), pack("infdit.memory")
+    infdit, core = library(), pack("nodes.comfy_samplers")
+    from benchmarks.peak_meter import PeakMeter  # of the repository, on the path now
+
+    upscale, plans, footprint = pack("infdit.upscale"), pack("infdit.memory.plan"), pack("infdit.memory.plan")
     config, defaults = pack("infdit.config").InfDiTConfig, pack("infdit.config").SamplingDefaults
     assert infdit.samplers
 
@@ -196,17 +197,18 @@ def core_memory() -> dict:
     narrow, wide = model(16, 2), model(256, 4)
     found = {}
     for name in WORKING:
-        method, _ = core.core_method(comfy.samplers.sampler_object(name), 7, 0)
+        method, _ = core.core_sampler(comfy.samplers.sampler_object(name), 7, 0)
         for kind, network, side, chunk in (("between", narrow, 192, 1), ("during", wide, 128, 4)):
             plan = plans.MemoryPlan(1, chunk)
-            with measure.PeakMeter({"device": network.parameters()}) as meter:
+            with PeakMeter(network.parameters()) as meter:
                 upscale.upscale(network, torch.rand(1, side // 4, side // 4, 3), steps=6, sampler=method, plan=plan)
             source = (side // 4, side // 4, 3)
-            foretold = plans.footprint(
-                network.config, side, side, plan, torch.float32, method, one_memory=True, source=source
+            workload = footprint.Workload(
+                network.config, side, side, dtype=torch.float32, sampler=method, source=source
             )
+            predicted = workload.footprint(plan)
             picture = 3 * 4 * side * side
-            found[f"{name} {kind}"] = (foretold.device - meter.peak["device"]) / picture
+            found[f"{name} {kind}"] = (predicted.device - meter.peak["device"]) / picture
     return found
 
 
@@ -252,9 +254,9 @@ def plans() -> dict:
 def plans_of_a_card() -> dict:
     """The same on a graphics card that is not there: what is said of both memories."""
     plan_node, config = pack("nodes.plan"), pack("infdit.config").InfDiTConfig()
-    requests = pack("infdit.planner")
-    gib = 2**30
-    request = requests.Request(config, 4096, 4096, device=torch.device("cuda:0"), source=(1024, 1024, 3))
+    planner, gib = pack("infdit.memory.planner"), 2**30
+    card = torch.device("cuda:0")
+    workload = pack("infdit.memory.plan").Workload(config, 4096, 4096, device=card, source=(1024, 1024, 3))
     found = {}
     for name, budget, room, host_room in (
         ("automatic", None, 22 * gib, 64 * gib),
@@ -267,16 +269,16 @@ def plans_of_a_card() -> dict:
         rooms = {"cuda": room, "cpu": host_room}
         with (
             patched(plan_node, obtainable=lambda device, rooms=rooms: rooms[device.type]),
-            patched(pack("nodes.host"), obtainable=lambda device, rooms=rooms: rooms[device.type]),
-            patched(requests, free_bytes=lambda device, rooms=rooms: rooms[device.type]),
+            patched(pack("nodes.comfy_memory"), obtainable=lambda device, rooms=rooms: rooms[device.type]),
+            patched(planner, free_bytes=lambda device, rooms=rooms: rooms[device.type]),
         ):
-            outlook = plan_node.foresee(request, budget)
+            preview = plan_node.preview_plan(workload, budget)
         found[name] = {
-            "fits": outlook.fits,
-            "verdict": outlook.verdict,
-            "words": [plan_node.filling_words(filling) for filling in outlook.fillings()],
-            "totals": [filling.total for filling in outlook.fillings()],
-            "limits": [filling.limit for filling in outlook.fillings()],
-            "alternatives": outlook.alternatives(),
+            "fits": preview.fits,
+            "verdict": preview.verdict,
+            "words": [bar.line for bar in preview.bars],
+            "totals": [bar.total for bar in preview.bars],
+            "limits": [bar.limit for bar in preview.bars],
+            "alternatives": preview.alternatives(),
         }
     return found

@@ -39,18 +39,19 @@ def memory() -> dict:
 
 @case
 def budgets() -> dict:
-    """The same picture under several budgets, with the peaks that the library's own meter counts."""
+    """The same picture under several budgets, with the plans that were made."""
     PICTURES["square"] = PICTURES["wide"][:, :, :24].repeat(1, 2, 2, 1)
-    job, planner = pack("nodes.job"), pack("infdit.planner")
+    node, planner = pack("nodes.upscale"), pack("infdit.memory.planner")
     seen: list[Any] = []
 
-    def spy(request: Any, *args: Any) -> Any:
-        seen.append(choose(request, *args))
-        return seen[-1]
+    def spy(workload: Any, *args: Any) -> Any:
+        planned = choose(workload, *args)
+        seen.append(planned.plan)
+        return planned
 
-    choose, found = job.choose_plan, {}
+    choose, found = node.plan_run, {}
     for name, mib in (("automatic", 0), ("28 MiB", 28), ("40 MiB", 40), ("2 MiB", 2)):
-        with patched(job, choose_plan=spy, COUNTING=0.0):  # counting is always allowed
+        with patched(node, plan_run=spy):
             ended = run(prompt("square", steps=2, memory_budget=mib / 1024))
         found[name] = {key: ended[key] for key in ("end", "message", "type")} | {"report": TAKEN.get("report")}
         if ended["end"] == "success":
@@ -58,10 +59,10 @@ def budgets() -> dict:
             found.setdefault("pictures", []).append(TAKEN["value"])
     pictures = found.pop("pictures")
     found["difference"] = max((pictures[0] - other).abs().max().item() for other in pictures[1:])
-    host, small = pack("nodes.host"), 28 * MIB
-    with patched(planner, free_bytes=lambda device: small), patched(host, free_bytes=lambda device: small):
+    memory, small = pack("nodes.comfy_memory"), 28 * MIB
+    with patched(planner, free_bytes=lambda device: small), patched(memory, free_bytes=lambda device: small):
         for name, mib in (("little free", 0), ("less free than asked", 200)):
-            with patched(job, choose_plan=spy):
+            with patched(node, plan_run=spy):
                 ended = run(prompt("square", steps=1, memory_budget=mib / 1024))
             found[name] = {"end": ended["end"], "message": ended["message"], "peak": seen[-1].peak_bytes}
     return found
@@ -70,9 +71,9 @@ def budgets() -> dict:
 @case
 def host_too_small() -> dict:
     """More than this machine has: refused before anything is loaded, and the next run works."""
-    planner, host = pack("infdit.planner"), pack("nodes.host")
+    planner, memory = pack("infdit.memory.planner"), pack("nodes.comfy_memory")
     mm.unload_all_models()
-    with patched(planner, free_bytes=lambda device: MIB), patched(host, free_bytes=lambda device: MIB):
+    with patched(planner, free_bytes=lambda device: MIB), patched(memory, free_bytes=lambda device: MIB):
         ended = run(prompt("wide", steps=1, seed=71))
     found = {key: ended.get(key) for key in ("end", "message", "type")} | {"loaded": len(mm.current_loaded_models)}
     return found | {"after": run(prompt("wide", steps=1, seed=71))["end"]}
@@ -170,7 +171,7 @@ def given_back() -> dict:
 
 
 class Network:
-    """What `host` asks of a network."""
+    """What `comfy_memory` asks of a network."""
 
     def __init__(self, config: Any, calls: list) -> None:
         self.config, self.dtype, self.calls = config, torch.bfloat16, calls
@@ -187,14 +188,15 @@ def other_model(size: int) -> SimpleNamespace:
 @case
 def card() -> dict:
     """Which plan is chosen and what ComfyUI is asked for, by what is free and what idle models hold."""
-    host, job, planner = pack("nodes.host"), pack("nodes.job"), pack("infdit.planner")
-    config, weights = pack("infdit.config").InfDiTConfig(), pack("infdit.memory").Weights
+    memory, planner = pack("nodes.comfy_memory"), pack("infdit.memory.planner")
+    footprint = pack("infdit.memory.plan")
+    config, weights = pack("infdit.config").InfDiTConfig(), footprint.Weights
     gib = 2**30
     calls: list[Any] = []
     patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
-    model = host.HostedModel("published", Network(config, calls), patcher)
+    model = memory.ManagedModel("published", Network(config, calls), patcher)
     ours = SimpleNamespace(device=CARD, model=patcher, model_loaded_memory=lambda: 0)
-    request = planner.Request(config, 4096, 4096, device=CARD, source=(1024, 1024, 3))
+    workload = footprint.Workload(config, 4096, 4096, device=CARD, source=(1024, 1024, 3))
     found: dict[str, Any] = {"weights": weights.of(config, torch.bfloat16).total}
     for name, free, idle, budget, only in (
         ("much free", 22 * gib, 0, None, None),
@@ -211,7 +213,7 @@ def card() -> dict:
         def free_memory(size: float, device: object, keep_loaded: Any = (), others: Any = others, **_: object) -> None:
             calls.append(("free", size, [ours in keep_loaded, *(other in keep_loaded for other in others)]))
 
-        asked = planner.Request(**{**vars(request), "weights": only})
+        asked = footprint.Workload(**{**vars(workload), "weights": only})
         with (
             patched(planner, free_bytes=lambda device: 64 * gib),
             patched(
@@ -225,12 +227,12 @@ def card() -> dict:
             ),
         ):
             try:
-                plan = host.choose_plan(asked, budget)
+                plan = memory.plan_run(asked, budget).plan
             except planner.BudgetTooSmall as error:
                 found[name] = {"refused": str(error), "least": error.least}
                 continue
-            thrifty = asked.thrifty_plan()
-            result = host.with_weights(model, plan, lambda network: calls.append(("work",)) or "done")
+            thrifty = planner.thrifty_plan(asked)
+            result = memory.with_weights(model, plan, lambda network: calls.append(("work",)) or "done")
         found[name] = {
             "peak": plan.peak_bytes,
             "weights": plan.weights,
@@ -239,22 +241,23 @@ def card() -> dict:
             "calls": list(calls),
             "result": result,
         }
-    found["budget bytes"] = [job.budget_bytes(x) for x in (0.0, 0.5)]
+    found["budget bytes"] = [memory.budget_bytes(x) for x in (0.0, 0.5)]
     return found
 
 
 @case
 def measured_on_a_card() -> dict:
     """What the card's allocator is asked for, and what is made of its numbers: 1000 bytes are other models'."""
-    job, planner = pack("nodes.job"), pack("infdit.planner")
-    plans, weights = pack("infdit.memory"), pack("infdit.memory").Weights
-    config = pack("infdit.config").InfDiTConfig()
-    request = planner.Request(config, 4096, 4096, device=CARD)
-    ours = weights.of(config, request.dtype).total
+    planner, footprint, runs = pack("infdit.memory.planner"), pack("infdit.memory.plan"), pack("infdit.run")
+    plan, config = pack("infdit.memory.plan").MemoryPlan, pack("infdit.config").InfDiTConfig()
+    workload = footprint.Workload(config, 4096, 4096, device=CARD)
+    ours = footprint.Weights.of(config, workload.dtype).total
     found: dict[str, Any] = {"weights": ours}
     for kept in ("resident", "streamed"):
         there = 1000 + (ours if kept == "resident" else 0)
-        measured, reset = job.Measured(), []
+        report, reset = runs.Report(), []
+        network = SimpleNamespace(device=CARD if kept == "resident" else torch.device("cpu"))
+        planned = planner.PlannedRun(workload, plan(1, 1, kept), lambda: 0)
         with (
             patched(
                 torch.cuda,
@@ -264,10 +267,10 @@ def measured_on_a_card() -> dict:
                 max_memory_allocated=lambda device, there=there: there + 5000,
                 max_memory_reserved=lambda device, there=there: there + 7000,
             ),
-            job.watched(request, plans.MemoryPlan(1, 1, kept), None, 39, measured),
+            runs.Run(network, planned, lambda done: None, report).measured(),
         ):
             pass
-        found[kept] = {"peak": measured.peak, "reserved": measured.reserved, "reset": reset}
+        found[kept] = {"peak": report.peak_bytes, "reserved": report.reserved_bytes, "reset": reset}
     return found
 
 
@@ -288,7 +291,7 @@ def management() -> dict:
 
     What each has on the card while or after what the names in the result say.
     """
-    host, planner = pack("nodes.host"), pack("infdit.planner")
+    memory, planner = pack("nodes.comfy_memory"), pack("infdit.memory.planner")
     meta, gib = torch.device("meta"), 2**30  # ComfyUI takes any device but the CPU for a card
     config = pack("infdit.config").InfDiTConfig()
     with torch.device("meta"):
@@ -296,11 +299,12 @@ def management() -> dict:
     idle = torch.nn.ModuleList(Part() for _ in range(10))
     idle.device = torch.device("cpu")
     other = ModelPatcher(idle, load_device=meta, offload_device=torch.device("cpu"))
-    patcher = ModelPatcher(host.InfDiTWeights(network, torch.device("cpu")), meta, torch.device("cpu"))
-    model = host.HostedModel("published", network, patcher)
+    patcher = ModelPatcher(memory.InfDiTWeights(network, torch.device("cpu")), meta, torch.device("cpu"))
+    model = memory.ManagedModel("published", network, patcher)
 
-    def request(weights: str | None, side: int) -> Any:
-        return planner.Request(config, side, side, device=meta, weights=weights, source=(side // 4, side // 4, 3))
+    def workload(weights: str | None, side: int) -> Any:
+        source = (side // 4, side // 4, 3)
+        return pack("infdit.memory.plan").Workload(config, side, side, device=meta, weights=weights, source=source)
 
     def free(device: object = None, torch_free_too: bool = False) -> Any:
         left = 12 * gib - sum(m.model_loaded_memory() for m in mm.current_loaded_models if m.device == meta)
@@ -309,8 +313,8 @@ def management() -> dict:
     found: dict[str, Any] = {}
 
     def go(name: str, weights: str | None, budget: int | None = None, side: int = 4096) -> None:
-        plan = host.choose_plan(request(weights, side), budget)
-        host.with_weights(model, plan, lambda network: note(name, plan))
+        plan = memory.plan_run(workload(weights, side), budget).plan
+        memory.with_weights(model, plan, lambda network: note(name, plan))
 
     def note(name: str, plan: Any = None) -> None:
         loaded = {m.model: m.model_loaded_memory() for m in mm.current_loaded_models if m.device == meta}

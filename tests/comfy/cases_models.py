@@ -146,7 +146,7 @@ def conversion() -> dict:
 
 
 def small_sizes() -> dict[str, Any]:
-    towers = pack("infdit.clip.towers")
+    towers = pack("infdit.clip.encoder")
     sizes = {"layers": 1, "heads": 2, "output_dim": 32}
     return {
         "config": towers.VisionConfig(image_size=28, patch_size=14, width=16, **sizes),
@@ -156,11 +156,11 @@ def small_sizes() -> dict[str, Any]:
 
 def small_clip(path: Path, text: bool = True) -> None:
     """A file as open_clip writes it, of random weights and small sizes."""
-    towers, sizes = pack("infdit.clip.towers"), small_sizes()
+    encoder, sizes = pack("infdit.clip.encoder"), small_sizes()
     torch.manual_seed(5)
-    tensors = {f"visual.{k}": v for k, v in towers.CLIPEncoder(sizes["config"]).tower.state_dict().items()}
+    tensors = {f"visual.{k}": v for k, v in encoder.CLIPEncoder(sizes["config"]).tower.state_dict().items()}
     if text:
-        tensors |= towers.CLIPTextEncoder(sizes["text_config"]).tower.state_dict()
+        tensors |= encoder.CLIPTextEncoder(sizes["text_config"]).tower.state_dict()
     save_file({name: torch.randn_like(tensor) * 0.1 for name, tensor in tensors.items()}, path)
 
 
@@ -181,10 +181,10 @@ def clip() -> dict:
     small_clip(folder / "clip.safetensors")
     small_clip(folder / "blind.safetensors", text=False)
     (folder / "noise.safetensors").write_bytes(bytes(range(256)) * 64)
-    infdit_clip, host = pack("infdit.clip"), pack("nodes.host")
+    infdit_clip, memory = pack("infdit.clip"), pack("nodes.comfy_memory")
     found: dict[str, Any] = {"listed": pack("nodes.files").clip_files()}
-    with patched(host, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
-        encoder = host.load_clip(folder / "clip.safetensors", torch.float32, "cpu")
+    with patched(memory, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
+        encoder = memory.load_clip(folder / "clip.safetensors", torch.float32, "cpu")
         colour = {name: PICTURES[name][..., :3].movedim(-1, 1) * 2 - 1 for name in ("small", "batch", "wide")}
         for name, picture, texts in (
             ("picture", "small", {}),
@@ -212,7 +212,7 @@ def clip() -> dict:
         found["model"] = outcome(run(clip_prompt(clip_name="again.safetensors")))
     found["unlisted"] = outcome(run(clip_prompt(clip_name="nowhere.safetensors")))
     PICTURES["no pictures"] = torch.zeros(0, 8, 8, 3)
-    with patched(host, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
+    with patched(memory, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
         found["empty"] = outcome(run(clip_prompt("no pictures")))
     found["limits"] = {
         str(texts): valid(clip_prompt(**texts))
@@ -224,7 +224,7 @@ def clip() -> dict:
 @case
 def conditioning() -> dict:
     """A model that listens to CLIP, one that does not, and one that is told nothing."""
-    host, infdit_clip = pack("nodes.host"), pack("infdit.clip")
+    memory, infdit_clip = pack("nodes.comfy_memory"), pack("infdit.clip")
     shutil.copy(PUBLISHED, MODELS / "listens.pt")
     infdit = library()
     model = infdit.load_model(PUBLISHED, dtype=torch.float32, device="cpu")
@@ -239,7 +239,7 @@ def conditioning() -> dict:
             asked |= {key: node for key, node in clip_prompt(positive="sharp").items() if key not in ("give", "take")}
             asked["upscale"]["inputs"]["conditioning"] = ["encode", 0]
             asked["take vectors"] = take("INFDIT_CONDITIONING", "encode", 0, "vectors")
-        with patched(host, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
+        with patched(memory, load_clip=partial(infdit_clip.load_clip, **small_sizes())):
             ended = run(asked)
         found[name] = outcome(ended) | {"report": TAKEN.get("report", "")}
         if name != "deaf" and ended["end"] == "success":
@@ -254,7 +254,7 @@ def conditioning() -> dict:
 @case
 def clip_and_memory() -> dict:
     """On a graphics card that is not there: CLIP is brought, used and moved back; with no room it works where it is."""
-    host = pack("nodes.host")
+    memory = pack("nodes.comfy_memory")
     card, calls = torch.device("cuda:0"), []
 
     class Encoder:
@@ -262,15 +262,15 @@ def clip_and_memory() -> dict:
             calls.append(f"to {device}")
             return self
 
-    patcher = type("Patcher", (), {"load_device": card, "offload_device": host.CPU, "model_size": lambda self: 600})()
-    clip = host.HostedCLIP("clip", Encoder(), patcher)
+    patcher = type("Patcher", (), {"load_device": card, "offload_device": memory.CPU, "model_size": lambda self: 600})()
+    clip = memory.ManagedCLIP("clip", Encoder(), patcher)
     found = {}
     for name, room in (("room", 2**40), ("no room", 2**20)):
         calls.clear()
         with (
-            patched(host, obtainable=lambda device, room=room: room, unload=lambda patcher: calls.append("unload")),
+            patched(memory, obtainable=lambda device, room=room: room, unload=lambda patcher: calls.append("unload")),
             patched(mm, load_models_gpu=lambda models, **kwargs: calls.append(f"load {sorted(kwargs)}")),
-            host.clip_at_work(clip),
+            memory.clip_at_work(clip),
         ):
             calls.append("work")
         found[name] = list(calls)

@@ -223,13 +223,10 @@ def reports() -> dict:
         ("plain", "small", {"steps": 3, "sampler_name": "euler", "seed": 5}),
         ("budget", "batch", {"memory_budget": 0.02, "denoise": 0.5}),
         ("none", "small", {"denoise": 0.0}),
-        ("uncounted", "wide", {"steps": 1}),
         ("bundled", "small", {"steps": 4, "sampler_name": "euler", "seed": 5}),
     ):
-        # so that counting is out of the question
-        with patched(pack("nodes.job"), COUNTING=1e9 if name == "uncounted" else 1e-3):
-            file = BUNDLED if name == "bundled" else NOISY
-            ended = run(prompt(picture, {"model_name": file}, **asked))
+        file = BUNDLED if name == "bundled" else NOISY
+        ended = run(prompt(picture, {"model_name": file}, **asked))
         found[name] = {"end": ended["end"], "report": TAKEN.get("report", ended["message"])}
     return found
 

@@ -143,8 +143,7 @@ def test_report_says_what_ran(inside: dict) -> None:
     assert lines[2].startswith("sampling: 3 steps of euler, noise ")
     assert lines[2].endswith(", seed 5")
     assert lines[3].startswith("plan: ")
-    predicted, measured = re.fullmatch(r"peak: (.+) predicted, (.+) measured", lines[5]).groups()
-    assert 0.5 * amount(predicted) < amount(measured) <= amount(predicted)
+    assert re.fullmatch(r"peak: [\d.]+ MiB predicted", lines[5])
     assert re.fullmatch(r"time: [\d.]+ s a step, [\d.]+ s in all", lines[6])
     assert len(lines) == 7
     assert max(map(len, lines)) < 100
@@ -164,10 +163,9 @@ def test_report_of_several_pictures_within_a_budget(inside: dict) -> None:
     assert "of 20.5 MiB" in lines[4]
 
 
-def test_report_without_steps_and_without_a_count(inside: dict) -> None:
+def test_report_without_steps(inside: dict) -> None:
     assert "sampling: none, this is the plain enlargement" in inside["reports"]["none"]["report"]
     assert "a step" not in inside["reports"]["none"]["report"]
-    assert "not measured (counting would take longer than the work)" in inside["reports"]["uncounted"]["report"]
 
 
 def test_bar_and_live_pictures(inside: dict) -> None:

@@ -20,7 +20,7 @@ from clipmath import text_shapes, tower_shapes
 from PIL import Image
 
 from api_client.upscale_folder import Prompt, Server
-from infdit.clip import towers
+from infdit.clip import encoder as towers
 
 pytestmark = pytest.mark.comfy
 

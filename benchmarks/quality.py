@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import LR_FACTOR, InfDiTConfig
-from ..model import InfDiT
-from ..picture import PictureError, find_pictures, read_picture
-from ..samplers import evaluations
-from ..upscale import schedule, upscale
+from infdit.config import LR_FACTOR, InfDiTConfig
+from infdit.model import InfDiT
+from infdit.picture import PictureError, find_pictures, read_picture
+from infdit.samplers import evaluations
+from infdit.upscale import schedule, upscale
+
 from . import scores
 from .perceptual import st_lpips
 from .scores import Bytes, over

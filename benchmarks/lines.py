@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..config import LR_FACTOR
-from ..model import InfDiT
-from ..upscale import upscale
+from infdit.config import LR_FACTOR
+from infdit.model import InfDiT
+from infdit.upscale import upscale
 
 Floats = NDArray[np.float64]
 SIDE = 128  # pixels of a drawing

@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: kinds of values, memory and device."""
+"""The commands of `python -m infdit`: each file adds its arguments to a parser and runs. Here is what they share."""
 
 from __future__ import annotations
 

@@ -1,27 +1,34 @@
-"""bench: how good a model's pictures are, and how far off the planner's idea of a device is."""
+"""python -m benchmarks: how good a model's pictures are, how fast plans are, what they hold."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench import lines, quality, speed
-from ..checkpoint import load_model, read_checkpoint
-from ..config import InfDiTConfig
-from ..device import default_dtype
-from ..picture import find_pictures
-from ..samplers import SAMPLERS
-from .arguments import DTYPES, add_memory, device_of, size_of, steps_of
+import torch
+
+from infdit.checkpoint import load_model, read_checkpoint
+from infdit.cli import DTYPES, add_memory, device_of, known_device, size_of, steps_of
+from infdit.config import InfDiTConfig
+from infdit.device import default_device, default_dtype
+from infdit.memory.plan import Workload
+from infdit.memory.planner import fastest_plan, format_bytes
+from infdit.picture import PictureError, find_pictures
+from infdit.samplers import SAMPLERS
+
+from . import lines, quality, speed
+from .dry_run import counted_peak
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command."""
-    p = commands.add_parser("bench", help="how fast plans are, how good a model's pictures", description=run.__doc__)
-    p.set_defaults(command=run)
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="benchmarks", description=run.__doc__)
     folder = {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"}
     p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
     p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
     p.add_argument("--lines", action="store_true", help="how straight a model draws edges and lines of every angle")
+    p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
     p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
     p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
     p.add_argument("--layers", type=int, default=2, metavar="N", help="of the timed model, of the published width (2)")
@@ -34,10 +41,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--crop", type=int, metavar="N", help="take the centre of each picture, N pixels a side")
     p.add_argument("--each", action="store_true", help="print the rows of each picture, not only the means")
     add_memory(p)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; returns the exit status."""
+    try:
+        return run(_parser().parse_args(arguments))
+    except (PictureError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time plans beside what the planner foretells. With folders: hold a model's pictures against limits instead."""
+    """Time plans beside what the planner predicts; with folders, hold a model's pictures against limits instead."""
+    if options.memory:
+        return _memory(options)
     if not options.quality and not options.without_original and not options.lines:
         return _speed(options)
     if folders := [*options.quality, *options.without_original]:
@@ -75,3 +94,20 @@ def _speed(options: argparse.Namespace) -> int:
     for line in speed.report(config, options.size, dtype, device):
         print(line, flush=True)
     return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    """What the published size, or a model, holds under the plan of a budget: counted and predicted."""
+    config = read_checkpoint(options.model).config if options.model else InfDiTConfig()
+    device = known_device(options.device) if options.device else default_device()
+    workload = Workload(config, *options.memory, dtype=DTYPES[options.dtype] or torch.bfloat16, device=device)
+    plan = fastest_plan(workload, options.budget, sys.maxsize)
+    counted, predicted = counted_peak(workload, plan), workload.footprint(plan)
+    print(f"{plan}")
+    for tier, most in zip(counted, (predicted.device, predicted.host), strict=True):
+        print(f"{tier}: {format_bytes(counted[tier])} counted on fake tensors, {format_bytes(most)} predicted")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..infdit.samplers import Callback, Denoise, Method
+from ..infdit.samplers import Callback, Denoise, SamplerInfo
 
-# evaluations of a step; pictures that it holds at most between two evaluations, and during one (see Method): counted
+# evaluations of a step; pictures held at most between two evaluations, and during one: counted, see SamplerInfo
 WORKING = {
     "euler": (1, 6, 5),
     "heun": (2, 10, 9),
@@ -55,7 +55,7 @@ def core_noise(noise: CoreNoise, shape: tuple[int, int, int, int]) -> Tensor:
     return noise.generate_noise({"samples": torch.zeros(()).expand(shape)})  # only its shape matters: no memory
 
 
-def core_method(sampler: CoreSampler, seed: int, kept: int) -> tuple[Method, str]:
+def core_sampler(sampler: CoreSampler, seed: int, kept: int) -> tuple[SamplerInfo, str]:
     """A sampler for `infdit.upscale`, and its name. seed: of its noise; kept: pictures that the caller holds beside it.
 
     Raises:
@@ -83,4 +83,4 @@ def core_method(sampler: CoreSampler, seed: int, kept: int) -> tuple[Method, str
 
     evaluations, between, during = WORKING[name]
     more = kept + (max(0, int(options.get("order", LMS_ORDER)) - LMS_ORDER) if name == "lms" else 0)
-    return Method(sample, evaluations, between + more, during + more), name
+    return SamplerInfo(sample, evaluations, between + more, during + more), name

@@ -1,4 +1,4 @@
-"""Peaks counted on fake tensors: as in real runs, as over whole evaluations, and as foretold up to 16384 × 16384."""
+"""Peaks counted on fake tensors: as in real runs, as over whole evaluations, and as predicted up to 16384 × 16384."""
 
 import math
 import random
@@ -6,13 +6,14 @@ import time
 
 import pytest
 import torch
-from test_memory import assert_within, held, random_case, random_model
+from test_memory import assert_within, random_case, random_model
 
 import infdit
+from benchmarks.dry_run import counted_peak
+from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.measure import PeakMeter
-from infdit.planner import BudgetTooSmall, Request
-from infdit.verify import counted_peak
+from infdit.memory.plan import Workload
+from infdit.memory.planner import BudgetTooSmall, fastest_plan
 
 PUBLISHED, CUDA, CPU = InfDiTConfig(), torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
@@ -23,25 +24,25 @@ MOST_BLOCKS = 2**14  # of a case, 16384² of the published size: counting takes 
 def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
     config, h, w, plan, dtype, sampler, batch = random_case(random.Random(seed))
     model = random_model(config, dtype)
-    with PeakMeter(held(model, plan)) as meter:
+    with PeakMeter(model.parameters()) as meter:
         infdit.upscale(
             model, torch.rand(batch, -(-h // 4), -(-w // 4), 3), size=(h, w), steps=3, sampler=sampler, plan=plan
         )
-    fake = counted_peak(Request(config, h, w, batch, dtype, CPU, sampler), plan, whole=True)
-    for name in fake:
-        assert fake[name] == pytest.approx(meter.peak[name], rel=0.02)  # real positions are whole numbers of 8 bytes
+    fake = counted_peak(Workload(config, h, w, batch, dtype, CPU, sampler), plan, whole=True)
+    assert fake["device"] == pytest.approx(meter.peak["device"], rel=0.02)  # real positions are numbers of 8 bytes
+    assert fake["host"] == 0, "one memory"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 6, 7])
 def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     rng = random.Random(100 + seed)
     config, h, w, plan, dtype, sampler, _ = random_case(rng)
-    request = Request(config, h, w, 1, dtype, CPU if rng.random() < 0.5 else CUDA, sampler)
-    whole, part = (counted_peak(request, plan, whole) for whole in (True, False))
+    workload = Workload(config, h, w, 1, dtype, CPU if rng.random() < 0.5 else CUDA, sampler)
+    whole, part = (counted_peak(workload, plan, whole) for whole in (True, False))
     assert part == whole
 
 
-def random_request(rng: random.Random, most: float = 14) -> Request:
+def random_workload(rng: random.Random, most: float = 14) -> Workload:
     """Sides from 64 pixels to 2^most."""
     config = rng.choice(
         [
@@ -62,29 +63,29 @@ def random_request(rng: random.Random, most: float = 14) -> Request:
     batch = rng.choice([1, 1, 1, 3])
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
     sampler = rng.choice(list(infdit.samplers.SAMPLERS))
-    return Request(config, h, w, batch, dtype, rng.choice([CUDA, CUDA, CPU]), sampler)
+    return Workload(config, h, w, batch, dtype, rng.choice([CUDA, CUDA, CPU]), sampler)
 
 
-def least_of(request: Request) -> int:
+def least_of(workload: Workload) -> int:
     with pytest.raises(BudgetTooSmall) as refusal:
-        request.plan(1, MUCH)
+        fastest_plan(workload, 1, MUCH)
     return refusal.value.least
 
 
 def assert_kept(seed: int, cases: int, most: float = 14) -> None:
-    """Counted ≤ foretold ≤ budget, and foretold ≤ 1.25 × counted + 16 MiB, on both tiers."""
+    """Counted ≤ predicted ≤ budget, and predicted ≤ 1.25 × counted + 16 MiB, on both tiers."""
     rng = random.Random(seed)
     for _ in range(cases):
-        request = random_request(rng, most)
-        budget = int(least_of(request) * rng.choice([1, 1.3, 2, 2 ** rng.uniform(0, 5)]))
-        plan = request.plan(budget, MUCH)
-        counted, foretold = counted_peak(request, plan), request.footprint(plan)
+        workload = random_workload(rng, most)
+        budget = int(least_of(workload) * rng.choice([1, 1.3, 2, 2 ** rng.uniform(0, 5)]))
+        plan = fastest_plan(workload, budget, MUCH)
+        counted, predicted = counted_peak(workload, plan), workload.footprint(plan)
         try:
-            assert plan.peak_bytes == foretold.device
-            assert foretold.device <= budget
-            assert_within(counted, foretold)
+            assert plan.peak_bytes == predicted.device
+            assert predicted.device <= budget
+            assert_within(counted, predicted, workload.unified_memory)
         except AssertionError as error:
-            raise AssertionError(f"{request} {plan} counted {counted} foretold {foretold}: {error}") from error
+            raise AssertionError(f"{workload} {plan} counted {counted} predicted {predicted}: {error}") from error
 
 
 def test_random_budgets_are_kept() -> None:
@@ -99,33 +100,35 @@ def test_many_random_budgets_are_kept() -> None:
 @pytest.mark.parametrize(
     ("side", "gib", "weights"),
     [
-        (4096, 0.4, "streamed"),
+        (2048, 0.4, "streamed"),
+        pytest.param(4096, 0.4, "streamed", marks=pytest.mark.slow),
         pytest.param(4096, 4.0, "resident", marks=pytest.mark.slow),
         pytest.param(8192, 0.6, "streamed", marks=pytest.mark.slow),
         pytest.param(16384, 1.0, "streamed", marks=pytest.mark.slow),
     ],
 )
 def test_the_promised_sizes_are_counted(side: int, gib: float, weights: str) -> None:
-    request = Request(PUBLISHED, side, side, device=CUDA, weights=weights)
-    plan = request.plan(int(gib * 2**30), MUCH)
+    """Of three layers, first, middle and last: more only add weights on the host, of which closed forms tell."""
+    workload = Workload(InfDiTConfig(num_layers=3), side, side, device=CUDA, weights=weights)
+    plan = fastest_plan(workload, int(gib * 2**30), MUCH)
     began = time.monotonic()
-    counted = counted_peak(request, plan)
+    counted = counted_peak(workload, plan)
     assert time.monotonic() - began < 120
     assert counted["device"] <= gib * 2**30
-    assert_within(counted, request.footprint(plan))
+    assert_within(counted, workload.footprint(plan))
 
 
 @pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
 def test_least_is_honest(device: torch.device) -> None:
     """No plan at all, whether the planner would look at it or not, holds much less than `least`."""
-    request = Request(InfDiTConfig(2, 512, 8, 4, 64, 0), 128, 128, 1, torch.float32, device, "euler")
-    least, smallest, one_memory = least_of(request), math.inf, request.one_memory
+    workload = Workload(InfDiTConfig(2, 512, 8, 4, 64, 0), 128, 128, 1, torch.float32, device, "euler")
+    least, smallest, unified_memory = least_of(workload), math.inf, workload.unified_memory
     for group in (1, 2):
         for chunk in (1, 4):
-            for weights in ("resident",) if one_memory else ("resident", "streamed"):
-                for hidden in ("device",) if one_memory else ("device", "host"):
-                    for images in ("device",) if one_memory else ("device", "host"):
+            for weights in ("resident",) if unified_memory else ("resident", "streamed"):
+                for hidden in ("device",) if unified_memory else ("device", "host"):
+                    for images in ("device",) if unified_memory else ("device", "host"):
                         plan = MemoryPlan(group, chunk, weights, hidden, images)
-                        smallest = min(smallest, counted_peak(request, plan)["device"])
+                        smallest = min(smallest, counted_peak(workload, plan)["device"])
     assert smallest <= least
     assert smallest >= (least - 16 * 2**20) / 1.25

@@ -14,13 +14,13 @@ from functools import partial
 
 import torch
 
-from ..config import InfDiTConfig
-from ..denoiser import Conditioning, Denoiser
-from ..grid import BlockGrid
-from ..memory import MemoryPlan
-from ..model import InfDiT
-from ..planner import GIB, CostModel, Request, amount, seconds_per_evaluation
-from ..transfer import Transfer
+from infdit.config import InfDiTConfig
+from infdit.denoiser import Conditioning, Denoiser
+from infdit.grid import BlockGrid
+from infdit.memory.offload import Transfer
+from infdit.memory.plan import MemoryPlan, Workload
+from infdit.memory.planner import GIB, CostModel, format_bytes, seconds_per_evaluation
+from infdit.model import InfDiT
 
 SIGMA = 1.0
 MATRIX = 4096  # rows of the product that shows how much arithmetic a device does
@@ -29,11 +29,11 @@ COPIED = 2**28  # bytes of the copy that shows the bus
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one evaluation under a plan, those foretold, and what the device held."""
+    """Median seconds of one evaluation under a plan, those predicted, and what the device held."""
 
     plan: MemoryPlan
     measured: float
-    foretold: float
+    predicted: float
     peak: int
     allocated: int | None
     reserved: int | None
@@ -89,13 +89,13 @@ def time_plans(
             _forget_peaks(device)
             seconds[i].append(_seconds(partial(denoise, start, SIGMA), device))
             held[i] = _peaks(device)
-    request = Request(model.config, height, width, dtype=model.dtype, device=device, sampler="euler")
+    workload = Workload(model.config, height, width, dtype=model.dtype, device=device, sampler="euler")
     return [
         Timing(
             plan,
             statistics.median(times[1:]),
-            seconds_per_evaluation(model.config, grid, plan, model.dtype, device),
-            request.footprint(plan).device,
+            seconds_per_evaluation(workload, plan),
+            workload.footprint(plan).device,
             *most,
         )
         for plan, times, most in zip(plans, seconds, held, strict=True)
@@ -145,7 +145,7 @@ def bus(device: torch.device) -> float | None:
 
 
 def report(config: InfDiTConfig, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Lines: the cost model's constants beside what is measured, then plans with time foretold and measured."""
+    """Lines: the cost model's constants beside what is measured, then plans with time predicted and measured."""
     costs, (height, width) = CostModel.of(device, dtype), size
     yield f"{device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     yield f"{'arithmetic':12}{costs.flops / 1e12:8.2f} TFLOP/s assumed, {flops(device, dtype) / 1e12:.2f} measured"
@@ -155,15 +155,15 @@ def report(config: InfDiTConfig, size: tuple[int, int], dtype: torch.dtype, devi
     yield f"one evaluation of {width}×{height}, {config.num_layers} layers of width {config.hidden_size}:"
     timings = time_plans(random_model(config, dtype), default_plans(config, device), height, width, device)
     fastest = min(timing.measured for timing in timings)
-    yield f"{'seconds':>9} {'foretold':>9} {'off by':>7} {'of best':>8} {'peak':>10}   plan"
+    yield f"{'seconds':>9} {'predicted':>9} {'off by':>7} {'of best':>8} {'peak':>10}   plan"
     for t in timings:
         plan = t.plan
         kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
-        held = amount(t.peak)
+        held = format_bytes(t.peak)
         if t.allocated is not None and t.reserved is not None:
             held += f" (allocated {t.allocated / GIB:.2f}, reserved {t.reserved / GIB:.2f} GiB)"
         yield (
-            f"{t.measured:9.3f} {t.foretold:9.3f} {t.measured / t.foretold:7.2f} {t.measured / fastest:8.2f} "
+            f"{t.measured:9.3f} {t.predicted:9.3f} {t.measured / t.predicted:7.2f} {t.measured / fastest:8.2f} "
             f"{held:>10}   {plan.group} layers × {plan.chunk} blocks; {kept}"
         )
     resident, streamed = timings[1].measured, timings[4].measured

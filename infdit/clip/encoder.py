@@ -3,7 +3,16 @@
 picture   I = v/|v|, v = ViT-L/14 of the 224×224 pixels, read at the class token
 text      C = v/|v|, v = causal transformer of [start, at most 75 tokens, end, 0 …], read at the first end
 
-Both are open_clip's, built from the sizes below and not from open_clip's own configurations, because the
+What CLIP sees of a picture is a square of its middle, or all of it on a square of nothing:
+
+crop  short side → 224, centre 224×224: as published; of a panorama only the middle is seen
+pad   long side → 224, centred, the rest 0 after (p − mean) ÷ std: all of it is seen, smaller
+
+The padding is CLIP's mean colour because that is 0 once standardised, and CLIP's patch convolution has no bias: a
+patch of padding adds nothing of its own to its token but the place where it is. Models that show CLIP whole pictures
+(LLaVA's) pad with the same colour.
+
+Both towers are open_clip's, built from the sizes below and not from open_clip's own configurations, because the
 activation is part of the weights: `datacomp_xl_s13b_b90k` was trained with the exact GELU x·Φ(x), OpenAI's
 ViT-L-14 with x·σ(1.702·x). Both have the same tensors, so a mix-up shows only as wrong vectors.
 """
@@ -15,13 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .view import View, preprocess
+from ..conditioning import resample
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -30,6 +39,14 @@ _log = logging.getLogger(__name__)
 
 _IMAGES_AT_ONCE = 8  # bounds the memory of a long batch; the tower is no faster with more
 _SHOWN = 60  # characters of an ignored text
+
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+View = Literal["crop", "pad"]
+_SIDE_THAT_FITS: dict[str, Callable[[int, int], int]] = {"crop": min, "pad": max}
+VIEWS: tuple[str, ...] = tuple(_SIDE_THAT_FITS)
 
 
 class OpenCLIPMissingError(ImportError):
@@ -107,6 +124,43 @@ class CLIPEncoder(nn.Module):
         if self._load_text is None:
             raise ValueError("this encoder was not read from a file and has no text tower: use load_clip")
         return self._load_text(next(self.tower.parameters()))(texts)
+
+
+def preprocess(image: Tensor, side: int = 224, view: View = "crop") -> Tensor:
+    """One side to `side` by antialiased bicubic, centre crop or padding, CLIP's mean and standard deviation.
+
+    "crop" equals torchvision's Resize(side, BICUBIC), CenterCrop(side), Normalize on tensors. Only what it keeps
+    is computed: resized whole, a strip of 1×10000 pixels would fill gigabytes.
+
+    Args:
+        image: (B, 3, h, w) in [-1, 1], from 1×1 up.
+        side: of the result, pixels.
+        view: "crop" or "pad"; of a square picture they are the same.
+
+    Returns:
+        (B, 3, side, side), float32 (float64 from float64); padding is 0.
+
+    Raises:
+        ValueError: not a batch of RGB images in floating point, or another view.
+    """
+    if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape[2:] or not image.is_floating_point():
+        raise ValueError(
+            f"image is {image.dtype} {tuple(image.shape)}, must be floating point (B, 3, h, w): scale it to [-1, 1]"
+        )
+    if view not in VIEWS:
+        raise ValueError(f"view is {view!r}, must be one of {', '.join(VIEWS)}")
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    fitted = _SIDE_THAT_FITS[view](*image.shape[2:])
+    padding = {}
+    for axis in sorted((2, 3), key=lambda axis: -image.shape[axis]):  # first where most is left out
+        size = max(int(side * image.shape[axis] / fitted), 1)  # rounds down, as torchvision does
+        kept = min(size, side)
+        first = round((size - kept) / 2)  # half to even, likewise
+        image = resample(image, axis - 4, image.shape[axis] / size, first, kept)
+        before = (side - kept) // 2
+        padding[axis] = (before, side - kept - before)
+    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return F.pad((image / 2 + 0.5 - mean) / std, padding[3] + padding[2])
 
 
 class CLIPTextEncoder(nn.Module):

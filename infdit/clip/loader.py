@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..device import default_device, default_dtype
 from ..tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
-from .towers import VIT_L_14, VIT_L_14_TEXT, CLIPEncoder, CLIPTextEncoder, TextConfig, VisionConfig, open_clip
+from .encoder import VIT_L_14, VIT_L_14_TEXT, CLIPEncoder, CLIPTextEncoder, TextConfig, VisionConfig, open_clip
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,132 @@
+"""What a plan holds, counted without holding it.
+
+The whole of `upscale` runs on fake tensors, which have shapes and no memory, on a fake accelerator beside a fake host.
+Of each evaluation layers are computed only where the peak can lie: of the first and of the last group of layers the
+first two chunks, for the ring of keys and values is made whole by the first and what comes next is copied ahead, those
+where most keys are turned into another frame, and the last two, when all hidden states are there. All other chunks
+come and go as they do, and their layers give tokens of the right shape at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from infdit.config import LR_FACTOR, InfDiTConfig
+from infdit.grid import BlockGrid, Geometry
+from infdit.memory.offload import distribute_weights
+from infdit.memory.plan import MemoryPlan, Tier, Workload
+from infdit.memory.planner import PlannedRun
+from infdit.model import GatherNeighbours, InfDiT, Layer
+from infdit.run import Report, Run
+from infdit.samplers import get_sampler, karras_sigmas
+from infdit.upscale import upscale_batch
+
+from .peak_meter import PeakMeter
+
+ACCELERATOR = torch.device("lazy:0")  # one that PyTorch knows and that nobody has: only fake tensors can be on it
+STEPS = 3  # after which a sampler holds all that it ever does
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - PyTorch's own signature
+        if func is F.scaled_dot_product_attention and args[0].device.type != "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Tier, int]:
+    """Bytes that `upscale` holds at most, on the device and on the host; `Workload.footprint` predicts them.
+
+    Args:
+        workload: of pictures of a quarter of the result's sides.
+        plan: its schedule.
+        whole: compute every chunk; only slower.
+    """
+    device = workload.device if workload.unified_memory else ACCELERATOR
+    target = workload.height, workload.width
+    planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
+    sigmas = karras_sigmas(STEPS, 0.1, 1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
+        model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
+        if not whole:
+            _thin_out(model, workload, plan)
+        image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
+        with PeakMeter(model.parameters(), device) as meter:
+            run = Run(model, planned, lambda done: None, Report())
+            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, _noise, lambda state: None)
+    return meter.peak
+
+
+def _noise(shape: tuple[int, int, int, int]) -> Iterator[Tensor]:
+    return (torch.empty(1, *shape[1:]) for _ in range(shape[0]))
+
+
+def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
+    with torch.device("meta"):
+        model = InfDiT(config)
+    state = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in model.named_parameters()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+class _ThinLayer(Layer):
+    """A layer that computes some chunks and passes the others on."""
+
+    wanted: frozenset[range]
+
+    def forward(
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        angles: Tensor,
+        gather_neighbours: GatherNeighbours,
+        window: Tensor | None = None,
+    ) -> Tensor:
+        """As the layer it was, or tokens of the same shape."""
+        assert isinstance(gather_neighbours, partial)
+        if gather_neighbours.args[0].blocks not in self.wanted:
+            return torch.empty_like(h)
+        return super().forward(h, modulation, angles, gather_neighbours, window)
+
+
+def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
+    """Leave out what cannot hold more than what is computed."""
+    config = workload.config
+    grid = BlockGrid.covering(workload.height, workload.width, config.block_size, plan.sweep)
+    geometry, chunks = Geometry(grid, config.block_side, config.position_period), list(grid.chunks(plan.chunk))
+    wanted = {*chunks[:2], *chunks[-2:]}
+
+    def turned(blocks: range) -> int:
+        shifts = zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)
+        return sum(any(shift != (0, 0) for shift in slot) for slot in shifts)
+
+    slots = [turned(blocks) for blocks in chunks]
+    for order in (range(len(chunks)), range(len(chunks) - 1, -1, -1)):  # hidden states get more, in the last group less
+        most = 0
+        for i in order:
+            if slots[i] > most:
+                wanted.add(chunks[i])
+                most = slots[i]
+    last = (config.num_layers - 1) // plan.group
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
+        layer.__class__ = _ThinLayer
+        layer.__dict__["wanted"] = frozenset(wanted if i // plan.group in (0, last) else ())

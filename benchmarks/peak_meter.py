@@ -1,0 +1,72 @@
+"""Peaks counted, not guessed: bytes of live tensors, each storage once, on the device and on the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from infdit.memory.plan import Tier
+
+
+class PeakMeter(TorchDispatchMode):
+    """Inside `with PeakMeter() as meter:` every tensor that is made is counted until its storage is freed.
+
+    It works the same on fake tensors, which take no memory.
+
+    Args:
+        held: tensors that exist already and count, such as weights; others that do are left out.
+        device: what computes. On a CPU there is one memory, and all of it is the device's.
+
+    Attributes:
+        live, peak: bytes now and at most so far, by tier.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self._unified_memory = torch.device(device).type == "cpu"
+        self.live: dict[Tier, int] = {"device": 0, "host": 0}
+        self.peak: dict[Tier, int] = {"device": 0, "host": 0}
+        self._seen = WeakIdKeyDictionary()
+        self._watches: dict[int, tuple[weakref.ref, Tier, int]] = {}  # they go with the meter: weights outlive it
+        for tensor in held:
+            self._count(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - PyTorch's own signature
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):  # made before: neither it nor its views are ours to count
+                self._seen.setdefault(leaf.untyped_storage(), True)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        tier: Tier = "device" if self._unified_memory or tensor.device.type != "cpu" else "host"
+        size = storage.nbytes()
+        self._seen[storage] = True
+        self.live[tier] += size
+        self.peak[tier] = max(self.peak[tier], self.live[tier])
+        watch = weakref.ref(storage, self._free)
+        self._watches[id(watch)] = watch, tier, size
+
+    def _free(self, watch: weakref.ref) -> None:
+        _, tier, size = self._watches.pop(id(watch))
+        self.live[tier] -= size

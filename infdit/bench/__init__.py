@@ -1,1 +1,0 @@
-"""Measurements of a model, for `python -m infdit bench`."""

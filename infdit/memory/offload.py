@@ -1,0 +1,234 @@
+"""What a plan keeps on the host, and how it comes to the device in time: weights by groups, hidden states by chunks.
+
+The copies of the next group and of the next chunk are under way while this one is computed. On CUDA weights and hidden
+states on the host are pinned and their copies run on a stream of their own; pictures are copied when a chunk of them
+is needed, and the arithmetic waits. Elsewhere a copy is a plain copy; on a CPU device and host are one memory, and
+every plan stays legal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..device import SLAB_ALIGNMENT, slab_bytes
+
+if TYPE_CHECKING:
+    from ..model import InfDiT
+    from .plan import MemoryPlan, Tier, WeightsKept
+
+Call = Callable[..., Tensor]
+
+
+class Offloader:
+    """A plan at work: layers that can be called, hidden states between groups of them, numbers on the device.
+
+    Attributes:
+        plan: says what is where.
+        transfer: copies between host and device.
+    """
+
+    def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
+        self.plan, self.transfer = plan, Transfer(device)
+
+    def hidden_states(self) -> HiddenStates:
+        """Room for the hidden states of one evaluation."""
+        return HiddenStates(self.transfer, self.plan.hidden)
+
+    def ready(self, groups: Iterable[Sequence[nn.Module]]) -> Iterator[list[Call]]:
+        """Modules by groups, ready to be called on the device: as they are, or with weights copied one group ahead."""
+        if self.plan.weights == "resident":
+            yield from (list(group) for group in groups)
+            return
+        ahead: deque[list[tuple[nn.Module, PendingCopy]]] = deque()
+        for group in groups:
+            ahead.append([(module, self.transfer.copy_to_device(list(module.parameters()))) for module in group])
+            if len(ahead) == 2:
+                yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+        yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+
+
+class HiddenStates:
+    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and copied back ahead."""
+
+    def __init__(self, transfer: Transfer, tier: Tier) -> None:
+        self._transfer, self._tier = transfer, tier
+        self._host: HostMemory | None = None
+        self._kept: dict[range, Tensor] = {}
+        self._ahead: dict[range, PendingCopy] = {}
+
+    def store(self, blocks: range, h: Tensor) -> None:
+        """Keep the tokens (B, n, T, D) of a chunk until the next group."""
+        if self._tier == "device":
+            self._kept[blocks] = h
+            return
+        if blocks not in self._kept:
+            self._kept[blocks] = self._host_empty(h.shape, h.dtype)
+        self._transfer.copy_to_host(h, self._kept[blocks])
+
+    def load(self, blocks: range, following: range | None) -> Tensor:
+        """The tokens of a chunk; those of the following one set off meanwhile."""
+        if self._tier == "device":
+            return self._kept.pop(blocks)
+        self._prefetch(blocks)
+        (h,) = self._ahead.pop(blocks).wait()
+        if following is not None:
+            self._prefetch(following)
+        return h
+
+    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._host = self._host or self._transfer.host(math.prod(shape) * dtype.itemsize)
+        return self._host.empty(shape, dtype)
+
+    def _prefetch(self, blocks: range) -> None:
+        if blocks not in self._ahead:
+            self._ahead[blocks] = self._transfer.copy_to_device([self._kept[blocks]])
+
+
+def is_streamed(plan: MemoryPlan, name: str) -> bool:
+    """Whether the parameter of this name stays on the host and is fetched when it is needed."""
+    return plan.weights == "streamed" and name.startswith(("layers.", "modulations."))
+
+
+def distribute_weights(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
+    """The model with its parameters where a plan wants them: all on the device, or layers and modulations on the host.
+
+    Parameters that are there already are shared; if all are, this is the model itself.
+    """
+    if _placed.get(model) == (plan.weights, device):
+        return model
+    parameters = dict(model.named_parameters())
+    host = Transfer(device).host(max(tensor.numel() * tensor.itemsize for tensor in parameters.values()))
+
+    def wanted(name: str, tensor: Tensor) -> Tensor:
+        if not is_streamed(plan, name):
+            return tensor.to(device)
+        if device.type == "cpu" or tensor.is_pinned():
+            return tensor.to("cpu")
+        return host.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    state = {name: wanted(name, parameter) for name, parameter in parameters.items()}
+    if all(state[name] is parameter for name, parameter in parameters.items()):
+        return model
+    with torch.device("meta"):
+        placed = type(model)(model.config, model.defaults)
+    placed.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
+    _placed[placed] = plan.weights, device
+    return placed.requires_grad_(False).eval()
+
+
+_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, torch.device]] = WeakKeyDictionary()  # what was made above
+
+
+def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> Tensor:
+    names = (name for name, _ in module.named_parameters())
+    return functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+
+
+class Transfer:
+    """Copies between the host and one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
+        self._last: torch.cuda.Event | None = None
+
+    def host(self, piece: int) -> HostMemory:
+        """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
+        return HostMemory(piece, self.device)
+
+    def to_device(self, numbers: Sequence[object]) -> Tensor:
+        """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
+        tensor = torch.tensor(numbers)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self._stream else tensor.to(self.device)
+
+    def copy_to_device(self, tensors: Sequence[Tensor]) -> PendingCopy:
+        """Begin to copy tensors from the host to the device."""
+        if self._stream is None:
+            return PendingCopy([tensor.to(self.device, copy=True) for tensor in tensors])
+        # not before the arithmetic that is queued now: what it writes may be what is fetched
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        arrived = torch.cuda.Event()
+        arrived.record(self._stream)
+        return PendingCopy(copies, arrived)
+
+    def copy_to_host(self, source: Tensor, target: Tensor) -> None:
+        """Begin to copy a tensor of the device, all of whose arithmetic is queued, into one of the host."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+
+    def throttle(self) -> None:
+        """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""
+        if self._stream is not None:
+            if self._last is not None:
+                self._last.synchronize()
+            self._last = torch.cuda.Event()
+            self._last.record(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that is queued: what was freed can then be used again."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: the allocator keeps a pool of memory for every stream."""
+    return torch.cuda.Stream(device)
+
+
+class HostMemory:
+    """Tensors on the host; beside an accelerator they are cut from pinned slabs.
+
+    PyTorch rounds every pinned allocation up to a power of two. A slab is one, and holds eight pieces or more: what is
+    lost is an eighth at most.
+    """
+
+    def __init__(self, piece: int, device: torch.device) -> None:
+        self._slab_bytes, self._pinned = slab_bytes(piece), device.type == "cuda"
+        self._cut = device.type not in ("cpu", "mps")
+        self._slab: Tensor | None = None
+        self._used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape; it keeps its slab alive."""
+        if not self._cut:
+            return torch.empty(tuple(shape), dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if self._slab is None or self._used + size > len(self._slab):
+            self._slab = torch.empty(max(size, self._slab_bytes), dtype=torch.uint8, pin_memory=self._pinned)
+            self._used = 0
+        piece = self._slab[self._used : self._used + size].view(dtype).view(tuple(shape))
+        self._used += -(-size // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
+        return piece
+
+
+class PendingCopy:
+    """Copies under way to the device."""
+
+    def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None = None) -> None:
+        self._tensors, self._event = tensors, event
+
+    def wait(self) -> list[Tensor]:
+        """The copies; arithmetic that is queued from now on sees them whole."""
+        if self._event is not None:
+            compute = torch.cuda.current_stream(self._tensors[0].device)
+            compute.wait_event(self._event)
+            for tensor in self._tensors:
+                tensor.record_stream(compute)
+        return self._tensors

@@ -1,0 +1,272 @@
+"""How an evaluation is cut into pieces and what that holds: the picture is the same for every plan.
+
+The bytes are closed forms, counted as they are when most is held, tensor by tensor, from the code of `model`, `uniba`,
+`denoiser`, `samplers` and `upscale`. `benchmarks.peak_meter` counts the same while it runs; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+
+from ..config import LR_FACTOR, InfDiTConfig
+from ..device import slab_bytes
+from ..grid import BlockGrid, Sweep
+from ..samplers import SamplerInfo, get_sampler
+
+Tier = Literal["device", "host"]
+WeightsKept = Literal["resident", "streamed"]
+CPU = torch.device("cpu")
+CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
+FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A schedule of the sweep, see `uniba`. Every plan is legal on every device.
+
+    Attributes:
+        group: layers that are swept together. All of them is the paper's schedule: keys and values of every layer
+            are kept, hidden states are not. 1 keeps one layer's keys and values, and all hidden states.
+        chunk: blocks that are computed together.
+        weights: "resident" on the device, or "streamed" from the host a group at a time, the next group meanwhile.
+        hidden: place of hidden states between groups, "device" or "host".
+        images: place of the pictures and the sampler's state, "device" or "host".
+        sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
+        peak_bytes, host_bytes, reason: predictions of the planner and why it chose; empty for a plan made by hand.
+
+    A group or chunk beyond what exists means all of it.
+
+    Raises:
+        ValueError: a group or chunk under 1, an unknown sweep.
+    """
+
+    group: int = 28
+    chunk: int = 4
+    weights: WeightsKept = "resident"
+    hidden: Tier = "device"
+    images: Tier = "device"
+    sweep: Sweep = "auto"
+    peak_bytes: int | None = field(default=None, compare=False)
+    host_bytes: int | None = field(default=None, compare=False)
+    reason: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.chunk < 1:
+            raise ValueError(f"group {self.group} and chunk {self.chunk} must be at least 1: a layer, a block")
+        for name, kinds in (("weights", WeightsKept), ("hidden", Tier), ("images", Tier), ("sweep", Sweep)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
+
+    @classmethod
+    def default(cls, config: InfDiTConfig) -> MemoryPlan:
+        """All layers at once, in chunks that are large enough to be fast and small beside the keys and values."""
+        return cls(group=config.num_layers, chunk=max(1, CHUNK_TOKENS // config.block_tokens))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run computes and where: all that its memory and time depend on, beside the plan.
+
+    Attributes:
+        config: sizes of the model.
+        height, width: of the result in pixels.
+        batch: pictures of the run, which are worked on one after another.
+        dtype: of the network.
+        device: what computes. On a CPU there is one memory, and everything is in it.
+        sampler: name, or what it holds.
+        weights: the only place that plans may give them; None: any.
+        source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        noise_given: whether the noise of all pictures is given, in place of a generator.
+    """
+
+    config: InfDiTConfig
+    height: int
+    width: int
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = CPU
+    sampler: str | SamplerInfo = "heun"
+    weights: WeightsKept | None = None
+    source: tuple[int, int, int] | None = None
+    noise_given: bool = False
+
+    @property
+    def unified_memory(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return self.device.type == "cpu"
+
+    @property
+    def grid(self) -> BlockGrid:
+        """Blocks of the result."""
+        return BlockGrid.covering(self.height, self.width, self.config.block_size)
+
+    def footprint(self, plan: MemoryPlan) -> Footprint:
+        """What the whole of `upscale()` holds under a plan when it holds most."""
+        config, method = self.config, get_sampler(self.sampler)
+        grid = BlockGrid.covering(self.height, self.width, config.block_size, plan.sweep)
+        weights = Weights.of(config, self.dtype)
+        group, chunk = min(plan.group, config.num_layers), min(plan.chunk, grid.blocks)
+        unit = config.block_tokens * config.hidden_size * self.dtype.itemsize  # the hidden state of one block
+        ring = 0 if chunk == grid.blocks else 2 * group * min(grid.line + 1 + chunk, grid.blocks) * unit
+        kept = grid.blocks * unit if group < config.num_layers else 0
+        picture = 3 * FLOAT32 * grid.height * grid.width
+        given = self._given() + (self.batch * picture if self.noise_given else 0)
+        streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
+        around = given if self.unified_memory and not images_away else 0
+        on_the_way = 0 if self.unified_memory else 7 * picture // 2  # to or from the device
+
+        def phase(pictures: int, **parts: int) -> Footprint:
+            """What is held while the sampler holds so many pictures, beside up and lr."""
+            held = picture + picture // LR_FACTOR**2 + pictures * picture
+            return Footprint(
+                **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
+                images=around + (0 if images_away else held),
+                host_weights=self._slabs(weights.streamable, weights.largest) if streamed else 0,
+                host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
+            )
+
+        evaluating = phase(
+            method.evaluating,
+            weights=weights.resident + weights.streamed(group) if streamed else weights.total,
+            ring=ring,
+            hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
+            workspace=workspace(config, self.dtype, grid, chunk),
+            host_hidden=self._slabs(kept, chunk * unit) if hidden_away else 0,
+        )
+        between = phase(method.pictures, weights=weights.resident if streamed else weights.total)
+        device = max(evaluating, between, key=lambda held: held.device)
+        host = max(evaluating, between, key=lambda held: held.host)
+        return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+
+    def _given(self) -> int:
+        """Bytes of what goes in and comes out: all pictures given, one of them as it is read, and all results."""
+        height, width, channels = self.source or (-(-self.height // LR_FACTOR), -(-self.width // LR_FACTOR), 3)
+        result = self.height * self.width
+        alpha = 2 * (channels - 3) * result  # on its way
+        return FLOAT32 * (channels * (self.batch * result + (self.batch + 2) * height * width) + alpha)
+
+    def _slabs(self, size: int, piece: int) -> int:
+        """Bytes of host memory that tensors of together `size` take, each a `piece` at most, cut from slabs."""
+        slab = slab_bytes(piece)
+        return size if self.unified_memory else -(-size // (slab - piece)) * slab
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's parameters, by how they are moved.
+
+    Attributes:
+        resident: embeddings and head, always on the device; modulation: of one layer; layers: of each layer.
+        largest: of all tensors.
+    """
+
+    resident: int
+    modulation: int
+    layers: tuple[int, ...]
+    largest: int
+
+    @classmethod
+    def of(cls, config: InfDiTConfig, dtype: torch.dtype) -> Weights:
+        """From the sizes alone."""
+        D, d, e = config.hidden_size, config.head_dim, dtype.itemsize
+        patch = config.patch_size**2
+
+        def linear(inputs: int, outputs: int) -> int:
+            return (inputs + 1) * outputs
+
+        resident = linear(6 * patch, D) + linear(12, D) + linear(192, D) + linear(D, D) + linear(D, 2 * D)
+        resident += linear(D, 3 * patch)
+        if config.vector_dim:
+            resident += linear(config.vector_dim, D) + linear(D, D)
+        layer = linear(D, 3 * D) + linear(D, D) + linear(D, 4 * D) + linear(4 * D, D) + 2 * d + 4 * D
+        cross = 2 * linear(D, D) + linear(D, 2 * D) + 4 * d + D * (config.block_tokens + config.window_tokens) + 2 * D
+        layers = tuple(e * (layer + (cross if i == 0 else 0)) for i in range(config.num_layers))
+        largest = max(4 * D * D, D * config.window_tokens)
+        return cls(e * resident, e * linear(D, 4 * D), layers, e * largest)
+
+    @property
+    def streamable(self) -> int:
+        """What is on the host when weights are streamed."""
+        return self.modulation * len(self.layers) + sum(self.layers)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.resident + self.streamable
+
+    def streamed(self, group: int) -> int:
+        """At most on the device while layers come in groups: a group and the next one, or two modulations."""
+        sums = [sum(self.layers[i : i + group]) for i in range(0, len(self.layers), group)]
+        pairs = [a + b for a, b in zip(sums, [*sums[1:], 0], strict=True)]
+        return max(*pairs, min(2, len(self.layers)) * self.modulation)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What fills the device and the host when a run holds most, in bytes."""
+
+    weights: int
+    ring: int
+    hidden: int
+    images: int
+    workspace: int
+    host_weights: int
+    host_hidden: int
+    host_images: int
+
+    @property
+    def device(self) -> int:
+        """All of the device."""
+        return sum(self.device_parts.values())
+
+    @property
+    def host(self) -> int:
+        """All of the host."""
+        return sum(self.host_parts.values())
+
+    @property
+    def device_parts(self) -> dict[str, int]:
+        """What fills the device, by name for people."""
+        return {
+            "weights": self.weights,
+            "keys and values": self.ring,
+            "hidden states": self.hidden,
+            "pictures": self.images,
+            "workspace": self.workspace,
+        }
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """What fills the host, by name for people."""
+        return {"weights": self.host_weights, "hidden states": self.host_hidden, "pictures": self.host_images}
+
+
+def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+    """Bytes of a chunk of blocks while it is computed, and of the modulations of all layers and their making."""
+    vectors = (4 * config.num_layers + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)
+    return chunk * _workspace(config, dtype, grid) + vectors
+
+
+def _workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid) -> int:
+    """Bytes of one block while it is computed, its hidden state included: the largest of the steps of a layer."""
+    T, D, W, e = config.block_tokens, config.hidden_size, config.window_tokens, dtype.itemsize
+    unit, window = T * D * e, W * D * e
+    wide = max(1, FLOAT32 // e)  # rotations are computed in float32 at least
+    angles = T * config.head_dim // 2 * max(FLOAT32, e)
+    # hidden state and modulated input; q, k, v; q and k turned: x, two halves and their products, the result
+    rotation = (2 + 3 + 2 + 3 * wide) * unit + 3 * angles
+    # … then the keys of four blocks, one of them being turned into its reader's frame, or the values of four blocks
+    crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
+    gathered = (2 + 3 + 2 + 4 + max(4, 3 * wide + 1 if crosses else 0)) * unit + angles
+    cross = 3 * unit + 4 * window  # hidden state, q; the window's keys and values, the keys normed and placed
+    mlp = (2 + 4 + 4) * unit
+    normalisers = (config.num_heads + 4) * T * FLOAT32  # of the softmax and of layer norms
+    return max(rotation, gathered, cross, mlp) + window + 2 * angles + normalisers + _pixels(config)
+
+
+def _pixels(config: InfDiTConfig) -> int:
+    """Bytes of one block while it is read: x and up cut, joined and scaled, and its window of the lr picture."""
+    return 18 * config.block_size**2 * FLOAT32 + 9 * (3 * config.lr_block_size) ** 2 * FLOAT32

@@ -1,0 +1,33 @@
+"""What ComfyUI is told of this pack: its nodes and its folder of models."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .advanced import InfDiTScheduler, InfDiTUpscaleAdvanced
+from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
+from .files import register_model_folder
+from .loader import InfDiTModelLoader
+from .plan import InfDiTMemoryPlan
+from .upscale import InfDiTUpscale
+
+
+class InfDiTExtension(ComfyExtension):
+    """What this pack adds to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            InfDiTModelLoader,
+            InfDiTCLIPLoader,
+            InfDiTCLIPEncode,
+            InfDiTUpscale,
+            InfDiTMemoryPlan,
+            InfDiTUpscaleAdvanced,
+            InfDiTScheduler,
+        ]
+
+
+async def comfy_entrypoint() -> InfDiTExtension:
+    """ComfyUI calls this once, after the user's extra model paths are known."""
+    register_model_folder()
+    return InfDiTExtension()

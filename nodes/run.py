@@ -1,0 +1,76 @@
+"""One run of `infdit.upscale`: placed, watched and reported. What both Upscale nodes have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..infdit import Report, upscale
+from ..infdit.memory.planner import PlannedRun
+from .clip import GuidedVector
+from .comfy_memory import ManagedModel, with_weights
+from .comfy_page import Bar, duration
+from .report import run_report
+
+
+def run_upscale(
+    model: ManagedModel,
+    planned: PlannedRun,
+    image: Tensor,
+    sigmas: Tensor,
+    conditioning: GuidedVector | None,
+    node_id: str | None,
+    sampling: str,
+    notes: Sequence[str] = (),
+    **given: Any,  # noqa: ANN401 - seed, noise, callback: as `upscale` has them
+) -> tuple[Tensor, str]:
+    """The enlarged pictures, float32 on the CPU, and the report.
+
+    Args:
+        model: what upscales.
+        planned: the run.
+        image: (B, h, w, 3 or 4) float32 on the CPU.
+        sigmas: noise levels.
+        conditioning: what CLIP says, if it was asked.
+        node_id: of the node that runs.
+        sampling, notes: lines for the report.
+        given: passed on to `upscale`.
+    """
+    workload, done, bar = planned.workload, Report(), Bar(node_id)
+    vectors = conditioning.vectors if conditioning is not None and model.listens else None
+    work = partial(
+        upscale,
+        image=image,
+        size=(workload.height, workload.width),
+        sampler=workload.sampler,
+        sigmas=sigmas,
+        plan=planned,
+        clip_embedding=vectors,
+        progress=bar.show,
+        report=done,
+        **given,
+    )
+    began, told = time.monotonic(), "stopped"
+    try:
+        result = with_weights(model, planned.plan, work)
+        seconds = time.monotonic() - began
+        bar.fill()
+        told = f"{workload.width}×{workload.height} in {duration(seconds)}"
+    finally:
+        bar.tell(told)
+    steps = (len(sigmas) - 1) * workload.batch
+    lines = [*notes, *conditioning_lines(model, conditioning)]
+    return result, run_report(model.name, sampling, steps, planned, done, seconds, lines)
+
+
+def conditioning_lines(model: ManagedModel, conditioning: GuidedVector | None) -> list[str]:
+    """What CLIP told the model, or why it told it nothing."""
+    if conditioning is None:
+        return ["conditioning: none, zeros stand for what CLIP would tell this model"] if model.listens else []
+    if not model.listens:
+        return ["conditioning: ignored, this model has no CLIP input"]
+    return [f"conditioning: {conditioning.description}", *(f"note: {text}" for text in conditioning.warnings)]
