@@ -93,11 +93,7 @@ class _ThinLayer(Layer):
     wanted: frozenset[range]
 
     def forward(
-        self,
-        h: Tensor,
-        modulation: Tensor,
-        angles: Tensor,
-        gather_neighbours: GatherNeighbours,
+        self, h: Tensor, modulation: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
         window: Tensor | None = None,
     ) -> Tensor:
         """As the layer it was, or tokens of the same shape."""

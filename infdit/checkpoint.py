@@ -7,6 +7,7 @@ read from shapes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,8 @@ def load_model(
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     checkpoint = read_checkpoint(path)
-    _verify_once(checkpoint)
+    stat = checkpoint.path.stat()
+    _verified(checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size)
     with torch.device("meta"):
         model = InfDiT(checkpoint.config, checkpoint.defaults)
     state: dict[str, Tensor] = {}
@@ -137,6 +140,12 @@ def load_model(
             raise CheckpointError(checkpoint.path, f"{name} overflows {dtype}", "load it as bfloat16 or float32")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+@cache
+def _verified(path: Path, changed: int, size: int) -> bool:
+    """Hashing takes longer than mapping: once for a file as it is, not at every load."""
+    return read_checkpoint(path).verify()
 
 
 def convert(
@@ -165,33 +174,25 @@ def convert(
     clip = clip_path(target)
     if checkpoint.path.absolute() == clip.absolute():
         raise CheckpointError(target, f"would take the place of its source {clip.name}", "choose another name")
-    tally = _Tally(progress, 3 * (len(checkpoint.clip) + len(checkpoint.tensors)))  # read, hashed, written
-    tally.add(tally.total // 3)
+    count = len(checkpoint.clip) + len(checkpoint.tensors)
+    done = itertools.count(count + 1)  # they are read, hashed and written
+
+    def tell() -> None:
+        progress(next(done), 2 * count)
+
     if checkpoint.clip:
-        _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"}, tally)
+        _save(clip, checkpoint.clip, {"source": CONVERTED, "model": "ViT-L-14"}, tell)
         written.append(clip)
     metadata = checkpoint.metadata | {
         "config": json.dumps(asdict(checkpoint.config)),
         "defaults": json.dumps(asdict(checkpoint.defaults)),
     }
-    _save(target, checkpoint.tensors, metadata | dict(note or {}), tally)
+    _save(target, checkpoint.tensors, metadata | dict(note or {}), tell)
     if not checkpoint.clip and checkpoint.path.absolute() != target.absolute():
         with suppress(OSError, CheckpointError):
             if clip.exists() and read_tensors(clip).metadata.get("source") == CONVERTED:
                 clip.unlink()  # that of another model would be taken for this one's; what is not ours is not touched
     return [*written, target]
-
-
-class _Tally:
-    """Counts up to a total and tells it."""
-
-    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
-        self.total = total
-        self._progress, self._done = progress, 0
-
-    def add(self, count: int = 1) -> None:
-        self._done += count
-        self._progress(self._done, self.total)
 
 
 def clip_path(path: str | Path) -> Path:
@@ -292,29 +293,16 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(name[:120] for name in names[:limit]) + more
 
 
-_verified: set[tuple[Path, int, int]] = set()
-
-
-def _verify_once(checkpoint: Checkpoint) -> None:
-    """Hashing takes longer than mapping: once for a file as it is, not at every load."""
-    stat = checkpoint.path.stat()
-    key = (checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size)
-    if key not in _verified:
-        checkpoint.verify()
-        _verified.add(key)
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], tally: _Tally) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], hashed: Callable[[], None]) -> None:
     """Write beside the target, then rename: nobody ever sees half a file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors, tally.add)}
+    metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors, hashed)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(temporary), metadata)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        tally.add(len(tensors))
     except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
         raise CheckpointError(path, f"cannot be written ({error})", remedy) from error

@@ -61,14 +61,9 @@ class Denoiser:
     """
 
     def __init__(
-        self,
-        model: InfDiT,
-        conditioning: Conditioning,
-        plan: MemoryPlan | None = None,
-        positions: Positions = "continuous",
-        origin: tuple[int, int] = (0, 0),
-        progress: Callable[[int], None] | None = None,
-        device: torch.device | None = None,
+        self, model: InfDiT, conditioning: Conditioning, plan: MemoryPlan | None = None,
+        positions: Positions = "continuous", origin: tuple[int, int] = (0, 0),
+        progress: Callable[[int], None] | None = None, device: torch.device | None = None,
     ) -> None:
         self.conditioning, self.progress = conditioning, progress
         self.plan = plan or MemoryPlan.default(model.config)

@@ -60,14 +60,8 @@ class InfDiT(nn.Module):
         return self.head.weight.device
 
     def forward(
-        self,
-        pixels: Tensor,
-        windows: Tensor,
-        inside: Tensor,
-        angles: Tensor,
-        gather_neighbours: GatherNeighbours,
-        c_noise: Tensor,
-        vector: Tensor | None = None,
+        self, pixels: Tensor, windows: Tensor, inside: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
+        c_noise: Tensor, vector: Tensor | None = None,
     ) -> Tensor:
         """F for all blocks of a picture at once, (B, N, 3, h, w); `uniba.sweep` computes the same in pieces.
 
@@ -149,11 +143,7 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
     def forward(
-        self,
-        h: Tensor,
-        modulation: Tensor,
-        angles: Tensor,
-        gather_neighbours: GatherNeighbours,
+        self, h: Tensor, modulation: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
         window: Tensor | None = None,
     ) -> Tensor:
         """One layer over N blocks.

@@ -86,13 +86,8 @@ class KVRing:
 
 
 def sweep(
-    model: InfDiT,
-    geometry: Geometry,
-    offload: Offloader,
-    modulations: tuple[Sequence[Tensor], Tensor],
-    read: Read,
-    write: Write,
-    progress: Callable[[int], None] | None = None,
+    model: InfDiT, geometry: Geometry, offload: Offloader, modulations: tuple[Sequence[Tensor], Tensor], read: Read,
+    write: Write, progress: Callable[[int], None] | None = None,
 ) -> None:
     """One evaluation of the network over a whole grid of blocks.
 

@@ -100,14 +100,8 @@ def upscale(
 
 
 def plan_run(
-    model: InfDiT,
-    image: Tensor,
-    target: tuple[int, int],
-    sampler: SamplerInfo,
-    device: torch.device,
-    budget: int | None = None,
-    plan: MemoryPlan | None = None,
-    noise_given: bool = False,
+    model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device,
+    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
@@ -124,13 +118,8 @@ def plan_run(
 
 
 def workload_of(
-    model: InfDiT,
-    shape: Sequence[int],
-    target: tuple[int, int],
-    sampler: str | SamplerInfo,
-    device: torch.device,
-    noise_given: bool = False,
-    weights: WeightsKept | None = None,
+    model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
+    noise_given: bool = False, weights: WeightsKept | None = None,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -191,13 +180,8 @@ def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def upscale_batch(
-    run: Run,
-    image: Tensor,
-    vectors: Sequence[Tensor] | None,
-    sampler: SamplerInfo,
-    sigmas: Tensor,
-    draws: Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]],
-    callback: Callable[[PictureState], None],
+    run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
+    draws: Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]], callback: Callable[[PictureState], None],
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
     grid, (height, width) = run.workload.grid, (run.workload.height, run.workload.width)
@@ -211,13 +195,8 @@ def upscale_batch(
 
 
 def _upscale_one(
-    run: Run,
-    picture: Tensor,
-    vector: Tensor | None,
-    sampler: SamplerInfo,
-    sigmas: Tensor,
-    noises: Iterator[Tensor | None],
-    callback: Callback,
+    run: Run, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
+    noises: Iterator[Tensor | None], callback: Callback,
 ) -> Tensor:
     """(1, h, w, c) → (1, height, width, c)."""
     target = run.workload.height, run.workload.width
@@ -269,10 +248,7 @@ def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def schedule(
-    defaults: SamplingDefaults,
-    steps: int | None = None,
-    sigma_max: float | None = None,
-    denoise: float = 1.0,
+    defaults: SamplingDefaults, steps: int | None = None, sigma_max: float | None = None, denoise: float = 1.0,
     rho: float = RHO,
 ) -> Tensor:
     """Noise levels of a run: a Karras schedule that begins a fraction `denoise` of the way from sigma_min to sigma_max.
@@ -307,12 +283,8 @@ class _Progress:
     """
 
     def __init__(
-        self,
-        progress: Progress | None,
-        total: int,
-        size: tuple[int, int],
-        callback: Callable[[PictureState], None] | None,
-        seconds: list[float],
+        self, progress: Progress | None, total: int, size: tuple[int, int],
+        callback: Callable[[PictureState], None] | None, seconds: list[float],
     ) -> None:
         self._progress, self._total, self._size, self._callback = progress, total, size, callback
         self._done, self._seconds, self._began = 0, seconds, time.monotonic()

@@ -73,7 +73,13 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
         # on a CPU the last denoised pictures are in the memory that is planned
         method, name = core_sampler(sampler, seed, len(pictures) if model.device.type == "cpu" else 0)
         workload = model.workload(pictures.shape, target, method, noise_given=True)
-        last = LastDenoised(len(sigmas) - 1, target)
+        last: list[Tensor] = []  # what the model took each picture to be in its last step
+
+        def keep(state: PictureState) -> None:
+            if state["i"] == len(sigmas) - 2:
+                denoised = state["denoised"][..., : target[0], : target[1]].cpu()
+                last.append(denoised.mul(0.5).add_(0.5).clamp_(0, 1).movedim(1, -1))
+
         result, report = run_upscale(
             model,
             plan_run(workload, budget_bytes(memory_budget)),
@@ -83,28 +89,10 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
             cls.hidden.unique_id,
             sampling_line(name, sigmas, model.defaults, f"seed {seed}"),
             noise=partial(core_noise, noise),
-            callback=last,
+            callback=keep,
         )
-        denoised = last.pictures()
-        return io.NodeOutput(to_image(result), to_image(result[..., :3] if denoised is None else denoised), report)
-
-
-class LastDenoised:
-    """Keeps what the model took each picture to be in its last step: `callback` of `infdit.upscale`."""
-
-    def __init__(self, steps: int, target: tuple[int, int]) -> None:
-        self._steps, self._target = steps, target
-        self._found: dict[int, Tensor] = {}
-
-    def __call__(self, state: PictureState) -> None:
-        if state["i"] == self._steps - 1:
-            height, width = self._target
-            denoised = state["denoised"][..., :height, :width].cpu()
-            self._found[state["picture"]] = denoised.mul(0.5).add_(0.5).clamp_(0, 1).movedim(1, -1)
-
-    def pictures(self) -> Tensor | None:
-        """(B, height, width, 3) in 0..1; None if there was no step."""
-        return torch.cat([self._found[i] for i in sorted(self._found)]) if self._found else None
+        denoised = torch.cat(last) if last else result[..., :3]
+        return io.NodeOutput(to_image(result), to_image(denoised), report)
 
 
 class InfDiTScheduler(io.ComfyNode):

@@ -36,9 +36,7 @@ class InfDiTModelLoader(io.ComfyNode):
                     "natively, else fp32. bf16 and fp16 need half the memory of fp32.",
                 ),
             ],
-            outputs=[
-                InfDiTModel.Output(display_name="model", tooltip="The model, for the Inf-DiT Upscale nodes."),
-            ],
+            outputs=[InfDiTModel.Output(display_name="model", tooltip="The model, for the Inf-DiT Upscale nodes.")],
             hidden=[io.Hidden.unique_id],
             **search_aliases("inf-dit", "infdit", "load upscaler", "upscale model", "super resolution"),
         )

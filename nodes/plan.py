@@ -74,8 +74,7 @@ class InfDiTMemoryPlan(io.ComfyNode):
         title, named = size_line(workload), model_line(model.name, workload)
         plot = draw(title, preview.verdict, preview.fits, preview.bars, [named, *lines])
         report = [title, named, preview.verdict, *(bar.line for bar in preview.bars), *lines]
-        image_out = to_image(plot)
-        return io.NodeOutput("\n".join(report), image_out, ui=ui.PreviewImage(plot, cls=cls))
+        return io.NodeOutput("\n".join(report), to_image(plot), ui=ui.PreviewImage(plot, cls=cls))
 
 
 def _side_input(name: str) -> io.Input:

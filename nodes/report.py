@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..infdit import InfDiTConfig, MemoryPlan, Report, SamplingDefaults
-from ..infdit.grid import BlockGrid
+from ..infdit import MemoryPlan, Report, SamplingDefaults
 from ..infdit.memory.plan import Workload
 from ..infdit.memory.planner import PlannedRun, format_bytes
 from .comfy_page import duration
@@ -62,19 +61,16 @@ def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, nois
 
 def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
     """How a run is cut into pieces, what is where, and why."""
-    lines = [f"plan: {_pieces(workload.config, workload.grid, plan)}"]
+    depth, grid = workload.config.num_layers, workload.grid
+    layers = f"{plan.group} of {depth} layers" if plan.group < depth else "all layers"
+    blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
+    lines = [f"plan: {layers} and {blocks} of {grid.block} px at a time"]
     if not workload.unified_memory:
         places = {"device": "on the card", "host": "in main memory"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"
-        hidden = f"hidden states {places[plan.hidden]}, " if plan.group < workload.config.num_layers else ""
+        hidden = f"hidden states {places[plan.hidden]}, " if plan.group < depth else ""
         lines.append(f"weights {weights}, {hidden}pictures {places[plan.images]}")
     return [*lines, plan.reason] if plan.reason else lines
-
-
-def _pieces(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan) -> str:
-    layers = f"{plan.group} of {config.num_layers} layers" if plan.group < config.num_layers else "all layers"
-    blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
-    return f"{layers} and {blocks} of {grid.block} px at a time"
 
 
 def memory_line(plan: MemoryPlan, done: Report) -> str:

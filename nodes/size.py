@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,7 +13,7 @@ from .schema import SLIDER
 
 MAX_SIDE = 65536  # pixels
 MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
-SCALE, SIDES, LONGEST, MEGAPIXELS = "scale by", "width and height", "longest side", "megapixels"
+WAYS = SCALE, SIDES, LONGEST, MEGAPIXELS = "scale by", "width and height", "longest side", "megapixels"
 
 Size = Mapping[str, Any]  # a DynamicCombo's value: the choice under the input's own name, and the choice's inputs
 
@@ -69,9 +69,9 @@ def result_size(size: Size | None, height: int, width: int) -> tuple[int, int]:
     Raises:
         ValueError: smaller than the picture, or more than 4 times it.
     """
-    if size is None or size.get("size") not in _WAYS:  # one that is not known never comes here: ComfyUI leaves it out
-        raise ValueError(f"size must be one of {', '.join(_WAYS)}, with its inputs: choose one of them")
-    target = _WAYS[size["size"]](size, height, width)
+    if size is None or size.get("size") not in WAYS:  # one that is not known never comes here: ComfyUI leaves it out
+        raise ValueError(f"size must be one of {', '.join(WAYS)}, with its inputs: choose one of them")
+    target = _target(size, height, width)
     picture, result = f"{width}×{height}", f"{target[1]}×{target[0]}"
     if target[0] > MAX_SCALE * height or target[1] > MAX_SCALE * width:
         most = f"{MAX_SCALE * width}×{MAX_SCALE * height}"
@@ -87,39 +87,19 @@ def result_size(size: Size | None, height: int, width: int) -> tuple[int, int]:
     return target
 
 
-def _round(side: float) -> int:
-    """Half up, as `infdit` does."""
-    return math.floor(side + 0.5)
-
-
-def _by_scale(size: Size, height: int, width: int) -> tuple[int, int]:
-    scale = size["scale"]
-    return _round(height * scale), _round(width * scale)
-
-
-def _to_sides(size: Size, height: int, width: int) -> tuple[int, int]:
-    new_height, new_width = int(size["height"]), int(size["width"])
-    if not new_height and not new_width:
-        raise ValueError("width and height of the result are both 0: give at least one of them")
-    return (
-        new_height or max(1, _round(height * new_width / width)),
-        new_width or max(1, _round(width * new_height / height)),
-    )
-
-
-def _to_longest_side(size: Size, height: int, width: int) -> tuple[int, int]:
-    factor = size["longest_side"] / max(height, width)
-    return max(1, _round(height * factor)), max(1, _round(width * factor))
-
-
-def _to_megapixels(size: Size, height: int, width: int) -> tuple[int, int]:
-    factor = math.sqrt(size["megapixels"] * MEGAPIXEL / (height * width))
-    return max(1, _round(height * factor)), max(1, _round(width * factor))
-
-
-_WAYS: dict[str, Callable[[Size, int, int], tuple[int, int]]] = {
-    SCALE: _by_scale,
-    SIDES: _to_sides,
-    LONGEST: _to_longest_side,
-    MEGAPIXELS: _to_megapixels,
-}
+def _target(size: Size, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that is asked for; rounded half up, as `infdit` does."""
+    if size["size"] == SIDES:
+        new_height, new_width = int(size["height"]), int(size["width"])
+        if not new_height and not new_width:
+            raise ValueError("width and height of the result are both 0: give at least one of them")
+        down, across = new_height / height, new_width / width
+        factors = down or across, across or down
+    elif size["size"] == LONGEST:
+        factors = (size["longest_side"] / max(height, width),) * 2
+    elif size["size"] == MEGAPIXELS:
+        factors = (math.sqrt(size["megapixels"] * MEGAPIXEL / (height * width)),) * 2
+    else:
+        factors = (size["scale"],) * 2
+    new_height, new_width = (math.floor(s * f + 0.5) for s, f in zip((height, width), factors, strict=True))
+    return max(1, new_height), max(1, new_width)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,11 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _upscale_one(
-    source: Path,
-    target: Path,
-    model: InfDiT,
-    vector: torch.Tensor | None,
-    device: torch.device,
+    source: Path, target: Path, model: InfDiT, vector: torch.Tensor | None, device: torch.device,
     options: argparse.Namespace,
 ) -> None:
     picture = read_picture(source)
@@ -87,7 +82,12 @@ def _upscale_one(
     size = target_size(height, width, options.scale, options.size)
     image = picture.pixels[None]
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
-    with closing(_Bar(source.name)) as bar:
+    with tqdm(desc=source.name, bar_format=_BAR, delay=1e-3) as bar:  # nothing is shown of what is refused at once
+
+        def progress(done: int, total: int, preview: Preview | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
         result = upscale(
             model,
             image,
@@ -98,27 +98,11 @@ def _upscale_one(
             size=size,
             denoise=options.denoise,
             clip_embedding=vector,
-            progress=bar,
+            progress=progress,
             device=device,
         )
     write_picture(target, replace(picture, pixels=result[0]))
     print(f"{target}: {size[1]}×{size[0]}")
-
-
-class _Bar:
-    """The progress of one picture, with time left; nothing is shown of a picture that is refused at once."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._bar = name, None
-
-    def __call__(self, done: int, total: int, preview: Preview | None) -> None:
-        if self._bar is None:
-            self._bar = tqdm(desc=self._name, total=total, bar_format=_BAR)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:

@@ -22,11 +22,7 @@ MAX_STRENGTH = 10.0  # beyond it the picture itself hardly counts any more
 
 
 def clip_embedding(
-    encoder: CLIPEncoder,
-    image: Tensor,
-    positive: str = "",
-    negative: str = "",
-    strength: float = STRENGTH,
+    encoder: CLIPEncoder, image: Tensor, positive: str = "", negative: str = "", strength: float = STRENGTH,
     view: View = "crop",
 ) -> Tensor:
     """The vector that `upscale` and `Conditioning` take as clip_embedding.

@@ -41,11 +41,8 @@ _TEXT = re.compile(r"(?:token_embedding|transformer|ln_final)\..+|positional_emb
 
 
 def load_clip(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    config: VisionConfig = VIT_L_14,
-    text_config: TextConfig = VIT_L_14_TEXT,
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    config: VisionConfig = VIT_L_14, text_config: TextConfig = VIT_L_14_TEXT,
 ) -> CLIPEncoder:
     """Read CLIP out of an open_clip file, the published Inf-DiT checkpoint, or what `convert` split off it.
 

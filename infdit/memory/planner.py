@@ -133,16 +133,9 @@ class PlannedRun:
 
 
 def plan_memory(
-    config: InfDiTConfig,
-    height: int,
-    width: int,
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str | None = None,
-    sampler: str | SamplerInfo = "heun",
-    budget: int | None = None,
-    host_budget: int | None = None,
-    weights: WeightsKept | None = None,
+    config: InfDiTConfig, height: int, width: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None, sampler: str | SamplerInfo = "heun", budget: int | None = None,
+    host_budget: int | None = None, weights: WeightsKept | None = None,
 ) -> MemoryPlan:
     """The fastest plan within a budget.
 

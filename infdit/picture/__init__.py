@@ -8,8 +8,7 @@ grey file (CMYK, Lab) or in the format written (a profile in BMP, grey in WebP) 
 
 from __future__ import annotations
 
-from .core import Picture, PictureError
-from .reading import SUFFIXES, find_pictures, read_picture
+from .reading import SUFFIXES, Picture, PictureError, find_pictures, read_picture
 from .writing import check_target, write_picture
 
 __all__ = ["SUFFIXES", "Picture", "PictureError", "check_target", "find_pictures", "read_picture", "write_picture"]

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .core import Picture, PictureError, damage_explained, log
-from .profiles import fitting_profile, srgb_profile, to_srgb
+from .reading import Picture, PictureError, damage_explained, fitting_profile, log, srgb_profile, to_srgb
 
 _BAND = 256  # rows rounded at a time, so that writing needs no second float copy of a large picture
 
@@ -37,15 +36,7 @@ _BMP = _Writer("BMP", max_bytes=2**32 - 2**16, alpha=False, grey_profile=False, 
 _JPEG = _Writer("JPEG", max_side=65500, alpha=False, options={"quality": 95, "subsampling": 0})
 # lossless: WebP's lossy mode halves the resolution of colour; exact: keeps colours under alpha 0
 _WEBP = _Writer("WEBP", max_side=16383, grey_profile=False, options={"lossless": True, "exact": True})
-_WRITERS = {
-    ".png": _PNG,
-    ".jpg": _JPEG,
-    ".jpeg": _JPEG,
-    ".webp": _WEBP,
-    ".tif": _TIFF,
-    ".tiff": _TIFF,
-    ".bmp": _BMP,
-}
+_WRITERS = {".png": _PNG, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP, ".tif": _TIFF, ".tiff": _TIFF, ".bmp": _BMP}
 
 
 def write_picture(path: Path, picture: Picture) -> None:
@@ -138,10 +129,9 @@ def _with_profile(
 def _save_whole(path: Path, image: Image.Image, writer: _Writer, icc: bytes | None) -> None:
     """Everything or nothing: readers of `path` see the old file until the new one is complete."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
-    options = dict(writer.options) if icc is None else {**writer.options, "icc_profile": icc}
     try:
         with part.open("xb") as file:
-            image.save(file, format=writer.name, **options)
+            image.save(file, format=writer.name, icc_profile=icc or b"", **writer.options)
         part.replace(path)
     finally:
         with contextlib.suppress(OSError):
