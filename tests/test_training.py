@@ -215,19 +215,6 @@ def test_optimizers_descend(kind: str) -> None:
     assert errors[-1] < errors[0] / 100
 
 
-def test_adamw_is_adamw() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.ones(4, 3, requires_grad=True) for _ in range(2))
-    optimizer = Optimizer(["head.weight"], [ours], "muon")  # no matrix of a layer
-    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
-    for _ in range(5):
-        gradient = torch.randn(4, 3, generator=generator)
-        optimizer.step([gradient], 0.1)
-        theirs.grad = gradient
-        reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-
-
 def test_decay_is_a_straight_line() -> None:
     decay = Decay(start=80, factor=0.5, length=20)
     assert [decay.at(step) for step in (80, 90, 100, 101)] == [0.5, 0.25, 0.0, 0.0]
@@ -369,8 +356,8 @@ def test_resuming_is_not_having_stopped(folder: Path, tmp_path: Path, precision:
     assert states[0]["decay"] == states[1]["decay"] == {"start": 8, "factor": 1.0, "length": 2}
     for key in ("model", "ema"):
         assert all(torch.equal(a, b) for a, b in zip(*(s[key] for s in states), strict=True))
-    for key in ("first", "second"):
-        assert all(torch.equal(a, b) for a, b in zip(*(s["optimizer"][key] for s in states), strict=True))
+    leaves = [torch.utils._pytree.tree_leaves(state["optimizer"]) for state in states]
+    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True) if isinstance(a, torch.Tensor))
     tensors = [infdit.checkpoint.read_checkpoint(f / "last.safetensors").tensors for f in (whole, pieces)]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import dense
@@ -10,6 +11,7 @@ import torch
 from conftest import MakeModel
 
 from infdit import Conditioning, Denoiser, MemoryPlan, uniba
+from infdit.blocks import cut, cut_windows
 from infdit.model import InfDiT
 
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "block": 16, "vector_dim": 8}
@@ -42,12 +44,19 @@ def reference(
 
 
 def plans(blocks: int) -> Iterator[MemoryPlan]:
-    for group, chunk, sweep in itertools.product((1, 2, 3, 9), (*range(1, blocks + 1), 99), ("rows", "columns")):
+    for group, chunk, sweep in itertools.product((1, 2, 3), range(1, blocks + 1), ("rows", "columns")):
         yield MemoryPlan(group, chunk, sweep=sweep)
+    yield MemoryPlan(9, 99)  # more than there is
 
 
-@pytest.mark.parametrize("positions", ["wrapped", "continuous"])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+CROSSING = [grid for grid in GRIDS if max(grid) * SIDE > PERIOD]  # elsewhere both kinds of positions are the same
+
+
+@pytest.mark.parametrize(
+    ("grid", "positions"),
+    [*itertools.product(GRIDS, ["continuous"]), *itertools.product(CROSSING, ["wrapped"])],
+    ids=str,
+)
 def test_every_schedule_equals_the_dense_transcription(
     grid: tuple[int, int], positions: str, make_model: MakeModel
 ) -> None:
@@ -57,6 +66,30 @@ def test_every_schedule_equals_the_dense_transcription(
     for plan in plans(grid[0] * grid[1]):
         result = Denoiser(model, conditioning, plan, positions=positions)(x, sigma)
         torch.testing.assert_close(result, expected, msg=lambda m, plan=plan: f"{plan}: {m}", **EXACT)
+
+
+def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: MakeModel) -> None:
+    """F by `InfDiT.forward`, and out of D: (D − c_skip·x) / c_out."""
+    model, _ = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(3, 2)
+    denoise = Denoiser(model, conditioning, MemoryPlan(1, 2))
+    norm = (sigma**2 + 0.25).sqrt()[:, None, None, None]
+    c_skip, c_out = 0.25 / norm**2, sigma[:, None, None, None] / 2 / norm
+    expected = (denoise(x, sigma) - c_skip * x) / c_out
+
+    geometry, grid = denoise.geometry, denoise.geometry.grid
+    chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.offload, model)
+    pixels = torch.cat([cut(x, chunk.coordinates, BLOCK), cut(conditioning.lr_upscaled, chunk.coordinates, BLOCK)], 2)
+    result = model(
+        pixels / norm[:, None],
+        cut_windows(conditioning.lr, chunk.coordinates, BLOCK // 4),
+        chunk.inside,
+        chunk.angles,
+        partial(uniba.KVRing(grid, grid.blocks).gather_neighbours, chunk),
+        sigma.log() / 4,
+        conditioning.clip_embedding,
+    )
+    torch.testing.assert_close(result, cut(expected, chunk.coordinates, BLOCK), **EXACT)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 2), (5, 3)], ids=str)

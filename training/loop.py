@@ -13,7 +13,7 @@ from infdit.model import InfDiT
 
 from .data import Source
 from .gradients import Gradients, Recipe
-from .optimizer import Optimizer, OptimizerState
+from .optimizer import Optimizer
 from .workers import Workers
 
 
@@ -35,7 +35,7 @@ class TrainerState(TypedDict):
 
     model: list[Tensor]
     ema: list[Tensor]
-    optimizer: OptimizerState
+    optimizer: dict[str, Any]
     step: int
     decay: dict[str, Any] | None
 
