@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,16 @@ from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
 from .grid import SLOTS
 from .model import InfDiT
-from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
+from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published, some
 from .samplers import SAMPLERS, karras_sigmas
 from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
 
-BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
+BUNDLED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("mini", "mini-crisp")}
 
 _MAX_SIZE = 2**20  # of anything in a configuration: far beyond what exists, and safe to compute with
 _MAX_STEPS, _MAX_LAYERS = 10_000, 1024
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_verified: set[tuple[Path, int, int]] = set()
 _WRONG_FILE = "give the file that the authors published, or one that `convert` wrote from it"
 
 
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a published .pt, a .safetensors, or the bundled "mini"; tensors stay mapped to the file.
+    """Read a published .pt, a .safetensors, or a bundled "mini" or "mini-crisp"; tensors stay mapped to the file.
 
     Raises:
         CheckpointError: no readable file; keys that are unknown or missing, wrong shapes, weights that are not finite.
@@ -105,7 +105,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(path, f"holds keys that no Inf-DiT has: {_some(unknown)}", _WRONG_FILE)
+        raise CheckpointError(path, f"holds keys that no Inf-DiT has: {some(unknown)}", _WRONG_FILE)
     checkpoint = Checkpoint(path, _config(path, file), _defaults(path, file), tensors, clip, dropped, file.metadata)
     _check(checkpoint)
     return checkpoint
@@ -114,10 +114,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> InfDiT:
-    """A published .pt, a .safetensors, or "mini" → the network, ready to evaluate.
+    """A published .pt, a .safetensors, or a bundled model → the network, ready to evaluate.
 
     Args:
-        path: the file; "mini" is the bundled model.
+        path: the file, or a name of BUNDLED.
         dtype: what the network computes in; None: see `default_dtype`.
         device: where its parameters go; None: see `default_device`. Memory grows by little more than their size there.
 
@@ -129,7 +129,10 @@ def load_model(
     dtype = dtype or default_dtype(device)
     checkpoint = read_checkpoint(path)
     stat = checkpoint.path.stat()
-    _verified(checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size)
+    key = checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size
+    if key not in _verified:  # hashing takes longer than mapping: once for a file as it is, not at every load
+        checkpoint.verify()
+        _verified.add(key)
     with torch.device("meta"):
         model = InfDiT(checkpoint.config, checkpoint.defaults)
     state: dict[str, Tensor] = {}
@@ -140,12 +143,6 @@ def load_model(
             raise CheckpointError(checkpoint.path, f"{name} overflows {dtype}", "load it as bfloat16 or float32")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
-
-
-@cache
-def _verified(path: Path, changed: int, size: int) -> bool:
-    """Hashing takes longer than mapping: once for a file as it is, not at every load."""
-    return read_checkpoint(path).verify()
 
 
 def convert(
@@ -240,7 +237,7 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
         if not all(type(size) is int and size < _MAX_SIZE for size in sizes.values()):
             raise ValueError(f"sizes must be whole numbers under {_MAX_SIZE}")
         if wrong:
-            raise ValueError(f"the metadata contradicts the tensors: {_some(wrong)}")
+            raise ValueError(f"the metadata contradicts the tensors: {some(wrong)}")
         return InfDiTConfig(**sizes)
     except (ValueError, TypeError) as error:
         raise CheckpointError(path, f"has sizes that make no Inf-DiT ({error})", _WRONG_FILE) from error
@@ -285,12 +282,7 @@ def _check(checkpoint: Checkpoint) -> None:
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} holds values that are not finite")
     if problems:
-        raise CheckpointError(checkpoint.path, f"is no whole Inf-DiT checkpoint: {_some(problems)}", _WRONG_FILE)
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name[:120] for name in names[:limit]) + more
+        raise CheckpointError(checkpoint.path, f"is no whole Inf-DiT checkpoint: {some(problems)}", _WRONG_FILE)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], hashed: Callable[[], None]) -> None:

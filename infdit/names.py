@@ -9,10 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-
-from .config import LR_PATCH, InfDiTConfig
 
 _FIELDS = {"i": r"\d+", "p": "weight|bias", "half": "[02]", "kv": "query|key_value", "qk": "query|key"}
 _MIXIN, _LAYER = "mixins.adaln_layer.", "transformer.layers.{i}."
@@ -55,45 +52,31 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 _FROM_PUBLISHED = [(_pattern(published), ours) for published, ours in _TABLE]
-_TO_PUBLISHED = [(_pattern(ours), published) for published, ours in _TABLE]
+TO_PUBLISHED = [(_pattern(ours), published) for published, ours in _TABLE]  # `training.export` reads it backwards
 
 
 def is_published(name: str) -> bool:
     """Whether a model has a parameter of this published name."""
-    return name == SLOT_EMBED or _translated(name, _FROM_PUBLISHED) is not None
+    return name == SLOT_EMBED or translated(name, _FROM_PUBLISHED) is not None
 
 
 def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of `InfDiT`, as views; names that no model has are left out."""
     state = {f"layers.{i}.slot_embed": slots for i, slots in enumerate(tensors.get(SLOT_EMBED, ()))}
     for name, tensor in tensors.items():
-        if ours := _translated(name, _FROM_PUBLISHED):
+        if ours := translated(name, _FROM_PUBLISHED):
             if ours.endswith("embed.weight"):
                 tensor = tensor.flatten(1)
             state[ours] = tensor[0] if ours.endswith("_position") else tensor
     return state
 
 
-def to_published(state: Mapping[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
-    """The inverse of `from_published`.
-
-    Raises:
-        ValueError: a parameter that the table does not know.
-    """
-    depth = config.num_layers
-    tensors = {SLOT_EMBED: torch.stack([state[f"layers.{i}.slot_embed"] for i in range(depth)])}
-    for name, tensor in state.items():
-        if name.endswith("slot_embed"):
-            continue
-        published = _translated(name, _TO_PUBLISHED)
-        if published is None:
-            raise ValueError(f"parameter {name} has no published name: add it to the table")
-        if name.endswith("embed.weight"):
-            side = config.patch_size if name.startswith("patch") else LR_PATCH
-            tensor = tensor.unflatten(1, (-1, side, side))
-        tensors[published] = tensor[None] if name.endswith("_position") else tensor
-    return tensors
-
-
-def _translated(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
+def translated(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
+    """A name by one of the tables; None where it is in none of its lines."""
     return next((to.format(**match.groupdict()) for pattern, to in table if (match := pattern.fullmatch(name))), None)
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first of many names, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:120] for name in names[:limit]) + more

@@ -1,32 +1,36 @@
 """Named tensors out of files that are not trusted: .safetensors, and PyTorch's zip without running its pickle.
 
-A .pt is a zip of one pickle (see `unpickle`) and one raw member per storage. Storages are mapped from the file, not
-read: memory grows only by what is used.
+A .pt is a zip of one pickle and one raw member per storage. Storages are mapped from the file, not read: memory grows
+only by what is used. `torch.load` is not asked, with whatever unpickler: it runs TorchScript and checks no CRC, and a
+small file can end the process in Python's own unpickler (by hashing nested tuples, by a memo of 2^32 places).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
-import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .unpickle import unpickle_tensors
-
-_MAX_PICKLE_BYTES = 64 * 2**20  # a program, not data: the published model's is under 1 MB
-_ALIGNMENT = 8  # bytes, of the widest dtype; PyTorch aligns members to 64
+_MAX_PICKLE_BYTES = 4 * 2**20  # a program, not data: the published model's is under 1 MB
 _OLD_MAGIC = b"\x80\x02\x8a\n"  # a pickle that begins with a long number; \x80 alone also begins a .safetensors
 _ZIP_MAGIC = b"PK\x03\x04"
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of name, length of extra field
+_ORIGINAL = "give the file that the authors published"
+# whatever a damaged zip or a senseless pickle can raise
+_DAMAGE = (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, MemoryError)
+_DAMAGE += (OSError, RuntimeError, TypeError, ValueError)
 
 
 class CheckpointError(Exception):
@@ -41,24 +45,6 @@ class CheckpointError(Exception):
     def __init__(self, path: str | Path, problem: str, remedy: str) -> None:
         super().__init__(f"{path}: {problem}; {remedy}.")
         self.path, self.problem, self.remedy = Path(path), problem, remedy
-
-
-# whatever a damaged zip or a senseless pickle program can raise on its way through the standard library
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -83,9 +69,8 @@ def read_tensors(path: str | Path) -> TensorFile:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise CheckpointError(
-            path, f"cannot be opened ({error.strerror or error})", "check the path and its permissions"
-        ) from error
+        problem = f"cannot be opened ({error.strerror or error})"
+        raise CheckpointError(path, problem, "check the path and its permissions") from error
     if magic == _ZIP_MAGIC:
         return TensorFile(_read_pytorch(path), {})
     if magic == _OLD_MAGIC:
@@ -94,7 +79,12 @@ def read_tensors(path: str | Path) -> TensorFile:
             "is a PyTorch file in the format from before version 1.6, which cannot be read without running its code",
             "load and save it again with a newer PyTorch, or get the original .pt or a .safetensors",
         )
-    return _read_safetensors(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
+            return TensorFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        problem = f"is not a complete .safetensors or .pt file ({error})"
+        raise CheckpointError(path, problem, "download or convert it again") from error
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], each: Callable[[], None] = lambda: None) -> str:
@@ -111,88 +101,120 @@ def tensor_digest(tensors: Mapping[str, Tensor], each: Callable[[], None] = lamb
     return digest.hexdigest()
 
 
-# ---- .safetensors
-
-
-def _read_safetensors(path: Path) -> TensorFile:
-    try:
-        with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            return TensorFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            path, f"is not a complete .safetensors or .pt file ({error})", "download or convert it again"
-        ) from error
-
-
 # ---- PyTorch's zip
-
-
-class _ZipStorages:
-    """The raw members data/KEY of one PyTorch zip: mapped from the file, checked against their CRC-32."""
-
-    def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str) -> None:
-        self._archive, self._prefix = archive, prefix
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._mapped: dict[str, Tensor] = {}
-
-    def map(self, key: str) -> Tensor:
-        """The bytes of a storage, uint8."""
-        if key not in self._mapped:
-            content, start = self._content(f"data/{key}")
-            data = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            self._mapped[key] = data if start % _ALIGNMENT == 0 else data.clone()
-        return self._mapped[key]
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a small member."""
-        return bytes(self._content(name, _MAX_PICKLE_BYTES)[0])
-
-    def _content(self, name: str, limit: int | None = None) -> tuple[memoryview, int]:
-        member = self._archive.getinfo(self._prefix + name)
-        if limit is not None and member.file_size > limit:
-            raise zipfile.BadZipFile(f"{member.filename} is over {limit} bytes")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise zipfile.BadZipFile(f"{member.filename} is compressed, which PyTorch never does")
-        magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(self._bytes, member.header_offset)
-        start = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        content = memoryview(self._bytes)[start : start + member.file_size]
-        if magic != _ZIP_MAGIC or len(content) != member.file_size or zlib.crc32(content) != member.CRC:
-            raise zipfile.BadZipFile(f"{member.filename} does not match its checksum")
-        return content, start
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            top = _unpickle(path, archive)
+        top = _unpickle(_members(path))
     except _DAMAGE as error:
-        raise CheckpointError(
-            path, f"is damaged or no PyTorch checkpoint ({error or type(error).__name__})", "download it again"
-        ) from error
-    state = top
-    for entry in ("module", "state_dict"):
-        if isinstance(top, dict) and isinstance(top.get(entry), dict):
-            state = top[entry]
-            break
+        problem = f"is damaged or no PyTorch checkpoint ({str(error)[:200] or type(error).__name__})"
+        raise CheckpointError(path, problem, "download it again") from error
+    inner = [top.get("module"), top.get("state_dict")] if isinstance(top, dict) else []
+    state = next((entry for entry in inner if isinstance(entry, dict)), top)
     if not isinstance(state, dict) or not state:
-        raise CheckpointError(path, "holds no state dict", "give the file that the authors published")
+        raise CheckpointError(path, "holds no state dict", _ORIGINAL)
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                path, f"entry {str(name)[:80]!r} is no named tensor", "give the file that the authors published"
-            )
-    return dict(state)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(path, f"entry {name[:80]!r} is no named tensor", _ORIGINAL)
+    return state
 
 
-def _unpickle(path: Path, archive: zipfile.ZipFile) -> object:
-    programs = [m for m in archive.infolist() if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
-    if len(programs) != 1:
-        raise zipfile.BadZipFile("a zip without the data.pkl of a checkpoint")
-    if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-        raise zipfile.BadZipFile("members that share their bytes or are compressed, which PyTorch never does")
-    prefix = programs[0].filename.removesuffix("data.pkl")
-    storages = _ZipStorages(path, archive, prefix)
-    if f"{prefix}byteorder" in archive.namelist() and storages.read("byteorder") != b"little":
-        raise zipfile.BadZipFile("tensors stored in big-endian order")
-    return unpickle_tensors(storages.read("data.pkl"), storages.map)
+def _members(path: Path) -> dict[str, memoryview]:
+    """The members by their names in the zip's one folder, mapped from the file, each of the right CRC-32."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entries, content = archive.infolist(), memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
+        raise ValueError("members that share their bytes or are compressed, which PyTorch never does")
+    members: dict[str, memoryview] = {}
+    for entry in entries:
+        name_bytes, extra_bytes = struct.unpack_from("<26xHH", content, entry.header_offset)
+        start = entry.header_offset + 30 + name_bytes + extra_bytes
+        member = members[entry.filename.partition("/")[2]] = content[start : start + entry.file_size]
+        if len(member) != entry.file_size or zlib.crc32(member) != entry.CRC:
+            raise ValueError(f"{entry.filename} does not match its checksum")
+    if not 0 < len(members.get("data.pkl", b"")) <= _MAX_PICKLE_BYTES:
+        raise ValueError("a zip without the data.pkl of a checkpoint")
+    if members.get("byteorder", b"little") != b"little":
+        raise ValueError("tensors stored in big-endian order")
+    return members
+
+
+# ---- its pickle
+
+
+def _storage(reference: object, members: Mapping[str, memoryview]) -> Tensor:
+    match reference:
+        case ("storage", torch.dtype() as dtype, str() as key, *_) if len(key) < 20:  # a few digits
+            content = members[f"data/{key}"]
+            return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    raise ValueError("a reference that is no storage")
+
+
+def _rebuild_tensor(arguments: object) -> Tensor:
+    """torch._utils._rebuild_tensor_v2 with every argument checked."""
+    match arguments:
+        case (Tensor() as storage, start, tuple() as size, tuple() as stride, _, _) if max(len(size), len(stride)) <= 8:
+            numbers = all(isinstance(number, int) and 0 <= number < 2**63 for number in (start, *size, *stride))
+            if numbers and math.prod(size) <= storage.numel():
+                return storage.as_strided(size, stride, start)  # which refuses to reach beyond the storage
+    raise ValueError("a tensor that does not lie in its storage")
+
+
+# all that a pickle can name: dtypes, and functions of the tuple of their arguments
+_GLOBALS: dict[str, object] = {
+    **{"torch DoubleStorage": torch.float64, "torch FloatStorage": torch.float32, "torch HalfStorage": torch.float16},
+    **{"torch BFloat16Storage": torch.bfloat16, "torch LongStorage": torch.int64, "torch IntStorage": torch.int32},
+    **{"torch ShortStorage": torch.int16, "torch CharStorage": torch.int8, "torch ByteStorage": torch.uint8},
+    **{"torch BoolStorage": torch.bool, "torch.storage UntypedStorage": torch.uint8},
+    **{"torch ComplexFloatStorage": torch.complex64, "torch ComplexDoubleStorage": torch.complex128},
+    **{"torch._utils _rebuild_tensor_v2": _rebuild_tensor, "torch._utils _rebuild_parameter": itemgetter(0)},
+    **{"torch Size": itemgetter(0), "collections OrderedDict": lambda arguments: None if arguments else {}},
+}
+# how many objects an opcode takes off the stack, where it does not take all down to a mark
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "NEWOBJ": 2}
+_TAKES |= {"BINPERSID": 1, "BUILD": 1, "APPEND": 1, "SETITEM": 2}
+
+
+def _unpickle(members: Mapping[str, memoryview]) -> object:
+    """What data.pkl describes in text, numbers, tuples, tensors, and dicts of these by text; all else becomes None.
+
+    Nothing is imported, no attribute is set, nothing but text is hashed, and opcodes that `torch.save` has no use for
+    are refused, as they are by torch.load(weights_only=True).
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(bytes(members["data.pkl"])):
+        to_mark = pickletools.stackslice in opcode.stack_before
+        start = marks.pop() if to_mark else len(stack) - _TAKES.get(opcode.name, 0)
+        taken = stack[start:]
+        del stack[start:]
+        match opcode.name:
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "EMPTY_TUPLE":
+                stack.append(tuple(taken))
+            case "GLOBAL":
+                stack.append(_GLOBALS.get(str(argument)))
+            case "BINPERSID":
+                stack.append(_storage(taken[0], members))
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = taken
+                stack.append(function(arguments) if callable(function) else None)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM" | "SETITEMS" if isinstance(stack[-1], dict):
+                pairs = zip(taken[::2], taken[1::2], strict=True)
+                stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
+            case "SETITEM" | "SETITEMS" | "APPEND" | "APPENDS" | "BUILD" | "PROTO" | "STOP":
+                pass
+            case name if opcode.stack_before or not opcode.stack_after:
+                raise ValueError(f"a pickle with {name}, which torch.save writes only when told to")
+            case _:  # a text or a number; None for a truth value or an empty list
+                stack.append(argument)
+    return stack[-1]

@@ -130,11 +130,11 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 
 ROOMS = (  # architecture.md draws them
-    ("config", "grid", "rotary", "samplers", "device"),
+    ("config", "grid", "rotary", "samplers", "device", "names"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
     ("run", "upscale"),
-    ("names", "tensorfile", "unpickle", "clip", "checkpoint", "picture"),
+    ("names", "tensorfile", "clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )
 

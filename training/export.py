@@ -9,18 +9,41 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import infdit
-from infdit.config import InfDiTConfig, SamplingDefaults
-from infdit.names import to_published
+from infdit.config import LR_PATCH, InfDiTConfig, SamplingDefaults
+from infdit.names import SLOT_EMBED, TO_PUBLISHED, translated
 
 DEFAULTS = SamplingDefaults(steps=4, sampler="dpmpp_2m", sigma_max=1.0, sigma_min=0.01)
 KINDS = {"steps": int, "sampler": str, "sigma_max": float, "sigma_min": float, "start_noise": float, "most_steps": int}
+
+
+def to_published(state: Mapping[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
+    """The parameters of `InfDiT` by published name and shape: the inverse of `names.from_published`.
+
+    Raises:
+        ValueError: a parameter that the table does not know.
+    """
+    depth = config.num_layers
+    tensors = {SLOT_EMBED: torch.stack([state[f"layers.{i}.slot_embed"] for i in range(depth)])}
+    for name, tensor in state.items():
+        if name.endswith("slot_embed"):
+            continue
+        published = translated(name, TO_PUBLISHED)
+        if published is None:
+            raise ValueError(f"parameter {name} has no published name: add it to the table")
+        if name.endswith("embed.weight"):
+            side = config.patch_size if name.startswith("patch") else LR_PATCH
+            tensor = tensor.unflatten(1, (-1, side, side))
+        tensors[published] = tensor[None] if name.endswith("_position") else tensor
+    return tensors
 
 
 def export(

@@ -33,9 +33,9 @@ class Optimizer:
         self.by_muon = [kind == "muon" and _is_layer_matrix(n, p) for n, p in zip(names, parameters, strict=True)]
         self.momentum = [torch.zeros_like(p) if m else None for p, m in zip(parameters, self.by_muon, strict=True)]
         others = [p for p, muon in zip(parameters, self.by_muon, strict=True) if not muon]
-        groups = [{"params": [p for p in others if p.dim() == 2]}]
-        groups.append({"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0})
-        self.adamw = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY)
+        matrices, vectors = ([p for p in others if (p.dim() == 2) == two] for two in (True, False))
+        groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, betas=BETAS)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:

@@ -73,14 +73,6 @@ def bytes_of(text: str) -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
-def steps_of(text: str) -> tuple[int, ...]:
-    """1,4,8 → (1, 4, 8)."""
-    steps = text.split(",")
-    if not all(step.isdecimal() and 0 < len(step) < 6 and int(step) for step in steps):
-        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of steps from 1 like 1,4,8")
-    return tuple(map(int, steps))
-
-
 def duration(seconds: float) -> str:
     """Seconds for people: seconds, minutes or hours."""
     minutes, hours = seconds / 60, seconds / 3600

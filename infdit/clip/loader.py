@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..device import default_device, default_dtype
+from ..names import some
 from ..tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
 from .encoder import VIT_L_14, VIT_L_14_TEXT, CLIPEncoder, CLIPTextEncoder, TextConfig, VisionConfig, open_clip
 
@@ -74,7 +75,8 @@ def load_clip(
     visual, text = _towers(path, file.tensors)
     with torch.device("meta"):
         encoder = CLIPEncoder(config, partial(_load_text, path, text, text_config))
-    _check_shapes(path, "vision", visual, _named("visual.", encoder.tower.state_dict()))
+    expected = encoder.tower.state_dict()
+    _check_shapes(path, "vision", visual, {f"visual.{name}": tensor for name, tensor in expected.items()})
     _check_origin(path, file, digest)
     if dtype is None and device.type == "cpu" and all(tensor.dtype == torch.float32 for tensor in visual.values()):
         dtype = torch.float32
@@ -125,10 +127,6 @@ def _towers(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     return visual, text
 
 
-def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
 def _check_shapes(path: Path, tower: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     problems = {
         "lacks": expected.keys() - found.keys(),
@@ -139,15 +137,9 @@ def _check_shapes(path: Path, tower: str, found: Mapping[str, Tensor], expected:
             if found[name].shape != expected[name].shape or not found[name].is_floating_point()
         },
     }
-    sentences = [f"{problem} {_enumerate(names)}" for problem, names in problems.items() if names]
+    sentences = [f"{problem} {some(sorted(names))}" for problem, names in problems.items() if names]
     if sentences:
         raise CheckpointError(path, f"is no CLIP ViT-L-14: its {tower} tower {', '.join(sentences)}", f"give {WEIGHTS}")
-
-
-def _enumerate(names: Iterable[str], most: int = 3) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _place(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
