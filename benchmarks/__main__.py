@@ -11,7 +11,7 @@ import torch
 
 from infdit.checkpoint import load_model, read_checkpoint
 from infdit.cli import DTYPES, add_memory, device_of, known_device, size_of
-from infdit.config import InfDiTConfig
+from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.device import default_device, default_dtype
 from infdit.memory.plan import Workload
 from infdit.memory.planner import fastest_plan, format_bytes
@@ -62,7 +62,7 @@ def _steps(text: str) -> tuple[int, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time plans beside what the planner predicts; with folders, hold a model's pictures against limits instead."""
+    """Time plans; or hold a model's pictures against limits, say how straight its lines are, count what a run holds."""
     if options.memory:
         return _memory(options)
     if not options.quality and not options.without_original and not options.lines:
@@ -106,9 +106,12 @@ def _speed(options: argparse.Namespace) -> int:
 
 def _memory(options: argparse.Namespace) -> int:
     """What the published size, or a model, holds under the plan of a budget: counted and predicted."""
-    config = read_checkpoint(options.model).config if options.model else InfDiTConfig()
+    checkpoint = read_checkpoint(options.model) if options.model else None
+    config = checkpoint.config if checkpoint else InfDiTConfig()
+    defaults = checkpoint.defaults if checkpoint else SamplingDefaults()
     device = known_device(options.device) if options.device else default_device()
-    workload = Workload(config, *options.memory, dtype=DTYPES[options.dtype] or torch.bfloat16, device=device)
+    dtype, sampler = DTYPES[options.dtype] or torch.bfloat16, options.sampler or defaults.sampler
+    workload = Workload(config, *options.memory, dtype=dtype, device=device, sampler=sampler)
     plan = fastest_plan(workload, options.budget, sys.maxsize)
     counted, predicted = counted_peak(workload, plan), workload.footprint(plan)
     print(f"{plan}")

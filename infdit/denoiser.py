@@ -7,7 +7,6 @@ with σ_data = 0.5. x, the result and the arithmetic here are float32 or float64
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,6 @@ from .model import InfDiT
 from .uniba import sweep
 
 SIGMA_DATA = 0.5
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

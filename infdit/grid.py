@@ -122,7 +122,7 @@ class Geometry:
 
         def axis(start: int) -> list[int]:
             if self.positions == "wrapped":
-                return [(start + i) % self.period for i in range(self.side)]  # published
+                return [(start + i) % self.period for i in range(self.side)]  # published: the seam
             return [start % self.period + i for i in range(self.side)]
 
         starts = [self.starts(at) for at in coordinates]

@@ -60,11 +60,12 @@ def upscale(
         model: see `load_model`.
         image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; a fourth channel is straight alpha.
         scale: above 1, at most 4. The sides of the result are rounded half up.
-        steps, sampler, sigma_max: None takes the model's defaults; a sampler is a name of `samplers.SAMPLERS`, or any.
+        steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
             as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
-        budget: bytes on the device that the run may hold, see `plan_memory`; None: what is free there, less a margin.
-        plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding.
+        budget: bytes on the device that the run may hold; None: what is free there, less a margin.
+        plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding. A
+            `PlannedRun` also says on which device.
         size: (height, width) of the result in place of `scale`; from once to 4 times each side.
         denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.

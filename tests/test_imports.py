@@ -134,7 +134,7 @@ ROOMS = (  # architecture.md draws them
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
     ("run", "upscale"),
-    ("names", "tensorfile", "clip", "checkpoint", "picture"),
+    ("tensorfile", "clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )
 

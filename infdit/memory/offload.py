@@ -193,7 +193,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class HostMemory:
-    """Tensors on the host; beside an accelerator they are cut from pinned slabs.
+    """Tensors on the host; beside an accelerator they are cut from slabs, on CUDA pinned ones.
 
     PyTorch rounds every pinned allocation up to a power of two. A slab is one, and holds eight pieces or more: what is
     lost is an eighth at most.

@@ -40,7 +40,7 @@ class MemoryPlan:
     A group or chunk beyond what exists means all of it.
 
     Raises:
-        ValueError: a group or chunk under 1, an unknown sweep.
+        ValueError: a group or chunk under 1, a value that is none of those named.
     """
 
     group: int = 28
@@ -160,7 +160,7 @@ class Weights:
 
     Attributes:
         resident: embeddings and head, always on the device; modulation: of one layer; layers: of each layer.
-        largest: of all tensors.
+        largest: of the tensors that are streamed.
     """
 
     resident: int

@@ -1,4 +1,4 @@
-"""The planner: of all schedules that fit a budget, the one with the least predicted time.
+"""The planner: of all schedules that fit a budget, the fastest; or the smallest of those that are about as fast.
 
 The constants are of a family of devices, not of one card: they order plans, and tell the time only roughly.
 """
@@ -199,7 +199,7 @@ def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: flo
 
 
 def candidates(workload: Workload) -> list[Candidate]:
-    """All plans worth a look, with their cost."""
+    """What `schedules` lists, with its cost."""
     config, grid, dtype = workload.config, workload.grid, workload.dtype
     costs = CostModel.of(workload.device, dtype)
     found: list[Candidate] = []

@@ -48,10 +48,16 @@ def get(address: str, path: str) -> dict:
 
 
 def widget_values(schema: dict, values: list, prefix: str = "") -> dict:
-    """The values of a node's widgets by the names of their inputs. Takes them out of `values`, in order."""
+    """The values of a node's widgets by the names of their inputs. Takes them out of `values`, in order.
+
+    A file that was saved before a widget was added has no value for it, and the page takes the default: new widgets
+    come last.
+    """
     found = {}
     inputs = schema.get("required", {}) | schema.get("optional", {})
     for name, (kind, *rest) in inputs.items():
+        if not values:
+            break
         options = rest[0] if rest else {}
         if kind == "COMFY_DYNAMICCOMBO_V3":
             chosen = found[prefix + name] = values.pop(0)
