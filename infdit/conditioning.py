@@ -93,8 +93,7 @@ def _cubic(x: Tensor) -> Tensor:
 def visible_colour(image: Tensor) -> Tensor:
     """(B, h, w, 3 or 4) → (B, 3, h, w): the colours, those under full transparency taken from around it."""
     pixels = image.movedim(-1, 1)
-    rgb, alpha = pixels[:, :3], pixels[:, 3:]
-    return fill_transparent(rgb, alpha) if alpha.shape[1] else rgb
+    return fill_transparent(pixels[:, :3], pixels[:, 3:]) if pixels.shape[1] == 4 else pixels
 
 
 def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from weakref import WeakSet
 
@@ -89,7 +90,7 @@ def upscale(
     sampler = get_sampler(sampler or model.defaults.sampler)
     vectors = _clip_vectors(model, clip_embedding, len(image))
     sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
-    draws = _noise_per_image(check_seed(seed), noise, 1.0 if noise else model.defaults.start_noise)
+    draws = _noise_per_image(_check_seed(seed), noise, 1.0 if noise else model.defaults.start_noise)
     if not isinstance(plan, PlannedRun):
         plan = plan_run(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
     report = report or Report()
@@ -137,12 +138,7 @@ def workload_of(
     )
 
 
-def check_seed(seed: int) -> int:
-    """The seed as a Python integer.
-
-    Raises:
-        ValueError, TypeError: it is none of 0..2^64 − 1.
-    """
+def _check_seed(seed: int) -> int:
     seed = operator.index(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
@@ -164,8 +160,9 @@ def _noise_per_image(
     def draws(shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
         if noise is None:
             generator = torch.Generator("cpu").manual_seed(seed)
+            draw = partial(torch.randn, (1, *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
             for _ in range(shape[0]):
-                yield _randn((1, *shape[1:]), generator).mul_(share) if share else None
+                yield draw().mul_(share) if share else None
             return
         given = noise(shape)
         if given.shape != shape:
@@ -174,10 +171,6 @@ def _noise_per_image(
             yield draw.float().cpu().clone()  # it becomes the start, in place
 
     return draws
-
-
-def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def upscale_batch(
@@ -243,9 +236,7 @@ def take_colour(y: Tensor, grey: Tensor) -> None:
 
 def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
     """x = up + σ·ε, not σ·ε alone: that keeps the colours, as the authors do. x = up for a bridge."""
-    if noise is None:
-        return up.clone()
-    return noise.mul_(sigma.cpu()).to(up.device).add_(up)
+    return up.clone() if noise is None else noise.mul_(sigma.cpu()).to(up.device).add_(up)
 
 
 def schedule(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..infdit import CheckpointError, convert
 from ..infdit.checkpoint import clip_path as clip_beside
-from ..infdit.clip import CONVERTED, WEIGHTS
+from ..infdit.clip.loader import CONVERTED, WEIGHTS
 
 FOLDER = "infdit"
 CLIP_FOLDERS = ("clip_vision", FOLDER)

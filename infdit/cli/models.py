@@ -9,6 +9,8 @@ from ..checkpoint import clip_path, convert, read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
 from ..tensorfile import CheckpointError
 
+_CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add both commands."""
@@ -62,7 +64,3 @@ def _defaults(defaults: SamplingDefaults) -> str:
     most = f" (at most {defaults.most_steps})" if defaults.most_steps else ""
     words = f"{defaults.steps} steps{most} of {defaults.sampler}, σ {defaults.sigma_max:g} to {defaults.sigma_min:g}"
     return f"{words}; {defaults.start}" if defaults.start else words
-
-
-_CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
-

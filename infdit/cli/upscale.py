@@ -24,6 +24,7 @@ from ..upscale import MAX_SCALE, Preview, target_size, upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
+log = logging.getLogger(__name__)
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 
 
@@ -88,19 +89,8 @@ def _upscale_one(
             bar.total = total
             bar.update(done - bar.n)
 
-        result = upscale(
-            model,
-            image,
-            steps=options.steps,
-            sampler=options.sampler,
-            seed=options.seed,
-            budget=options.budget,
-            size=size,
-            denoise=options.denoise,
-            clip_embedding=vector,
-            progress=progress,
-            device=device,
-        )
+        given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise")}
+        result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, device=device, **given)
     write_picture(target, replace(picture, pixels=result[0]))
     print(f"{target}: {size[1]}×{size[0]}")
 
@@ -148,9 +138,7 @@ def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPEncoder | None:
     text = bool(options.positive.strip() or options.negative.strip())
     if not model.config.vector_dim:
         if options.clip is not None or text:
-            logging.getLogger(__name__).warning(
-                "this model has no CLIP input: --clip, --positive and --negative are ignored"
-            )
+            log.warning("this model has no CLIP input: --clip, --positive and --negative are ignored")
         return None
     beside = clip_path(options.model)
     path = options.clip or (beside if beside.exists() else None)

@@ -195,17 +195,12 @@ def tokenize(texts: Sequence[str], length: int = VIT_L_14_TEXT.context_length) -
     rows = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(rows, texts, strict=True):
         pairs: list[int] = tokenizer.encode(text)
-        kept, rest = pairs[: length - 2], pairs[length - 2 :]
-        if rest:
-            ignored = tokenizer.decode(rest).strip()
-            ignored = ignored if len(ignored) <= _SHOWN else ignored[:_SHOWN].rstrip() + "…"
-            _log.warning(
-                "CLIP reads %d tokens and this text has %d: what comes from %r on is ignored.",
-                length - 2,
-                len(pairs),
-                ignored,
-            )
-        ids = [tokenizer.sot_token_id, *kept, tokenizer.eot_token_id]
+        if len(pairs) > length - 2:
+            rest = tokenizer.decode(pairs[length - 2 :]).strip()
+            rest = rest if len(rest) <= _SHOWN else rest[:_SHOWN].rstrip() + "…"
+            told = "CLIP reads %d tokens and this text has %d: what comes from %r on is ignored."
+            _log.warning(told, length - 2, len(pairs), rest)
+        ids = [tokenizer.sot_token_id, *pairs[: length - 2], tokenizer.eot_token_id]
         row[: len(ids)] = torch.tensor(ids)
     return rows
 

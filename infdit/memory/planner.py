@@ -231,10 +231,9 @@ def _affordable(
 
 def schedules(config: InfDiTConfig, grid: BlockGrid, unified_memory: bool, most: int) -> Iterator[MemoryPlan]:
     """All plans worth a look: every group, chunks by powers of two up to `most` blocks, what can be on the host."""
-    groups = range(1, config.num_layers + 1)
     most = max(1, min(most, MOST_TOKENS // config.block_tokens))
     chunks = [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
-    for group in groups:
+    for group in range(1, config.num_layers + 1):
         for chunk in chunks:
             yield MemoryPlan(group, chunk)
             if unified_memory:
