@@ -456,7 +456,7 @@ def test_weights_that_overflow_a_dtype(tmp_path: Path) -> None:
 
 def test_convert_does_not_leave_the_clip_of_another_model(tmp_path: Path) -> None:
     old = tmp_path / "tiny.clip.safetensors"
-    save_file({"visual.proj": torch.ones(4, 3)}, old, {"source": infdit.clip.CONVERTED})
+    save_file({"visual.proj": torch.ones(4, 3)}, old, {"source": infdit.clip.loader.CONVERTED})
     infdit.convert(PUBLISHED, tmp_path / "tiny.safetensors")
     assert not old.exists()
 
