@@ -23,7 +23,7 @@ from training import data, degrade, validate
 from training.attention import PlainAttention
 from training.export import export
 from training.export import main as export_command
-from training.gradients import Recipe, _bridge, across, of_crops
+from training.gradients import Recipe, _bridge, across, of_crops, periodic
 from training.grow import widen
 from training.loop import Decay, Trainer
 from training.optimizer import Optimizer, orthogonal
@@ -191,6 +191,15 @@ def test_plain_attention_is_attention() -> None:
     expected = F.scaled_dot_product_attention(q, k, v)
     with PlainAttention():
         torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_what_is_the_same_in_all_cells_is_found_and_detail_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randn(1, 3, 4, 4, generator=generator)
+    pattern -= pattern.mean((2, 3), keepdim=True)
+    assert periodic(pattern.repeat(1, 1, 16, 16), 4).item() == pytest.approx(pattern.square().mean().item(), rel=1e-4)
+    assert periodic(torch.randn(1, 3, 64, 64, generator=generator), 4).item() < 0.03  # of noise of size 1
+    assert periodic(torch.ones(1, 3, 64, 64), 4).item() == 0, "brightness is no pattern"
 
 
 def test_orthogonal_updates() -> None:

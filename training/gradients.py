@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.perceptual import STLPIPS, st_lpips
@@ -55,9 +56,9 @@ class Recipe:
     seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
     ln σ; bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean:
     share with k = 0; loss: see `of_crops`; tiles, original, damaged: see `tiles.Tiles`; perceptual: weight of ST-LPIPS
-    beside it; seam: weight of the second term; rate: learning rate after `warmup` steps; decay: share of the run, its
-    last, in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm of the gradient at
-    most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
+    beside it; seam, grid: weights of `across` and of `periodic`; rate: learning rate after `warmup` steps; decay:
+    share of the run, its last, in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm
+    of the gradient at most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
     """
 
     seed: int = 0
@@ -75,6 +76,7 @@ class Recipe:
     damaged: float = 0.0
     perceptual: float = 0.0
     seam: float = 0.0
+    grid: float = 0.0
     rate: float = 1e-3
     warmup: int = 100
     decay: float = 0.8
@@ -167,6 +169,8 @@ class Gradients:
         lines = 0.0
         if recipe.seam:
             lines = recipe.seam * (across(error, config.patch_size) + BLOCK_SEAM * across(error, config.block_size))
+        if recipe.grid:
+            lines = lines + recipe.grid * periodic(error, config.patch_size)
         loss = of_crops(recipe.loss, error, lines, EPSILON * scale).mean()
         if self._looks:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
@@ -209,6 +213,15 @@ def across(error: Tensor, cell: int) -> Tensor:
     rows = error[..., cell::cell, :] - error[..., cell - 1 : -1 : cell, :]
     columns = error[..., cell::cell] - error[..., cell - 1 : -1 : cell]
     return (rows.square().mean((1, 2, 3)) + columns.square().mean((1, 2, 3))) / 4
+
+
+def periodic(error: Tensor, cell: int) -> Tensor:
+    """Mean square of what is the same in all cells of some 32 pixels around, (B,): a pattern that the eye sees at once.
+
+    A perceptual loss does not see it, and rewards the contrast that it gives.
+    """
+    phases = F.avg_pool2d(F.pixel_unshuffle(error, cell), 32 // cell).unflatten(1, (error.shape[1], -1))
+    return (phases - phases.mean(2, keepdim=True)).square().mean((1, 2, 3, 4))
 
 
 def _sigmas(recipe: Recipe, count: int, part: int, rng: np.random.Generator) -> Tensor:
