@@ -74,8 +74,8 @@ def resample(image: Tensor, axis: int, ratio: float, first: int, count: int) -> 
 def _taps(source: int, ratio: float, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Source pixels (count, taps) and their weights (count, taps), float64."""
     stretch = max(ratio, 1.0)  # antialiasing: when shrinking, the kernel is as wide as the output pixels are far apart
-    centre = (torch.arange(first, first + count, dtype=torch.float64)[:, None] + 0.5) * ratio
-    taps = (centre - 2 * stretch).floor() + torch.arange(math.ceil(4 * stretch) + 1)
+    centre = (torch.arange(first, first + count, dtype=torch.float64, device="cpu")[:, None] + 0.5) * ratio
+    taps = (centre - 2 * stretch).floor() + torch.arange(math.ceil(4 * stretch) + 1, device="cpu")
     # as torch does, the picture's own pixels leave out what lies beyond its edge; those of the padding repeat the edge
     used = ((taps >= 0) & (taps < source)) | (centre >= source)
     weights = _cubic((taps + 0.5 - centre) / stretch) * used

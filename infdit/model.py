@@ -92,7 +92,7 @@ class InfDiT(nn.Module):
         angles = c_noise[:, None] * torch.exp(-math.log(10000) / half * channels)  # (B, 96)
         c = self.noise_embed(torch.cat((angles.cos(), angles.sin()), -1).to(self.dtype))  # (B, D)
         if self.vector_embed is not None:
-            given = torch.zeros(len(c), self.config.vector_dim, device=c.device) if vector is None else vector
+            given = c.new_zeros(len(c), self.config.vector_dim) if vector is None else vector
             c = c + self.vector_embed(given.to(c))
         c = F.silu(F.silu(c))  # published: SiLU after the embedding, and once more before every modulation
         split = "b (parts d) -> parts b 1 1 d"

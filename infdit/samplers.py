@@ -44,7 +44,7 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
         raise ValueError(f"{steps} steps: at least 1 is needed")
     if not 0 < sigma_min <= sigma_max < float("inf") or rho <= 0:
         raise ValueError(f"need 0 < sigma_min {sigma_min} ≤ sigma_max {sigma_max}, finite, and rho {rho} above 0")
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat((sigmas, sigmas.new_zeros(1))).float()
@@ -108,7 +108,7 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
 
 def _level(sigma: float, sigmas: Tensor) -> Tensor:
     """A noise level as denoise takes it, on the CPU: nobody has to wait for a device to look at it."""
-    return torch.tensor(sigma, dtype=sigmas.dtype)
+    return torch.tensor(sigma, dtype=sigmas.dtype, device="cpu")
 
 
 def _report(callback: Callback | None, x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> None:

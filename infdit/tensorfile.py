@@ -147,7 +147,7 @@ def _storage(reference: object, members: Mapping[str, memoryview]) -> Tensor:
     match reference:
         case ("storage", torch.dtype() as dtype, str() as key, *_) if len(key) < 20:  # a few digits
             content = members[f"data/{key}"]
-            return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
     raise ValueError("a reference that is no storage")
 
 

@@ -75,9 +75,8 @@ class KVRing:
                 shape = (k.shape[0], self.size, *k.shape[2:])
                 self.kept = k.new_empty(shape), v.new_empty(shape)
             keys, values = self.kept
-            slots = chunk.own % self.size
-            keys.index_copy_(1, slots, k)
-            values.index_copy_(1, slots, v)
+            keys.index_copy_(1, chunk.own % self.size, k)
+            values.index_copy_(1, chunk.own % self.size, v)
         slots = chunk.neighbours % self.size
         keys = keys.index_select(1, slots).unflatten(1, (-1, 4))
         for slot, turn in chunk.turns.items():  # before the values are there: turning takes room of its own

@@ -51,8 +51,8 @@ def seed_of(noise: CoreNoise) -> int:
 
 
 def core_noise(noise: CoreNoise, shape: tuple[int, int, int, int]) -> Tensor:
-    """Its noise of this shape."""
-    return noise.generate_noise({"samples": torch.zeros(()).expand(shape)})  # only its shape matters: no memory
+    """Its noise of this shape; what it is given has only a shape and takes no memory."""
+    return noise.generate_noise({"samples": torch.zeros((), dtype=torch.float32, device="cpu").expand(shape)})
 
 
 def core_sampler(sampler: CoreSampler, seed: int, kept: int) -> tuple[SamplerInfo, str]:

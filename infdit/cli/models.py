@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..checkpoint import clip_path, convert, read_checkpoint
-from ..config import InfDiTConfig, SamplingDefaults
+from ..config import SamplingDefaults
 from ..tensorfile import CheckpointError
 
 _CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
@@ -37,7 +37,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(options.model)
-    config: InfDiTConfig = checkpoint.config
+    config = checkpoint.config
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
     lines = {

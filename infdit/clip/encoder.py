@@ -174,9 +174,9 @@ class CLIPTextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.tower: nn.Module = open_clip().transformer.TextTransformer(**asdict(config), act_layer=nn.GELU)
-        # no tensor of the file, so it is here even where the tower is built on meta to be filled from one
-        n = config.context_length
-        mask = torch.full((n, n), float("-inf"), device="cpu").triu(1)  # a token sees itself and those before it
+        # a token sees itself and those before it; no tensor of the file, so here even where the tower is built on meta
+        shape = config.context_length, config.context_length
+        mask = torch.full(shape, float("-inf"), dtype=torch.float32, device="cpu").triu(1)
         self.tower.register_buffer("attn_mask", mask, persistent=False)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -192,7 +192,7 @@ def tokenize(texts: Sequence[str], length: int = VIT_L_14_TEXT.context_length) -
     warning that says what.
     """
     tokenizer = _tokenizer()
-    rows = torch.zeros(len(texts), length, dtype=torch.int64)
+    rows = torch.zeros(len(texts), length, dtype=torch.int64, device="cpu")
     for row, text in zip(rows, texts, strict=True):
         pairs: list[int] = tokenizer.encode(text)
         if len(pairs) > length - 2:
@@ -201,7 +201,7 @@ def tokenize(texts: Sequence[str], length: int = VIT_L_14_TEXT.context_length) -
             told = "CLIP reads %d tokens and this text has %d: what comes from %r on is ignored."
             _log.warning(told, length - 2, len(pairs), rest)
         ids = [tokenizer.sot_token_id, *pairs[: length - 2], tokenizer.eot_token_id]
-        row[: len(ids)] = torch.tensor(ids)
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
     return rows
 
 

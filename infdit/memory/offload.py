@@ -147,7 +147,7 @@ class Transfer:
 
     def to_device(self, numbers: Sequence[object]) -> Tensor:
         """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
-        tensor = torch.tensor(numbers)
+        tensor = torch.tensor(numbers, device="cpu")
         return tensor.pin_memory().to(self.device, non_blocking=True) if self._stream else tensor.to(self.device)
 
     def copy_to_device(self, tensors: Sequence[Tensor]) -> PendingCopy:
@@ -208,10 +208,11 @@ class HostMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape; it keeps its slab alive."""
         if not self._cut:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         size = math.prod(shape) * dtype.itemsize
         if self._slab is None or self._used + size > len(self._slab):
-            self._slab = torch.empty(max(size, self._slab_bytes), dtype=torch.uint8, pin_memory=self._pinned)
+            room = max(size, self._slab_bytes)
+            self._slab = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
             self._used = 0
         piece = self._slab[self._used : self._used + size].view(dtype).view(tuple(shape))
         self._used += -(-size // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
