@@ -32,7 +32,7 @@ from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
 from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
 
-BUNDLED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("mini", "mini-crisp")}
+BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
 
 _MAX_SIZE = 2**20  # of anything in a configuration: far beyond what exists, and safe to compute with
 _MAX_STEPS, _MAX_LAYERS = 10_000, 1024
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a published .pt, a .safetensors, or a bundled "mini" or "mini-crisp"; tensors stay mapped to the file.
+    """Read a published .pt, a .safetensors, or the bundled "mini"; tensors stay mapped to the file.
 
     Raises:
         CheckpointError: no readable file; keys that are unknown or missing, wrong shapes, weights that are not finite.
@@ -114,7 +114,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> InfDiT:
-    """A published .pt, a .safetensors, or a bundled model → the network, ready to evaluate.
+    """A published .pt, a .safetensors, or the bundled model → the network, ready to evaluate.
 
     Args:
         path: the file, or a name of BUNDLED.

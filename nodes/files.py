@@ -17,7 +17,7 @@ FOLDER = "infdit"
 CLIP_FOLDERS = ("clip_vision", FOLDER)
 EXTENSIONS = {".safetensors", ".pt"}
 CLIP_SUFFIX = ".clip.safetensors"  # of the CLIP models that `convert` puts beside a model
-BUNDLED = {"mini (bundled)": "mini", "mini crisp (bundled)": "mini-crisp"}  # in the list of files
+BUNDLED = "mini (bundled)"  # in the list of files
 MADE_FROM = "converted_from"  # metadata of a file that was converted here: its source as it was
 HELP = 'The README tells more under "Models".'
 
@@ -35,28 +35,28 @@ def register_model_folder() -> None:
 
 
 def model_files() -> list[str]:
-    """What the loader offers: the bundled models, files of models/infdit, without the CLIP models among them."""
+    """What the loader offers: the bundled model, files of models/infdit, without the CLIP models among them."""
     files = folder_paths.get_filename_list(FOLDER)
-    return [*BUNDLED, *(name for name in files if not name.endswith(CLIP_SUFFIX))]
+    return [BUNDLED, *(name for name in files if not name.endswith(CLIP_SUFFIX))]
 
 
 def missing_model(name: str) -> str:
     """What to do about a model that is not there."""
     target = Path(name).with_suffix(".safetensors")
     return (
-        f"{name} is not in {_folder(FOLDER)}: put it there and press R, or choose {min(BUNDLED)!r}. The published "
+        f"{name} is not in {_folder(FOLDER)}: put it there and press R, or choose {BUNDLED!r}. The published "
         f"checkpoint goes there as it is, or as what `python -m infdit convert mp_rank_00_model_states.pt {target}` "
         f"makes of it. {HELP}"
     )
 
 
 def model_path(name: str) -> str:
-    """The file behind an entry of the list; the name of a bundled one.
+    """The file behind an entry of the list; "mini" for the bundled one.
 
     Raises:
         CheckpointError: the file is gone.
     """
-    return BUNDLED.get(name) or _path((FOLDER,), name, missing_model)
+    return "mini" if name == BUNDLED else _path((FOLDER,), name, missing_model)
 
 
 def converted(path: str, progress: Callable[[int, int], None]) -> str:

@@ -22,13 +22,13 @@ class InfDiTModelLoader(io.ComfyNode):
             node_id="InfDiTModelLoader",
             display_name="Load Inf-DiT Model",
             category=CATEGORY,
-            description="Loads an Inf-DiT model. Two small ones come with the pack; larger ones go into models/infdit.",
+            description="Loads an Inf-DiT model for upscaling. A small model comes with the pack; larger ones go into "
+            "models/infdit.",
             inputs=[
                 io.Combo.Input(
                     "model_name", options=model_files(),
-                    tooltip="A small model that comes with the pack (mini keeps to what the picture says, mini crisp "
-                    "looks sharper and is a little less exact), or a file (.safetensors, or the published .pt) in "
-                    "models/infdit. A .pt is converted to a .safetensors beside it when it is first used.",
+                    tooltip="The small model that comes with the pack, or a file (.safetensors, or the published .pt) "
+                    "in models/infdit. A .pt is converted to a .safetensors beside it when it is first used.",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(DTYPES), default="auto", extra_dict=ADVANCED,
@@ -49,7 +49,7 @@ class InfDiTModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **_: object) -> str:
         """Changes when the file does, so that a model that was replaced is loaded again. A link's name is not known."""
-        return "" if model_name in (None, *BUNDLED) else fingerprint((FOLDER,), model_name)
+        return "" if model_name in (None, BUNDLED) else fingerprint((FOLDER,), model_name)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:

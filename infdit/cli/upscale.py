@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.set_defaults(command=run)
     p.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture, or folder of pictures")
     p.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="picture; for several, a folder")
-    p.add_argument("--model", default="mini", metavar="FILE", help="file, mini (default) or mini-crisp")
+    p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--scale", type=float, default=4.0, metavar="X", help=f"above 1, at most {MAX_SCALE} (default 4)")
     size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")

@@ -170,7 +170,7 @@ def test_ranges(online: dict, name: str) -> None:
 
 def test_choices(online: dict) -> None:
     loader = inputs_of(online["describe"]["InfDiTModelLoader"])
-    assert options(loader["model_name"]) == ["mini (bundled)", "mini crisp (bundled)", "broken.safetensors"]
+    assert options(loader["model_name"]) == ["mini (bundled)", "broken.safetensors"]
     assert options(loader["dtype"]) == ["auto", "bf16", "fp16", "fp32"]
     upscale = inputs_of(online["describe"]["InfDiTUpscale"])
     assert options(upscale["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m"]
