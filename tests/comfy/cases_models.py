@@ -203,7 +203,7 @@ def clip() -> dict:
             if picture in colour:
                 expected = infdit_clip.clip_embedding(encoder, colour[picture], **texts)
                 found[name]["difference"] = (vectors - expected).abs().max().item()
-            found[name]["told"] = TAKEN["value"].told
+            found[name]["told"] = TAKEN["value"].description
             found[name]["warnings"] = TAKEN["value"].warnings
         run(clip_prompt(positive="word " * 100))
         found["long"] = {"warnings": TAKEN["value"].warnings}
