@@ -22,7 +22,7 @@ from .grid import BlockGrid, BlockIndex, Geometry
 from .rotary import rotary_angles, rotate
 
 if TYPE_CHECKING:
-    from .memory.offload import Call, Offloader
+    from .memory.offload import Offloader
     from .model import InfDiT
 
 # blocks at (row, column) → their pixels (B, n, 6, h, w) and windows of the low-resolution picture (B, n, 3, w, w)
@@ -34,8 +34,7 @@ class Chunk:
     """A chunk of blocks at hand: what every layer needs to know of it, on the device, computed once.
 
     Attributes:
-        blocks: indices in the order of the sweep.
-        coordinates: their rows and columns.
+        blocks: indices in the order of the sweep; coordinates: their rows and columns.
         angles: (n, T, d/2) rotary angles of their tokens.
         inside: (n, 3, 3), which of the blocks around each lie in the picture.
         own: (n,) the indices as a tensor; neighbours: (n·4,) those of the blocks that they attend to.
@@ -117,8 +116,10 @@ def sweep(
                 del pixels, lr
             else:
                 h = states.load(blocks, following)
-            for number in range(len(steps)):  # by number: no variable may outlive the group and keep a layer
-                h = _advance(h, steps[number], chunk, window)
+            for number in range(len(steps)):
+                layer, modulation, ring = steps[number]
+                h = layer(h, modulation, chunk.angles, partial(ring.gather_neighbours, chunk), window)
+                del layer, modulation, ring  # no variable may outlive the group and keep a layer
                 offload.transfer.throttle()
                 if progress is not None:
                     progress(len(blocks))
@@ -128,8 +129,3 @@ def sweep(
                 states.store(blocks, h)
         del steps  # weights and rings of this group make room before those of another are fetched
         offload.transfer.synchronize()
-
-
-def _advance(h: Tensor, step: tuple[Call, Tensor, KVRing], chunk: Chunk, window: Tensor | None) -> Tensor:
-    layer, modulation, ring = step
-    return layer(h, modulation, chunk.angles, partial(ring.gather_neighbours, chunk), window)

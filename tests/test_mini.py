@@ -14,7 +14,7 @@ import infdit
 
 PICTURES = Path(os.environ.get("INFDIT_TEST_PICTURES", Path(__file__).parents[2] / "shared" / "data"))
 DATA = Path(__file__).parent / "data"
-BICUBIC, TRAINED = 26.65, 28.00  # dB, measured when the model was bundled
+BICUBIC, TRAINED = 26.65, 28.07  # dB, measured when the model was bundled
 
 
 def pictures(folder: str, pattern: str) -> list[Image.Image]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,11 +85,14 @@ def _upscale_one(
     size = target_size(height, width, options.scale, options.size)
     image = picture.pixels[None]
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
-    with tqdm(desc=source.name, bar_format=_BAR, delay=1e-3) as bar:  # nothing is shown of what is refused at once
+    with ExitStack() as shown:
+
+        @cache
+        def bar(total: int) -> tqdm:  # made when it first moves: nothing is shown of what is refused at once
+            return shown.enter_context(tqdm(desc=source.name, total=total, bar_format=_BAR))
 
         def progress(done: int, total: int, preview: Preview | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            bar(total).update(done - bar(total).n)
 
         given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise")}
         result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, device=device, **given)

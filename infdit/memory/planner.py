@@ -107,8 +107,7 @@ class PlannedRun:
     """A run as it was planned, and what it needs to be planned again.
 
     Attributes:
-        workload: what is computed.
-        plan: how it is cut.
+        workload, plan: what is computed, and how it is cut.
         free: asks how many bytes the run may hold on the device now, when memory ran out in spite of the plan.
     """
 
