@@ -9,7 +9,7 @@ come and go as they do, and their layers give tokens of the right shape at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -71,12 +71,9 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
         with PeakMeter(model.parameters(), device) as meter:
             run = Run(model, planned, lambda done: None, Report())
-            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, _noise, lambda state: None)
+            noises = (torch.empty(1, 3, workload.grid.height, workload.grid.width) for _ in image)
+            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None)
     return meter.peak
-
-
-def _noise(shape: tuple[int, int, int, int]) -> Iterator[Tensor]:
-    return (torch.empty(1, *shape[1:]) for _ in range(shape[0]))
 
 
 def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:

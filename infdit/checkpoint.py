@@ -28,9 +28,9 @@ from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
 from .grid import SLOTS
 from .model import InfDiT
-from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published, some
+from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
-from .tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
+from .tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
 

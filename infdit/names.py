@@ -74,9 +74,3 @@ def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def translated(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
     """A name by one of the tables; None where it is in none of its lines."""
     return next((to.format(**match.groupdict()) for pattern, to in table if (match := pattern.fullmatch(name))), None)
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first of many names, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name[:120] for name in names[:limit]) + more

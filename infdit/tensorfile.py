@@ -47,6 +47,12 @@ class CheckpointError(Exception):
         self.path, self.problem, self.remedy = Path(path), problem, remedy
 
 
+def some(names: list[str], limit: int = 3) -> str:
+    """The first of many names, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:120] for name in names[:limit]) + more
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """Tensors of one file by name (CPU, memory-mapped where the file allows) and its text metadata."""

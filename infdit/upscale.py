@@ -90,18 +90,20 @@ def upscale(
     sampler = get_sampler(sampler or model.defaults.sampler)
     vectors = _clip_vectors(model, clip_embedding, len(image))
     sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
-    draws = _noise_per_image(_check_seed(seed), noise, 1.0 if noise else model.defaults.start_noise)
+    seed = _check_seed(seed)
     if not isinstance(plan, PlannedRun):
-        plan = plan_run(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+        plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
     report = report or Report()
-    units = evaluations(sampler, sigmas) * model.config.num_layers * plan.workload.grid.blocks * len(image)
+    grid = plan.workload.grid
+    noises = _noise_per_image(seed, noise, model.defaults.start_noise, (len(image), 3, grid.height, grid.width))
+    units = evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks * len(image)
     shown = _Progress(progress, units, target, callback, report.seconds)
     run = Run(model, plan, shown.advance, report)
     with run.measured():
-        return upscale_batch(run, image, vectors, sampler, sigmas, draws, shown.step)
+        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step)
 
 
-def plan_run(
+def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device,
     budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False,
 ) -> PlannedRun:
@@ -153,34 +155,32 @@ def _check_sigmas(sigmas: Tensor) -> Tensor:
 
 
 def _noise_per_image(
-    seed: int, noise: MakeNoise | None, share: float
-) -> Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]]:
-    """What makes the noise of one picture after the other, (1, 3, H, W) each; None where the start has none."""
+    seed: int, noise: MakeNoise | None, share: float, shape: tuple[int, int, int, int]
+) -> Iterator[Tensor | None]:
+    """The noise of one picture after the other, (1, 3, H, W) each; None where the start has none.
 
-    def draws(shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
-        if noise is None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            draw = partial(torch.randn, (1, *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
-            for _ in range(shape[0]):
-                yield draw().mul_(share) if share else None
-            return
-        given = noise(shape)
-        if given.shape != shape:
-            raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
-        for draw in given.split(1):
-            yield draw.float().cpu().clone()  # it becomes the start, in place
-
-    return draws
+    share: of the noise from the seed that the start carries; what is given is used as it is.
+    """
+    if noise is None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        draw = partial(torch.randn, (1, *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(shape[0]):
+            yield draw().mul_(share) if share else None
+        return
+    given = noise(shape)
+    if given.shape != shape:
+        raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
+    for one in given.split(1):
+        yield one.float().cpu().clone()  # it becomes the start, in place
 
 
 def upscale_batch(
     run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
-    draws: Callable[[tuple[int, int, int, int]], Iterator[Tensor | None]], callback: Callable[[PictureState], None],
+    noises: Iterator[Tensor | None], callback: Callable[[PictureState], None],
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
-    grid, (height, width) = run.workload.grid, (run.workload.height, run.workload.width)
-    noises = draws((len(image), 3, grid.height, grid.width))
-    results = torch.empty((len(image), height, width, image.shape[-1]), dtype=torch.float32, device="cpu")
+    size = run.workload.height, run.workload.width
+    results = torch.empty((len(image), *size, image.shape[-1]), dtype=torch.float32, device="cpu")
     for i, picture in enumerate(image.split(1)):
         step: Callback = lambda state, i=i: callback({**state, "picture": i})  # noqa: E731 - as short as it is
         vector = None if vectors is None else vectors[i]
@@ -282,11 +282,13 @@ class _Progress:
         self._done, self._seconds, self._began = 0, seconds, time.monotonic()
 
     def advance(self, done: int) -> None:
+        """Say that so many blocks are done."""
         self._done = done
         if self._progress is not None:
             self._progress(self._done, self._total, None)
 
     def step(self, state: PictureState) -> None:
+        """Say that the first evaluation of a step is done, and note how long the last one took."""
         now = time.monotonic()
         self._seconds.append(now - self._began)
         self._began = now

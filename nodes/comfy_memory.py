@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -135,7 +135,8 @@ def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
     Raises:
         BudgetTooSmall: no plan fits.
     """
-    return PlannedRun(workload, _choose_plan(workload, budget), partial(obtainable, workload.device))
+    plan = _choose_plan(workload, budget)  # a smaller one, should memory run out, finds weights where this wants them
+    return PlannedRun(replace(workload, weights=plan.weights), plan, partial(obtainable, workload.device))
 
 
 def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:

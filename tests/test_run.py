@@ -223,9 +223,8 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
                 return original(layer, *inputs)
 
             monkeypatch.setattr(Layer, "forward", forward)
-            draws = lambda shape: iter([torch.empty(shape)])  # noqa: E731
-            image = torch.empty(1, 128, 128, 3)
-            upscale_batch(run, image, None, get_sampler("euler"), sigmas, draws, lambda state: None)
+            image, noises = torch.empty(1, 128, 128, 3), iter([torch.empty(1, 3, 512, 512)])
+            upscale_batch(run, image, None, get_sampler("euler"), sigmas, noises, lambda state: None)
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"

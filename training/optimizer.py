@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infdit.device import default_dtype
+
 BETAS = 0.9, 0.99
 MOMENTUM, DECAY = 0.95, 0.01
 _PARTS = {"qkv.weight": 3, "key_value.weight": 2}  # matrices in one tensor that have nothing to do with each other
@@ -77,7 +79,7 @@ class Optimizer:
 def orthogonal(matrices: Tensor) -> Tensor:
     """About UVᵀ for each of (n, rows, columns): singular values end between 0.7 and 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(default_dtype(matrices.device))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..device import default_device, default_dtype
-from ..names import some
-from ..tensorfile import CheckpointError, TensorFile, read_tensors, tensor_digest
+from ..tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest
 from .encoder import VIT_L_14, VIT_L_14_TEXT, CLIPEncoder, CLIPTextEncoder, TextConfig, VisionConfig, open_clip
 
 _log = logging.getLogger(__name__)

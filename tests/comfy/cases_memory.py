@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,8 +191,7 @@ def card() -> dict:
     """Which plan is chosen and what ComfyUI is asked for, by what is free and what idle models hold."""
     memory, planner = pack("nodes.comfy_memory"), pack("infdit.memory.planner")
     footprint = pack("infdit.memory.plan")
-    config, weights = pack("infdit.config").InfDiTConfig(), footprint.Weights
-    gib = 2**30
+    config, weights, gib = pack("infdit.config").InfDiTConfig(), footprint.Weights, 2**30
     calls: list[Any] = []
     patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
     model = memory.ManagedModel("published", Network(config, calls), patcher)
@@ -213,7 +213,7 @@ def card() -> dict:
         def free_memory(size: float, device: object, keep_loaded: Any = (), others: Any = others, **_: object) -> None:
             calls.append(("free", size, [ours in keep_loaded, *(other in keep_loaded for other in others)]))
 
-        asked = footprint.Workload(**{**vars(workload), "weights": only})
+        asked = replace(workload, weights=only)
         with (
             patched(planner, free_bytes=lambda device: 64 * gib),
             patched(
@@ -227,15 +227,16 @@ def card() -> dict:
             ),
         ):
             try:
-                plan = memory.plan_run(asked, budget).plan
+                planned = memory.plan_run(asked, budget)
             except planner.BudgetTooSmall as error:
                 found[name] = {"refused": str(error), "least": error.least}
                 continue
-            thrifty = planner.thrifty_plan(asked)
+            plan, thrifty, smaller = planned.plan, planner.thrifty_plan(asked), planned.smaller().plan
             result = memory.with_weights(model, plan, lambda network: calls.append(("work",)) or "done")
         found[name] = {
             "peak": plan.peak_bytes,
             "weights": plan.weights,
+            "smaller": {"weights": smaller.weights, "peak": smaller.peak_bytes},
             "thrifty": plan == thrifty,
             "thrifty peak": thrifty.peak_bytes,
             "calls": list(calls),
@@ -285,6 +286,11 @@ class Part(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(2**28, device="meta"), requires_grad=False)
 
 
+def on_meta(network: torch.nn.Module) -> ModelPatcher:
+    """ComfyUI's hand on a model; it takes any device but the CPU for a card."""
+    return ModelPatcher(network, load_device=torch.device("meta"), offload_device=torch.device("cpu"))
+
+
 @case
 def management() -> dict:
     """Our model and another of 10 GiB on a card of 12 GiB, moved by ComfyUI's own code; only the moving is a stand-in.
@@ -292,19 +298,14 @@ def management() -> dict:
     What each has on the card while or after what the names in the result say.
     """
     memory, planner = pack("nodes.comfy_memory"), pack("infdit.memory.planner")
-    meta, gib = torch.device("meta"), 2**30  # ComfyUI takes any device but the CPU for a card
+    meta, gib = torch.device("meta"), 2**30
     config = pack("infdit.config").InfDiTConfig()
-    with torch.device("meta"):
+    with meta:
         network = pack("infdit.model").InfDiT(config).to(torch.bfloat16)
     idle = torch.nn.ModuleList(Part() for _ in range(10))
     idle.device = torch.device("cpu")
-    other = ModelPatcher(idle, load_device=meta, offload_device=torch.device("cpu"))
-    patcher = ModelPatcher(memory.InfDiTWeights(network, torch.device("cpu")), meta, torch.device("cpu"))
+    other, patcher = on_meta(idle), on_meta(memory.InfDiTWeights(network, torch.device("cpu")))
     model = memory.ManagedModel("published", network, patcher)
-
-    def workload(weights: str | None, side: int) -> Any:
-        source = (side // 4, side // 4, 3)
-        return pack("infdit.memory.plan").Workload(config, side, side, device=meta, weights=weights, source=source)
 
     def free(device: object = None, torch_free_too: bool = False) -> Any:
         left = 12 * gib - sum(m.model_loaded_memory() for m in mm.current_loaded_models if m.device == meta)
@@ -313,7 +314,9 @@ def management() -> dict:
     found: dict[str, Any] = {}
 
     def go(name: str, weights: str | None, budget: int | None = None, side: int = 4096) -> None:
-        plan = memory.plan_run(workload(weights, side), budget).plan
+        shape = {"source": (side // 4, side // 4, 3), "device": meta, "weights": weights}
+        workload = pack("infdit.memory.plan").Workload(config, side, side, **shape)
+        plan = memory.plan_run(workload, budget).plan
         memory.with_weights(model, plan, lambda network: note(name, plan))
 
     def note(name: str, plan: Any = None) -> None:
@@ -326,27 +329,25 @@ def management() -> dict:
             "kept": None if plan is None else plan.weights,
         }
 
+    def story() -> None:
+        for once in ("", " again"):
+            mm.load_models_gpu([other], force_full_load=True)
+            note(f"other loaded{once}")
+            for name, *asked in (("streamed",), ("streamed with 6 GiB", 6 * gib, 8192), ("resident",)):
+                go(name + once, name.split()[0], *asked)
+        go("resident after resident", "resident")
+        theirs = [loaded for loaded in mm.current_loaded_models if loaded.model is other]
+        mm.free_memory(free() + gib / 2, meta, keep_loaded=theirs)  # half a GiB for somebody else
+        note("ours evicted in part")
+        go("resident after that", "resident")
+        mm.free_memory(1e30, meta)  # what "Unload models" does to a card
+        note("all unloaded")
+
     mm.unload_all_models()
     with (
         patched(mm, get_free_memory=free, extra_reserved_memory=lambda: 0),
         patched(planner, free_bytes=lambda device: 64 * gib),
         patched(torch.nn.Module, to=lambda self, *args, **kwargs: self),
     ):
-        mm.load_models_gpu([other], force_full_load=True)
-        note("other loaded")
-        go("streamed", "streamed")
-        go("streamed with 6 GiB", "streamed", 6 * gib, 8192)
-        go("resident", "resident")
-        go("resident again", "resident")
-        mm.load_models_gpu([other], force_full_load=True)
-        note("other loaded again")
-        go("resident once more", "resident")
-        go("streamed after it", "streamed")
-        go("resident to the end", "resident")
-        others = [loaded for loaded in mm.current_loaded_models if loaded.model is other]
-        mm.free_memory(free() + gib / 2, meta, keep_loaded=others)  # half a GiB for somebody else
-        note("ours evicted in part")
-        go("resident after that", "resident")
-        mm.free_memory(1e30, meta)  # what "Unload models" does to a card
-        note("all unloaded")
+        story()
     return found

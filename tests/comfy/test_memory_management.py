@@ -111,6 +111,13 @@ def test_given_budget_is_a_limit(inside: dict) -> None:
     assert inside["card"]["budget bytes"] == [None, GIB // 2]
 
 
+@pytest.mark.parametrize("name", ["resident", "budget", "little in all"])
+def test_a_smaller_plan_leaves_the_weights_where_they_are(inside: dict, name: str) -> None:
+    found = inside["card"][name]
+    assert found["smaller"]["weights"] == found["weights"]
+    assert found["smaller"]["peak"] < found["peak"]
+
+
 def test_what_cannot_be_had_is_refused(inside: dict) -> None:
     found = inside["card"]["too little"]
     assert "on the graphics card is all that can be had here now" in found["refused"]
