@@ -112,12 +112,12 @@ def rgb_profile() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def linear_rgb_profile() -> bytes:
-    """sRGB's primaries, adapted to D50, without its curve."""
+def linear_rgb_profile(**more: bytes) -> bytes:
+    """sRGB's primaries, adapted to D50, without its curve; more tags."""
     linear = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
     columns = {"rXYZ": (28579, 14581, 912), "gXYZ": (25249, 46981, 6362), "bXYZ": (9376, 3974, 46787)}
     tags = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *value) for name, value in columns.items()}
-    return icc("mntr", "RGB ", "XYZ ", **tags, rTRC=linear, gTRC=linear, bTRC=linear)
+    return icc("mntr", "RGB ", "XYZ ", **tags, rTRC=linear, gTRC=linear, bTRC=linear, **more)
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:

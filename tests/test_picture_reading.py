@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,54 @@ def test_reads_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
     if suffix in (".webp", ".jpg"):
         seen = seen[4::8, 4::8]
     torch.testing.assert_close(seen, torch.tensor(UPRIGHT, dtype=torch.float32), atol=4.0, rtol=0)
+
+
+BIG = np.random.default_rng(0).bytes(1_200_000)
+XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="3"/>'
+NOTES = {  # what an intact picture may have beside it
+    "profile": chunk(b"iCCP", iccp(linear_rgb_profile(junk=BIG))),
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21))),
+    "iTXt": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(2**21))),
+    "tEXt": chunk(b"tEXt", b"Comment\0" + b"x" * 2**21),
+    "texts": chunk(b"tEXt", b"Comment\0" + b"x" * 2**20) * 70,
+    "checksum": chunk(b"tEXt", b"Comment\0x")[:-1] + b"?",
+    "checksum of a time": chunk(b"tIME", bytes(7))[:-1] + b"?",
+}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_do_not_damage_a_picture(
+    name: str, behind: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = png(2, [b"\1\2\3\xfa\xfb\xfc"], 8, 2, iTXt=XMP)
+    place = len(plain) - 12 if behind else 33  # before IEND, or behind IHDR
+    path = stored(tmp_path / "x.png", plain[:place] + NOTES[name] + plain[place:])
+    seen = read_picture(path)
+    assert (seen.pixels * 255).round().tolist() == [[[250, 251, 252], [1, 2, 3]]]  # turned, as its other text says
+    assert complaints(caplog) == ([f"{path}: damaged parts of it are left out: tIME"] if "time" in name else [])
+    assert find_pictures([path]) == [path]
+    if name == "profile":
+        assert seen.icc_profile is not None and seen.icc_profile.endswith(BIG)
+
+
+def test_damage_in_what_must_be_there_is_still_damage(tmp_path: Path) -> None:
+    whole = png(2, [b"\1\2\3\xfa\xfb\xfc"], 8, 2, tEXt=b"Comment\0x")
+    place = whole.index(b"IDAT") + 12
+    for data in (whole[:place] + b"?" + whole[place + 1 :], whole[:50], whole[:34], whole[: whole.index(b"IDAT")]):
+        with pytest.raises(PictureError):
+            read_picture(stored(tmp_path / "x.png", data))
+
+
+def test_a_preview_is_not_taken_for_the_picture(tmp_path: Path) -> None:
+    """A raw file or a TIFF whose first picture calls itself a small copy of another; a lone one is what there is."""
+    tags = {256: 2, 257: 1, 258: 8, 259: 1, 262: 1, 277: 1}
+    for more, pages in (({254: 1, 330: 99999}, 1), ({254: 1}, 2), ({255: 2}, 2)):
+        with pytest.raises(PictureError) as error:
+            read_picture(stored(tmp_path / "x.dng", tiff(tags | more, b"\7\x09", pages)))
+        assert_one_sentence(error, "small preview", "as .png")
+    for more, pages in (({254: 1}, 1), ({254: 2}, 2), ({255: 1}, 1)):
+        assert read_picture(stored(tmp_path / "x.tif", tiff(tags | more, b"\7\x09", pages))).grey
 
 
 def test_unreadable_exif_is_upright(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

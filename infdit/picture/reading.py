@@ -7,6 +7,7 @@ import io
 import logging
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIFD, TiffImageFile
+
+from .notes import strip_notes
 
 log = logging.getLogger(__package__)
 
@@ -28,6 +31,7 @@ SUFFIXES: frozenset[str] = frozenset(
 # not all that Pillow knows, for one of them starts Ghostscript; AVIF last, for Pillow before 11.3 lacks it
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
 _GREY_16 = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+_NEW_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF's tags for what a picture is of others in its file
 _BLACK_POINT = cast("ImageCms.Flags", 0x2000)  # Flags.BLACKPOINTCOMPENSATION, a name Pillow 10.0 does not have
 _BAD_PROFILE = (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError)  # ImportError: no LittleCMS
 
@@ -67,8 +71,8 @@ def damage_explained(path: Path, problem: str, remedy: str) -> Iterator[None]:
 def find_pictures(inputs: Iterable[Path]) -> list[Path]:
     """The pictures that files and folders name, each once, in the order given; a folder's sorted by name.
 
-    Of a folder, only what lies directly in it, ends in one of SUFFIXES and is not hidden. Of a file named by
-    itself the contents count, not the suffix.
+    Of a folder, only what lies directly in it, ends in one of SUFFIXES and is not hidden; a warning tells the rest.
+    Of a file named by itself the contents count, not the suffix.
 
     Raises:
         PictureError: for a missing path, a file that is no picture, a folder without pictures.
@@ -112,11 +116,22 @@ def _pictures_at(given: Path) -> list[Path]:
         if not given.is_dir():
             with _opened(given):
                 return [given]
-        named = [p for p in given.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-        paths = sorted(p for p in named if p.is_file())
+        there = sorted(given.iterdir())
+        named = [p for p in there if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        paths = [p for p in named if p.is_file()]
+        folders = sum(p.is_dir() for p in there)
     if not paths:
         endings = " ".join(sorted(SUFFIXES))
         raise PictureError(f"{given}: there is no picture in this folder; put files there that end in {endings}.")
+    others = Counter(
+        "hidden" if p.name.startswith(".") else p.suffix.lower() or "no ending"
+        for p in there
+        if p not in paths and not p.is_dir()
+    )
+    words = [f"{folders} folder{'s' * (folders > 1)}"] * bool(folders)
+    words += [f"{count} × {kind}" for kind, count in sorted(others.items())]
+    if words:
+        log.warning("%s: left out: %s", given, ", ".join(words))
     return paths
 
 
@@ -142,8 +157,14 @@ def _identified(path: Path, file: BinaryIO) -> ImageFile:
     """By the contents: names lie more often than headers."""
     if not file.read(1):
         raise PictureError(f"{path}: the file is empty; save the picture again.")
+    stripped = strip_notes(file)
+    if stripped.damaged:
+        log.warning("%s: damaged parts of it are left out: %s", path, ", ".join(stripped.damaged))
     try:
-        return Image.open(file, formats=_FORMATS)
+        image = Image.open(stripped.file, formats=_FORMATS)
+        if stripped.profile:
+            image.info["icc_profile"] = stripped.profile
+        return image
     except (UnidentifiedImageError, KeyError):  # KeyError: there is no AVIF in Pillow before 11.3
         raise PictureError(
             f"{path}: cannot be read, for it is damaged or no picture of a known format; "
@@ -174,11 +195,23 @@ def _check_kind(path: Path, image: ImageFile, stored: str) -> None:
     # Pillow reads uncompressed planes as if they had 8 bits
     if isinstance(image, TiffImageFile) and len(stored) == 1 and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
         raise PictureError(f"{path}: 16-bit TIFF in separate planes cannot be read; save it as .png.")
+    if isinstance(image, TiffImageFile) and _is_preview(image):
+        raise PictureError(
+            f"{path}: only a small preview of the picture in it can be read, as is usual for a camera's raw file; "
+            "develop it, or save the large picture as .png."
+        )
     # MPO is a camera's JPEG, and what lies behind it a preview or a depth map
     if getattr(image, "is_animated", False) and image.format != "MPO":
         log.warning("%s: the file holds several pictures; only the first is read", path)
     if ";16" in stored and image.mode not in _GREY_16:
         log.warning("%s: 16 bits a channel are read as 8", path)
+
+
+def _is_preview(image: TiffImageFile) -> bool:
+    """Whether the file calls its first picture a reduced copy, and has others."""
+    tags = image.tag_v2
+    reduced = tags.get(_NEW_SUBFILE, 0) & 1 or tags.get(_OLD_SUBFILE) == 2
+    return bool(reduced) and (SUBIFD in tags or getattr(image, "is_animated", False))
 
 
 def _turn_upright(path: Path, image: ImageFile) -> None:
