@@ -11,19 +11,21 @@ _NO_HOST_MEMORY = "can't allocate memory"  # as PyTorch's allocator for the CPU 
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one (CUDA or ROCm, then MPS), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The accelerator if there is one (CUDA or ROCm, then Intel's XPU, then MPS), else the CPU."""
+    there = {"cuda": torch.cuda, "xpu": getattr(torch, "xpu", None), "mps": torch.backends.mps}  # xpu: since 2.4
+    return torch.device(next((kind for kind, module in there.items() if module and module.is_available()), "cpu"))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes it natively, else float32.
 
-    Native means Ampere and later on CUDA, AMX or AVX512-BF16 on a CPU: elsewhere bf16 is emulated and slower.
+    Native means Ampere and later on CUDA, an XPU that says so, AMX or AVX512-BF16 on a CPU: elsewhere bf16 is emulated
+    and slower.
     """
     if device.type == "cuda":
         native = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "xpu":
+        native = getattr(torch.xpu, "is_bf16_supported", lambda: False)()
     elif device.type == "cpu":
         # private, and absent from some versions: then the answer is the safe one
         probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

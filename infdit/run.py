@@ -142,8 +142,8 @@ class Run:
         """Give back what the failed attempt held and make a smaller plan."""
         self._placed = None
         gc.collect()
-        if self.workload.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.workload.device.type in ("cuda", "xpu"):
+            getattr(torch, self.workload.device.type).empty_cache()
         self._planned = self._planned.smaller()
         self._report.plan = plan = self._planned.plan
         peak = format_bytes(plan.peak_bytes or 0)

@@ -1,8 +1,11 @@
 """python -m infdit as a person types it."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -204,12 +207,14 @@ def test_a_reader_who_has_read_enough() -> None:
     """`| head` and the like: no complaint, and the status that a shell gives for it."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "infdit", "plan", "4096x4096", "--budget", "2GiB", "--device", "cuda"]
-    done = subprocess.run(
-        command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[1]
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for arguments in (["plan", "4096x4096", "--budget", "2GiB", "--device", "cuda"], ["upscale", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "infdit", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True,
+            check=False, cwd=Path(__file__).parents[1], env=environment,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (141, "")
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
@@ -286,6 +291,92 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert -1 <= seen[0][2] < -0.9
     without, named, beside = ((tmp_path / f"{n}.png").read_bytes() for n in ("without", "named", "beside"))
     assert named == beside != without
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="a folder that not even root can write to")
+def test_a_target_that_cannot_be_written_is_found_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    monkeypatch.setattr("infdit.cli.upscale.upscale", lambda *_, **__: done.append(1))
+    sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
+    assert run("upscale", sources[0], "-o", "/proc/x.png") == 2
+    assert "/proc/x.png: cannot be written" in one_line(capsys)
+    assert run("upscale", *sources, "-o", "/proc") == 2
+    assert "cannot be written" in one_line(capsys)
+    assert done == []
+
+
+def test_a_target_that_goes_ends_the_run_and_the_result_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is taken away while the first picture is worked on."""
+    from infdit import upscale
+
+    done = []
+
+    def goes(*arguments: object, **options: object) -> torch.Tensor:
+        done.append(1)
+        shutil.rmtree(out)
+        return upscale(*arguments, **options)
+
+    out = tmp_path / "out"
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
+    monkeypatch.setattr("infdit.cli.upscale.upscale", goes)
+    sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
+    assert run("upscale", *sources, "-o", out, "--scale", 2) == 2
+    (kept,) = (tmp_path / "kept").rglob("*.png")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out / 'x.png'}: cannot be written (No such file or directory); the result is kept as {kept}." in error
+    assert done == [1]
+    with Image.open(kept) as image:
+        assert image.size == (24, 18)
+
+
+def test_one_picture_into_a_new_folder(tmp_path: Path) -> None:
+    source = make_picture(tmp_path / "in.bmp")
+    assert run("upscale", source, "-o", f"{tmp_path}/new/folder/", "--scale", 2) == 0
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["in.png"]
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_picture(tmp_path / "in.png")
+    (tmp_path / "more").mkdir()
+    for name in ("a.psd", "b.psd", "readme", "._in.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert run("upscale", tmp_path, "-o", tmp_path / "more", "--scale", 2) == 0
+    assert f"{tmp_path}: left out: 1 folder, 2 × .psd, 1 × hidden, 1 × no ending" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_by_a_stop(tmp_path: Path, how: signal.Signals) -> None:
+    """At once, or where nobody could do it, by the next run; never what another run holds."""
+    source, out = make_picture(tmp_path / "in.png", (900, 600)), tmp_path / "out"
+    command = [sys.executable, "-m", "infdit", "upscale", source, "-o", f"{out}/"]
+    running = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    assert running.stderr is not None
+    assert running.stderr.read(1)  # the bar
+    held = list(out.iterdir())
+    assert [path.suffix for path in held] == [".part"]
+    small = make_picture(tmp_path / "small.png")
+    assert run("upscale", small, "-o", f"{out}/", "--scale", 2) == 0
+    assert held[0].exists()
+    running.send_signal(how)
+    running.communicate(timeout=60)
+    assert running.returncode == (130 if how != signal.SIGKILL else -9)
+    assert held[0].exists() == (how == signal.SIGKILL)
+    assert run("upscale", small, "-o", f"{out}/", "--scale", 2, "--force") == 0
+    assert [path.name for path in out.iterdir()] == ["small.png"]
+
+
+def test_xpu_is_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "4096x4096", "--budget", "2GiB", "--device", "xpu") == 0
+    assert "of a xpu in general" in capsys.readouterr().out
+    if not torch.xpu.is_available():
+        assert run("upscale", make_picture(tmp_path / "in.png"), "-o", tmp_path / "out.png", "--device", "xpu") == 2
+        assert "device 'xpu' is not here" in one_line(capsys)
 
 
 def test_interrupt_leaves_nothing(

@@ -8,7 +8,7 @@ from typing import IO
 import numpy as np
 import pytest
 import torch
-from filebytes import ONE_LEVEL, assert_one_sentence, cmyk_profile, complaints, png, saved, stored
+from filebytes import ONE_LEVEL, assert_one_sentence, cmyk_profile, complaints, linear_rgb_profile, png, saved, stored
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -63,6 +63,22 @@ def test_rounds_half_up_and_clamps(tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "x.png"))[0, :, 1].tolist() == expected
     write_picture(tmp_path / "x.png", Picture(torch.tensor([[[0.0, 0.2, 1.0]]]), None, True))
     assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[102]]  # the mean
+
+
+def test_a_profile_that_readers_of_png_refuse_becomes_srgb(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the definition of sRGB's curve; what can be carried, is."""
+    given = random_picture(0, 4, False)
+    for size, kept in ((2**20 - 2000, True), (2**20, False)):
+        profile = linear_rgb_profile(junk=bytes(size))
+        caplog.clear()
+        for suffix in (".png", ".jpg", ".tif", ".webp"):
+            write_picture(tmp_path / f"x{suffix}", Picture(given.pixels[..., :3], profile, False))
+            with Image.open(tmp_path / f"x{suffix}") as image:
+                assert (image.info["icc_profile"] == profile) == (kept or suffix != ".png")
+        assert len(complaints(caplog)) == (not kept)
+    linear = (given.pixels[..., :3] * 255).add(0.5).floor() / 255
+    expected = torch.where(linear < 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert (read_picture(tmp_path / "x.png").pixels - expected).abs().max() < 2.5 / 255
 
 
 def test_jpeg_quality_and_sampling(tmp_path: Path) -> None:

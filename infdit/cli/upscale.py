@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -20,7 +23,17 @@ from ..conditioning import visible_colour
 from ..device import default_dtype, out_of_memory
 from ..memory.planner import OutOfMemory
 from ..model import InfDiT
-from ..picture import PictureError, check_target, find_pictures, read_picture, write_picture
+from ..picture import (
+    Picture,
+    PictureError,
+    TargetError,
+    check_target,
+    find_pictures,
+    place_for,
+    read_picture,
+    sweep,
+    write_picture,
+)
 from ..samplers import SAMPLERS
 from ..upscale import MAX_SCALE, Preview, target_size, upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
@@ -35,7 +48,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("upscale", help="upscale pictures", description="Upscale pictures by up to 4.")
     p.set_defaults(command=run)
     p.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture, or folder of pictures")
-    p.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="picture; for several, a folder")
+    p.add_argument("-o", "--output", required=True, metavar="OUT", help="picture, or folder; FOLDER/ makes one")
     p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--scale", type=float, default=4.0, metavar="X", help=f"above 1, at most {MAX_SCALE} (default 4)")
@@ -54,18 +67,25 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
-    jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
+    jobs = _jobs(find_pictures(options.inputs), options)
     device = device_of(options.device)
     # on the CPU, mapped from the file: the plan says what goes to the device
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
-    vectors = _vectors(options, model, [source for source, _ in jobs])
-    if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
-        _make_folder(options.output)
+    encoder = _clip(options, model)
+    folder = jobs[0][1].parent
+    if jobs[0][1] != Path(options.output):  # made only now that nothing else can be refused
+        _make_folder(folder)
+    sweep(folder)
+    with place_for(jobs[0][1]):
+        pass  # that nothing can be written is told before the work
+    vectors = _vectors(encoder, options, [source for source, _ in jobs])
     failed = 0
     with logging_redirect_tqdm():
         for source, target in jobs:
             try:
                 _upscale_one(source, target, model, vectors.get(source), device, options)
+            except TargetError:  # no other picture could be written either
+                raise
             except (ValueError, MemoryError, RuntimeError) as error:
                 memory = out_of_memory(error)
                 if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
@@ -85,7 +105,7 @@ def _upscale_one(
     size = target_size(height, width, options.scale, options.size)
     image = picture.pixels[None]
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
-    with ExitStack() as shown:
+    with place_for(target) as write, ExitStack() as shown:
 
         @cache
         def bar(total: int) -> tqdm:  # made when it first moves: nothing is shown of what is refused at once
@@ -96,13 +116,30 @@ def _upscale_one(
 
         given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise")}
         result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, device=device, **given)
-    write_picture(target, replace(picture, pixels=result[0]))
+        shown.close()
+        _write(write, target, replace(picture, pixels=result[0]))
     print(f"{target}: {size[1]}×{size[0]}")
 
 
-def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:
+def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:
+    """Write a result; where that fails after all the work, into the folder for temporary files."""
+    try:
+        write(picture)
+    except TargetError as error:
+        kept = Path(tempfile.mkdtemp(prefix="infdit-")) / target.name
+        try:
+            write_picture(kept, picture)
+        except PictureError:
+            kept.parent.rmdir()
+            raise error from None
+        raise TargetError(target, error.reason, f"the result is kept as {kept}") from error
+
+
+def _jobs(sources: list[Path], options: argparse.Namespace) -> list[tuple[Path, Path]]:
     """(source, target) pairs, refused as a whole before anything is done if one of them would destroy a file."""
-    several = len(sources) > 1 or inputs[0].is_dir() or output.is_dir()
+    output = Path(options.output)
+    folder = output.is_dir() or options.output.endswith(("/", os.sep))
+    several = len(sources) > 1 or options.inputs[0].is_dir() or folder
     if several:
         if output.exists() and not output.is_dir():
             raise PictureError(f"{output} is a file: for several pictures give a folder")
@@ -117,14 +154,13 @@ def _jobs(sources: list[Path], inputs: list[Path], output: Path, force: bool) ->
             raise PictureError(f"{other} and {source} would both become {target}: rename one or run them apart")
         if target.exists() and any(target.samefile(original) for original in sources):
             raise PictureError(f"{target} is an input and is never overwritten: choose another OUT")
-        if target.exists() and not force:
+        if target.exists() and not options.force:
             raise PictureError(f"{target} exists: choose another OUT, or replace it with --force")
     return jobs
 
 
-def _vectors(options: argparse.Namespace, model: InfDiT, sources: list[Path]) -> dict[Path, torch.Tensor]:
+def _vectors(encoder: CLIPEncoder | None, options: argparse.Namespace, sources: list[Path]) -> dict[Path, torch.Tensor]:
     """CLIP's vector of each picture, made before the first upscale, for CLIP's memory is free then."""
-    encoder = _clip(options, model)
     if encoder is None:
         return {}
     direction = text_direction(encoder, options.positive, options.negative) if options.strength else None

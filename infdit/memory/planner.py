@@ -63,10 +63,12 @@ class CostModel:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
-        """Round figures for a family: a card with 24 GB, an Apple chip, a CPU by its number of threads."""
+        """Round figures for a family: a card with 24 GB, Intel's, an Apple chip, a CPU by its number of threads."""
         half = dtype.itemsize == 2
         if device.type == "cuda":
             return cls(150e12 if half else 40e12, 512, math.inf, 0, launch_overhead=4e-4, bus=20e9, overlap_loss=0.1)
+        if device.type == "xpu":
+            return cls(50e12 if half else 10e12, 256, math.inf, 0, launch_overhead=4e-4, bus=10e9, overlap_loss=1)
         if device.type == "mps":
             return cls(8e12, 256, math.inf, 0, launch_overhead=4e-4, bus=50e9, overlap_loss=1)
         flops = torch.get_num_threads() * (75e9 if half else 40e9)
@@ -256,6 +258,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "xpu":
+        given, count = torch.xpu.memory_reserved(device), getattr(torch.xpu, "mem_get_info", None)  # since 2.6
+        free = count(device)[0] if count else torch.xpu.get_device_properties(device).total_memory - given
+        free += given - torch.xpu.memory_allocated(device)
     elif device.type == "mps":
         most = getattr(torch.mps, "recommended_max_memory", None)  # since 2.5
         free = most() - torch.mps.current_allocated_memory() if most else psutil.virtual_memory().available

@@ -3,12 +3,24 @@
 In:  file → samples of L, LA, RGB or RGBA → upright → value / white, white being 255, or 65535 for 16-bit grey.
 Out: clip(value, 0, 1) → ⌊255·value + ½⌋ → a hidden file beside the target → renamed over it.
 Colours stay in the space the file declares: its ICC profile travels along. Only what has no place in an RGB or
-grey file (CMYK, Lab) or in the format written (a profile in BMP, grey in WebP) is converted, to sRGB.
+grey file (CMYK, Lab) or in the format written (a profile in BMP, grey in WebP, 1 MiB of it in PNG) is converted, to
+sRGB.
 """
 
 from __future__ import annotations
 
 from .reading import SUFFIXES, Picture, PictureError, find_pictures, read_picture
-from .writing import check_target, write_picture
+from .writing import TargetError, check_target, place_for, sweep, write_picture
 
-__all__ = ["SUFFIXES", "Picture", "PictureError", "check_target", "find_pictures", "read_picture", "write_picture"]
+__all__ = [
+    "SUFFIXES",
+    "Picture",
+    "PictureError",
+    "TargetError",
+    "check_target",
+    "find_pictures",
+    "place_for",
+    "read_picture",
+    "sweep",
+    "write_picture",
+]

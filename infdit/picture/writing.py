@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from .notes import LARGEST
 from .reading import Picture, PictureError, damage_explained, fitting_profile, log, srgb_profile, to_srgb
 
+try:
+    import fcntl
+except ImportError:  # Windows, which deletes no file that somebody holds open
+    fcntl = None
+
 _BAND = 256  # rows rounded at a time, so that writing needs no second float copy of a large picture
+
+
+class TargetError(PictureError):
+    """A place that cannot be written, for this picture or another; `reason` says why."""
+
+    def __init__(self, path: Path, reason: str, remedy: str = "choose another folder or make room") -> None:
+        super().__init__(f"{path}: cannot be written ({reason}); {remedy}.")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -26,14 +42,17 @@ class _Writer:
     max_bytes: int | None = None  # of uncompressed pixels
     alpha: bool = True
     grey_profile: bool = True
-    profile: bool = True
+    max_profile: int = 2**31 - 1  # bytes
     options: dict[str, object] = field(default_factory=dict)
 
 
-_PNG, _TIFF = _Writer("PNG"), _Writer("TIFF", max_bytes=2**32 - 2**25)  # less: room for tags and a profile
-_BMP = _Writer("BMP", max_bytes=2**32 - 2**16, alpha=False, grey_profile=False, profile=False)
+_PNG, _TIFF = (
+    _Writer("PNG", max_profile=LARGEST - 1),
+    _Writer("TIFF", max_bytes=2**32 - 2**25),
+)  # less: room for tags and a profile
+_BMP = _Writer("BMP", max_bytes=2**32 - 2**16, alpha=False, grey_profile=False, max_profile=0)
 # 65500, not the 65535 of the file format: the limit of libjpeg
-_JPEG = _Writer("JPEG", max_side=65500, alpha=False, options={"quality": 95, "subsampling": 0})
+_JPEG = _Writer("JPEG", max_side=65500, alpha=False, max_profile=255 * 65519, options={"quality": 95, "subsampling": 0})
 # lossless: WebP's lossy mode halves the resolution of colour; exact: keeps colours under alpha 0
 _WEBP = _Writer("WEBP", max_side=16383, grey_profile=False, options={"lossless": True, "exact": True})
 _WRITERS = {".png": _PNG, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP, ".tif": _TIFF, ".tiff": _TIFF, ".bmp": _BMP}
@@ -49,11 +68,71 @@ def write_picture(path: Path, picture: Picture) -> None:
     """
     path = Path(path)
     check_target(path, picture)
-    writer = _WRITERS[path.suffix.lower()]
-    image = Image.fromarray(_bytes(path, picture, writer))
-    image, icc = _with_profile(path, image, picture, writer)
-    with damage_explained(path, "cannot be written", "choose another folder or make room"):
-        _save_whole(path, image, writer, icc)
+    with place_for(path) as write:
+        write(picture)
+
+
+@contextlib.contextmanager
+def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
+    """A place for a picture, found before the picture is made: a function that writes it, whole or not at all.
+
+    Its hidden file is locked as long as this process lives, which tells it from what a killed one has left.
+
+    Raises:
+        TargetError: in the folder nothing can be written, now or later.
+        PictureError (when written): as `write_picture`.
+    """
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    with _target_explained(path):
+        file = part.open("xb")
+
+    def write(picture: Picture) -> None:
+        writer = _WRITERS[path.suffix.lower()]
+        image, icc = _with_profile(path, Image.fromarray(_bytes(path, picture, writer)), picture, writer)
+        with damage_explained(path, "cannot be written", "try another format"), _target_explained(path):
+            file.seek(0)
+            image.save(file, format=writer.name, icc_profile=icc or b"", **writer.options)
+            file.close()  # a full disk may be told only now, and Windows renames nothing that is open
+            part.replace(path)
+
+    try:
+        _lock(file)
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the hidden files that a killed process has left: those that nobody holds locked or, on Windows, open."""
+    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        with contextlib.suppress(OSError):
+            with part.open("rb") as file:
+                if not _lock(file):
+                    continue
+            part.unlink()
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; False: somebody else has."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:  # or there are no locks on that disk
+        return False
+
+
+@contextlib.contextmanager
+def _target_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # Pillow's own, not the system's
+            raise
+        raise TargetError(path, error.strerror or str(error)) from error
 
 
 def check_target(path: Path, picture: Picture) -> None:
@@ -115,24 +194,14 @@ def _with_profile(
 ) -> tuple[Image.Image, bytes | None]:
     """The image and the profile to write with it, converted to sRGB where the format has no place for the profile."""
     icc = fitting_profile(path, picture.icc_profile, picture.grey)
-    if icc is None or (writer.profile and (writer.grey_profile or not picture.grey)):
+    if icc is None or (len(icc) <= writer.max_profile and (writer.grey_profile or not picture.grey)):
         return image, icc
+    if len(icc) > writer.max_profile > 0:
+        log.warning("%s: the ICC profile is too large for %s, and the colours become sRGB", path, writer.name)
     converted = to_srgb(image, icc)
     if converted is None:
         log.warning("%s: %s cannot hold the ICC profile, and it is left out", path, writer.name)
         return image, None
-    if writer.profile:
+    if writer.max_profile:
         return converted, srgb_profile()
     return (converted.convert("L") if picture.grey else converted), None
-
-
-def _save_whole(path: Path, image: Image.Image, writer: _Writer, icc: bytes | None) -> None:
-    """Everything or nothing: readers of `path` see the old file until the new one is complete."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            image.save(file, format=writer.name, icc_profile=icc or b"", **writer.options)
-        part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
