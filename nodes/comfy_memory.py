@@ -167,7 +167,7 @@ def _refusal(workload: Workload, budget: int | None, room: int, least: int) -> s
     size, needed = f"{workload.width}×{workload.height}", math.ceil(least / GIB * 100) / 100
     if budget is not None and least <= room:
         return (
-            f"memory_budget {budget / GIB:.3g} is too little for {size}: type {needed:g} at least, or 0, which is "
+            f"memory_budget {budget / GIB:.3g} is too little: type {needed:g} at least for {size}, or 0, which is "
             "automatic"
         )
     place = "of memory" if workload.unified_memory else "on the graphics card"

@@ -74,7 +74,7 @@ def image_output() -> io.Output:
 def memory_budget_input(tooltip: str) -> io.Input:
     """How much memory a run may hold."""
     return io.Float.Input(
-        "memory_budget", display_name="memory budget (GiB, 0 = automatic)", default=0.0, min=0.0, max=MAX_BUDGET,
+        "memory_budget", display_name="memory GiB (0 = auto)", default=0.0, min=0.0, max=MAX_BUDGET,
         step=0.05, round=0.01, display_mode=SLIDER, tooltip=tooltip,
     )  # fmt: skip
 
@@ -99,6 +99,6 @@ def report_output() -> io.Output:
     """Text for people."""
     return io.String.Output(
         display_name="report",
-        tooltip="What was done, in a few lines: size, steps, memory plan, predicted peak (and on a card the "
-        "measured one), time. Connect Preview as Text to read it.",
+        tooltip="What was done, in a few lines: size and time, steps, model, then the memory plan with its predicted "
+        "peak (and on a card the measured one). Connect Preview as Text to read it.",
     )

@@ -108,18 +108,18 @@ def _factors(way: str, given: Mapping[str, float], height: int, width: int) -> t
 def _check(name: str, value: float, height: int, width: int, several: bool) -> None:
     """Whether a widget's value is within what the picture can become; several: both sides are given."""
     least, most = _limits(name, height, width, several)
-    picture = f"the picture's {width}×{height}"
+    picture = f"{width}×{height}"  # the number to type comes early: the line on the node is short
     if least > most:
-        raise ValueError(f"{name} cannot say how large {picture} becomes: choose another way to say its size")
+        raise ValueError(f"{name} cannot say what a picture of {picture} becomes: choose another way to say its size")
     if value > most:
         raise ValueError(
-            f"{name} {value:.10g} makes more than {MAX_SCALE} times {picture}: type {most:.10g} at most, and use the "
-            "node twice for more"
+            f"{name} {value:.10g} is too large: type {most:.10g} at most, {MAX_SCALE} times the picture's {picture}; "
+            "for more use the node twice"
         )
     if value < least:
         raise ValueError(
-            f"{name} {value:.10g} is too little for {picture}: type {least:.10g} at least, or leave this node out "
-            "(Upscale Image makes pictures smaller)"
+            f"{name} {value:.10g} is too small: type {least:.10g} at least, for the picture has {picture} already; "
+            "Upscale Image makes pictures smaller"
         )
 
 

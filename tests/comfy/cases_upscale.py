@@ -206,7 +206,7 @@ def size_numbers() -> dict:
             said[name] = rng.randint(low, high) if isinstance(low, int) else round(rng.uniform(low, high), 2)
         outcome = result_or_reason(said, height, width)
         told = []
-        while isinstance(outcome, str) and (typed := re.search(r"(\w+) \S+ (?:makes|is).* type ([\d.]+) at", outcome)):
+        while isinstance(outcome, str) and (typed := re.search(r"(\w+) \S+ is too \w+: type ([\d.]+) at", outcome)):
             told.append(outcome)
             said[typed[1]] = float(typed[2])
             outcome = result_or_reason(said, height, width)

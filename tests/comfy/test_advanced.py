@@ -137,14 +137,14 @@ def test_plan_of_pictures_is_that_of_the_run(inside: dict) -> None:
 def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
     assert "of the budget of 30.7 MiB" in inside["plans"]["budget"]["report"]
     refused = inside["plans"]["too little"]["report"]
-    assert re.search(r"memory_budget 0.01 is too little for 256×192: type [\d.]+ at least", refused)
+    assert re.search(r"memory_budget 0.01 is too little: type [\d.]+ at least for 256×192", refused)
     assert "is all that can be had here now" in inside["plans"]["too large"]["report"]
 
 
 def test_plan_of_a_size_that_cannot_be(inside: dict) -> None:
     found = inside["plans"]["not larger"]
     assert found["end"] == "error"
-    assert "longest_side 64 is too little for the picture's 64×48: type 65 at least" in found["message"]
+    assert "longest_side 64 is too small: type 65 at least, for the picture has 64×48 already" in found["message"]
 
 
 def test_plan_for_a_card_tells_of_both_memories(inside: dict) -> None:

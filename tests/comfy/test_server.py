@@ -246,7 +246,7 @@ def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
     assert found["budget"]["end"] == "error"
-    assert "memory_budget 0.001 is too little for 256×192: type 0.0" in found["budget"]["message"]
+    assert "memory_budget 0.001 is too little: type 0.0" in found["budget"]["message"]
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
