@@ -23,7 +23,10 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever called; its absence loses no run
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has no × must not turn success into failure
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -28,6 +28,7 @@ from .samplers import Callback, Denoise, SamplerInfo, State, evaluations, get_sa
 log = logging.getLogger(__name__)
 
 MAX_SCALE = 4  # what Inf-DiT was trained for
+OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, and is clipped
 PREVIEW_SIDE = 512  # pixels
 GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
@@ -59,7 +60,8 @@ def upscale(
 
     Args:
         model: see `load_model`.
-        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; a fourth channel is straight alpha.
+        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; slight overshoot is clipped. A fourth channel is
+            straight alpha.
         scale: above 1, at most 4. The sides of the result are rounded half up.
         steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
@@ -322,8 +324,23 @@ def check_image(image: Tensor) -> None:
         )
     if 0 in image.shape:
         raise ValueError(f"image of shape {tuple(image.shape)} is empty: give at least one picture of one pixel")
-    if not all(math.isfinite(bound) for bound in image.aminmax()):
-        raise ValueError("image holds values that are not finite: an earlier step of the workflow made NaN or inf")
+    check_values(image, "image")
+
+
+def check_values(values: Tensor, name: str) -> None:
+    """Whether values are of 0..1, but for a slight overshoot, see OVERSHOOT.
+
+    Raises:
+        ValueError: values that are not finite, or of another range, as of 0..255.
+    """
+    low, high = (bound.item() for bound in values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} holds values that are not finite: an earlier step of the workflow made NaN or inf")
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ValueError(
+            f"{name} holds values from {low:.3g} to {high:.3g} and must be of 0..1: divide values of 0..255 by 255, "
+            "or clamp them"
+        )
 
 
 def target_size(height: int, width: int, scale: float, size: tuple[int, int] | None = None) -> tuple[int, int]:

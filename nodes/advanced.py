@@ -20,7 +20,7 @@ from .run import run_upscale
 from .size import Size, result_size, size_input
 
 
-class InfDiTUpscaleAdvanced(io.ComfyNode):
+class InfDiTUpscaleAdvanced(schema.BudgetedNode):
     """Enlarges pictures with noise, sampler and noise levels of ComfyUI's own nodes."""
 
     @classmethod

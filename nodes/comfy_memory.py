@@ -8,6 +8,7 @@ Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI k
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, forma
 from ..infdit.model import InfDiT
 from ..infdit.samplers import SamplerInfo
 from ..infdit.upscale import workload_of
+from .schema import MOST_BUDGET, number
 
 CLIP_WORKSPACE = 2**30  # bytes: a text tower of 0.5 GB in float32, and activations
 
@@ -125,8 +127,13 @@ def obtainable(device: torch.device) -> int:
 
 
 def budget_bytes(gib: float) -> int | None:
-    """A memory_budget in bytes; 0 is automatic, None."""
-    return round(gib * GIB) or None
+    """A memory_budget in bytes; 0 is automatic, None.
+
+    Raises:
+        ValueError: no number, or below zero.
+    """
+    gib = number(gib, "memory_budget", 0, MOST_BUDGET)
+    return max(1, round(gib * GIB)) if gib else None
 
 
 def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
@@ -149,11 +156,25 @@ def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
     try:
         return fastest_plan(workload, max(1, asked))
     except BudgetTooSmall as error:
-        if error.tier == "host" or asked == budget:
+        if error.tier == "host":
             raise
-        refusal, least = str(error), error.least
+        least = error.least
+    raise BudgetTooSmall(_refusal(workload, budget, room, least), least)
+
+
+def _refusal(workload: Workload, budget: int | None, room: int, least: int) -> str:
+    """Why there is no plan, in the unit of memory_budget."""
+    size, needed = f"{workload.width}×{workload.height}", math.ceil(least / GIB * 100) / 100
+    if budget is not None and least <= room:
+        return (
+            f"memory_budget {budget / GIB:.3g} is too little: type {needed:g} at least for {size}, or 0, which is "
+            "automatic"
+        )
     place = "of memory" if workload.unified_memory else "on the graphics card"
-    raise BudgetTooSmall(f"{refusal} ({format_bytes(max(0, room))} {place} is all that can be had here now)", least)
+    return (
+        f"{size} takes {needed:g} GiB at least, and {format_bytes(max(0, room))} {place} is all that can be had here "
+        "now: close other programs, or make a smaller picture"
+    )
 
 
 def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT], T]) -> T:
@@ -172,7 +193,7 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
         reason = str(error).partition("\n")[0]
         failure = (
             f"out of memory on {model.device} beyond what was planned ({reason}): set memory_budget below "
-            f"{format_bytes(plan.peak_bytes or 0)}, close other programs, or make a smaller picture"
+            f"{max(0.01, (plan.peak_bytes or 0) / GIB):.2f}, close other programs, or make a smaller picture"
         )
     finally:
         _give_back(model.device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import SamplingDefaults
 from ..infdit.conditioning import upscale_alpha
 from ..infdit.samplers import SAMPLERS
-from ..infdit.upscale import check_image, schedule
+from ..infdit.upscale import check_values, schedule
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
@@ -18,9 +19,10 @@ from .run import run_upscale
 from .size import Size, result_size, size_input
 
 AUTO = "auto"
+MAX_STEPS = 1000
 
 
-class InfDiTUpscale(io.ComfyNode):
+class InfDiTUpscale(schema.BudgetedNode):
     """Enlarges pictures."""
 
     @classmethod
@@ -60,11 +62,15 @@ class InfDiTUpscale(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
-        check_image(pictures)
+        steps, seed = (
+            int(schema.number(value, name, 0, most, whole=True))
+            for name, value, most in (("steps", steps, MAX_STEPS), ("seed", seed, schema.MAX_SEED))
+        )
+        denoise = schema.number(denoise, "denoise", 0, 1)
         defaults, target = model.defaults, result_size(size, *pictures.shape[1:3])
         sampler = defaults.sampler if sampler_name == AUTO else sampler_name
         sigmas = schedule(defaults, steps or None, denoise=denoise)
-        masks = None if mask is None else enlarged_mask(from_image(mask), target)
+        masks = None if mask is None else enlarged_mask(mask, target)
         planned = plan_run(model.workload(pictures.shape, target, sampler), budget_bytes(memory_budget))
         result, report = run_upscale(
             model,
@@ -84,7 +90,7 @@ class InfDiTUpscale(io.ComfyNode):
 def _sampling_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
-            "steps", default=0, min=0, max=1000, extra_dict=schema.ADVANCED,
+            "steps", default=0, min=0, max=MAX_STEPS, extra_dict=schema.ADVANCED,
             tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
             "made for. The bundled model gains nothing from more than one.",
         ),
@@ -124,13 +130,18 @@ def steps_note(steps: int, defaults: SamplingDefaults) -> list[str]:
 
 
 def enlarged_mask(mask: Tensor, target: tuple[int, int]) -> Tensor:
-    """(B, h, w) or (h, w), of any size → (B, height, width), as the alpha of a picture is enlarged.
+    """(B, h, w) or (h, w), of any size → (B, height, width) float32 on the CPU, as a picture's alpha is enlarged.
 
     Raises:
-        ValueError: nothing to enlarge.
+        ValueError: nothing to enlarge, or values that no mask has.
     """
+    if not isinstance(mask, Tensor) or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask of {kind} must be of floating point in 0..1: connect a node that gives a MASK")
+    mask = mask.float().cpu()
     if mask.dim() not in (2, 3) or 0 in mask.shape:
         raise ValueError(f"mask of shape {tuple(mask.shape)} must be (batch, height, width), of at least one pixel")
+    check_values(mask, "mask")
     return upscale_alpha(mask.reshape(-1, 1, *mask.shape[-2:]).clamp(0, 1), target)[:, 0]
 
 

@@ -289,6 +289,8 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
         ({"image": torch.zeros(0, 8, 8, 3)}, "empty"),
         ({"image": torch.zeros(1, 0, 8, 3)}, "empty"),
         ({"image": torch.full((1, 8, 8, 3), float("nan"))}, "not finite"),
+        ({"image": torch.full((1, 8, 8, 3), 255.0)}, "from 255 to 255 and must be of 0..1: divide"),
+        ({"image": picture(8, 8) * 2 - 1.6}, "and must be of 0..1"),
     ],
     ids=str,
 )
@@ -296,6 +298,13 @@ def test_refusals_are_one_sentence(mini: InfDiT, change: dict, message: str) -> 
     with pytest.raises(ValueError, match=message) as error:
         upscale(mini, **{"image": picture(8, 8)} | change)
     assert "\n" not in str(error.value)
+
+
+def test_slight_overshoot_is_clipped(mini: InfDiT) -> None:
+    image = picture(8, 8) * 1.6 - 0.3
+    assert image.min() < 0
+    assert image.max() > 1
+    assert torch.equal(upscale(mini, image, **FAST), upscale(mini, image.clamp(0, 1), **FAST))
 
 
 def test_inputs_are_not_changed_and_half_precision_is_taken(mini: InfDiT) -> None:

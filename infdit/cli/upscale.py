@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
                 if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
                     raise
                 failed += 1  # the others are not lost
-                own = isinstance(error, OutOfMemory) or not memory
-                print(f"infdit: {source}: {error if own else OUT_OF_MEMORY}", file=sys.stderr)
+                text = str(error) if isinstance(error, OutOfMemory) or not memory else OUT_OF_MEMORY
+                print(f"infdit: {source}: {text.removeprefix(f'{source}: ')}", file=sys.stderr)
     return BAD_INPUT if failed else 0
 
 

@@ -182,7 +182,7 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
     chosen, fastest = min(_affordable(workload, fitting, budget, host_budget)), min(plans)
     slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {format_bytes(fastest.peak)}"
     reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
-    return chosen.explained(f"{format_bytes(chosen.peak)} of {format_bytes(budget)}; {reason}")
+    return chosen.explained(reason)
 
 
 def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: float = 0.1) -> MemoryPlan:
@@ -194,7 +194,7 @@ def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: flo
     affordable = _affordable(workload, candidates(workload), None, host_budget)
     limit = (1 + slower) * min(affordable).seconds
     chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
-    return chosen.explained(f"{format_bytes(chosen.peak)}; more memory would save less than {slower:.0%} of the time")
+    return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
 
 
 def candidates(workload: Workload) -> list[Candidate]:

@@ -58,6 +58,8 @@ def budgets() -> dict:
         if ended["end"] == "success":
             found[name] |= {"peak": seen[-1].peak_bytes, "group": seen[-1].group, "chunk": seen[-1].chunk}
             found.setdefault("pictures", []).append(TAKEN["value"])
+    typed = float(found["2 MiB"]["message"].partition("type ")[2].split()[0])
+    found["as it was told to type"] = {"end": run(prompt("square", steps=1, memory_budget=typed))["end"]}
     pictures = found.pop("pictures")
     found["difference"] = max((pictures[0] - other).abs().max().item() for other in pictures[1:])
     memory, small = pack("nodes.comfy_memory"), 28 * MIB

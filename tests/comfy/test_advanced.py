@@ -126,22 +126,25 @@ def test_plan_shows_what_fills_the_memory(inside: dict) -> None:
 
 def test_plan_of_pictures_is_that_of_the_run(inside: dict) -> None:
     planned, ran = inside["plans"]["pictures"]["report"], inside["plans"]["as it ran"]
-    (takes,) = re.findall(r"fits: takes (.+)", planned)
+    (takes,) = re.findall(r"main memory: ([\d.]+ MiB) of ", planned)
     assert f"peak: {takes} predicted" in ran
-    assert planned.splitlines()[0] == ran.splitlines()[0] == "64×48 to 256×192, 2 pictures"
+    assert re.match(r"64×48 to 256×192, 2 pictures in about [\d.]+ s \(1 step of euler\)\nmodel: ", planned)
+    assert ran.startswith("64×48 to 256×192, 2 pictures in ")
+    for text in planned, ran:
+        assert text.count(takes) == 1  # nothing is said twice
 
 
 def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
     assert "of the budget of 30.7 MiB" in inside["plans"]["budget"]["report"]
     refused = inside["plans"]["too little"]["report"]
-    assert re.search(r"10.2 MiB is too little for 256×192: at least [\d.]+ MiB", refused)
+    assert re.search(r"memory_budget 0.01 is too little: type [\d.]+ at least for 256×192", refused)
     assert "is all that can be had here now" in inside["plans"]["too large"]["report"]
 
 
 def test_plan_of_a_size_that_cannot_be(inside: dict) -> None:
     found = inside["plans"]["not larger"]
     assert found["end"] == "error"
-    assert "64×48 is not larger" in found["message"]
+    assert "longest_side 64 is too small: type 65 at least, for the picture has 64×48 already" in found["message"]
 
 
 def test_plan_for_a_card_tells_of_both_memories(inside: dict) -> None:
