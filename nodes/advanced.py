@@ -18,6 +18,7 @@ from .comfy_samplers import WORKING, CoreNoise, CoreSampler, core_noise, core_sa
 from .report import sampling_line
 from .run import run_upscale
 from .size import Size, result_size, size_input
+from .transparency import with_transparency
 
 
 class InfDiTUpscaleAdvanced(io.ComfyNode):
@@ -47,6 +48,7 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
                 ),
                 schema.memory_budget_input(schema.RUN_BUDGET),
                 schema.conditioning_input(),
+                schema.transparency_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -65,9 +67,11 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, noise: CoreNoise, sampler: CoreSampler, sigmas: Tensor,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
+        transparency: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         check_image(pictures)
+        pictures = with_transparency(pictures, transparency)
         target = result_size(size, *pictures.shape[1:3])
         seed, sigmas = seed_of(noise), sigmas.float().cpu()
         # on a CPU the last denoised pictures are in the memory that is planned

@@ -16,6 +16,7 @@ from .comfy_page import from_image, to_image
 from .report import sampling_line
 from .run import run_upscale
 from .size import Size, result_size, size_input
+from .transparency import with_transparency
 
 AUTO = "auto"
 
@@ -39,6 +40,7 @@ class InfDiTUpscale(io.ComfyNode):
                 schema.memory_budget_input(schema.RUN_BUDGET),
                 schema.conditioning_input(),
                 _mask_input(),
+                schema.transparency_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -57,10 +59,11 @@ class InfDiTUpscale(io.ComfyNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, steps: int, sampler_name: str, denoise: float, seed: int,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | None = None, transparency: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         check_image(pictures)
+        pictures = with_transparency(pictures, transparency)
         defaults, target = model.defaults, result_size(size, *pictures.shape[1:3])
         sampler = defaults.sampler if sampler_name == AUTO else sampler_name
         sigmas = schedule(defaults, steps or None, denoise=denoise)
@@ -77,7 +80,7 @@ class InfDiTUpscale(io.ComfyNode):
             steps_note(steps, defaults),
             seed=seed,
         )
-        masks = transparency(result) if masks is None else masks
+        masks = unseen(result) if masks is None else masks
         return io.NodeOutput(to_image(result), to_image(masks), report)
 
 
@@ -109,8 +112,8 @@ def _sampling_inputs() -> list[io.Input]:
 def _mask_input() -> io.Input:
     return io.Mask.Input(
         "mask", optional=True,
-        tooltip="A mask to enlarge along with the picture, such as the transparency from Load Image. It "
-        "comes out at the size of the result and does not change the picture.",
+        tooltip="A mask to enlarge along with the picture. It comes out at the size of the result and does not "
+        "change the picture.",
     )
 
 
@@ -134,6 +137,6 @@ def enlarged_mask(mask: Tensor, target: tuple[int, int]) -> Tensor:
     return upscale_alpha(mask.reshape(-1, 1, *mask.shape[-2:]).clamp(0, 1), target)[:, 0]
 
 
-def transparency(image: Tensor) -> Tensor:
+def unseen(image: Tensor) -> Tensor:
     """(B, h, w, 3 or 4) → (B, h, w) as Load Image gives it: 1 where nothing is seen."""
     return 1 - image[..., 3] if image.shape[-1] == 4 else image.new_zeros(image.shape[:3])
