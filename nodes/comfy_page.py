@@ -11,6 +11,7 @@ from comfy.utils import ProgressBar
 from PIL import Image
 from torch import Tensor
 
+from ..infdit import Report
 from ..infdit.upscale import PREVIEW_SIDE, Preview
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
@@ -38,7 +39,7 @@ class Bar:
     def __init__(self, node_id: str | None = None) -> None:
         self._node_id = node_id
         self._bar: ProgressBar | None = None
-        self._began = time.monotonic()
+        self._began, self._prepared = time.monotonic(), 0
         self._shown = self._told = float("-inf")
 
     def move(self, done: int, total: int, preview: Preview | None = None, text: str = "") -> None:
@@ -54,9 +55,13 @@ class Bar:
         if text and now - self._told >= TEXT_INTERVAL:
             self.tell(text)
 
-    def show(self, done: int, total: int, preview: Preview | None) -> None:
-        """Move, with the time left in words: `progress` of `infdit.upscale`."""
-        left = (time.monotonic() - self._began) * (total - done) / max(1, done)
+    def show(self, report: Report, done: int, total: int, preview: Preview | None) -> None:
+        """Move, with the time left in words: `progress` of `infdit.upscale`, whose report says what it does."""
+        if report.doing == "preparing":  # at a pace of its own
+            self._began, self._prepared = time.monotonic(), done
+            self.move(done, total, preview, "preparing")
+            return
+        left = (time.monotonic() - self._began) * (total - done) / max(1, done - self._prepared)
         self.move(done, total, preview, f"{done / total:.0%}, {duration(left)} left")
 
     def fill(self) -> None:

@@ -28,7 +28,7 @@ def test_advanced_has_a_bar_and_live_pictures(inside: dict, name: str, pictures:
     found = inside["advanced_equals"][name]
     assert found["bar"] == sorted(found["bar"])
     assert found["bar"][-1][0] == found["bar"][-1][1]
-    assert found["pictures"] == 20 * pictures
+    assert found["pictures"] >= 20 * pictures
 
 
 @pytest.mark.parametrize("name", WORKING)
