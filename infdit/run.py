@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .denoiser import Conditioning, Denoiser
+from .denoiser import Conditioning, Denoiser, Painted
 from .device import out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
 from .memory.plan import MemoryPlan, Weights, Workload
@@ -39,12 +39,14 @@ class Report:
     Attributes:
         plan: the first, and after `replanned` the last.
         replanned: a sentence for each time that memory ran out.
+        doing: what it does now: "preparing" a picture, "sampling" it, or "finishing" it.
         seconds: of each step.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
     """
 
     plan: MemoryPlan | None = None
     replanned: list[str] = field(default_factory=list)
+    doing: str = ""
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -56,12 +58,18 @@ class Run:
     Args:
         model: as it was loaded; the plan says where its parameters go.
         planned: what is computed, and the plan to begin with.
-        progress: is told the number of blocks done in all after each layer of a chunk.
+        progress: is told what is done in all: rows that were prepared, and blocks after each layer of a chunk. It may
+            raise to end the run.
         report: is filled in.
+        painted: see `Denoiser`.
     """
 
-    def __init__(self, model: InfDiT, planned: PlannedRun, progress: Callable[[int], None], report: Report) -> None:
+    def __init__(
+        self, model: InfDiT, planned: PlannedRun, progress: Callable[[int], None], report: Report,
+        painted: Painted | None = None,
+    ) -> None:
         self._model, self._planned, self._progress, self._report = model, planned, progress, report
+        self._painted = painted
         self._placed: InfDiT | None = None
         self._done = 0
         report.plan = planned.plan
@@ -80,6 +88,16 @@ class Run:
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
         return self.workload.device if self._planned.plan.images == "device" else torch.device("cpu")
+
+    def begin(self, doing: str) -> None:
+        """Say what is done from now on."""
+        self._report.doing = doing
+        self.advance(0)
+
+    def advance(self, done: int) -> None:
+        """Say that so much more is done, maybe nothing: whoever watches may end the run here."""
+        self._done += done
+        self._progress(self._done)
 
     def denoiser(self, conditioning: Conditioning) -> Denoise:
         """denoise(x, σ) for one picture, x and the result wherever the sampler has them.
@@ -132,11 +150,9 @@ class Run:
     def _make(self, conditioning: Conditioning) -> Denoiser:
         plan, device = self._planned.plan, self.workload.device
         self._placed = self._placed or distribute_weights(self._model, plan, device)
-        return Denoiser(self._placed, conditioning, plan, progress=self._advance, device=device)
-
-    def _advance(self, blocks: int) -> None:
-        self._done += blocks
-        self._progress(self._done)
+        return Denoiser(
+            self._placed, conditioning, plan, progress=self.advance, device=device, painted=self._painted
+        )
 
     def _make_room(self, failure: str) -> None:
         """Give back what the failed attempt held and make a smaller plan."""

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import SamplingDefaults
-from ..infdit.upscale import PictureState, check_image, schedule
+from ..infdit.upscale import PictureState, schedule
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
@@ -18,6 +18,7 @@ from .comfy_samplers import WORKING, CoreNoise, CoreSampler, core_noise, core_sa
 from .report import sampling_line
 from .run import run_upscale
 from .size import Size, result_size, size_input
+from .transparency import with_transparency
 
 
 class InfDiTUpscaleAdvanced(schema.BudgetedNode):
@@ -47,6 +48,7 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
                 ),
                 schema.memory_budget_input(schema.RUN_BUDGET),
                 schema.conditioning_input(),
+                schema.transparency_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -65,9 +67,10 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, noise: CoreNoise, sampler: CoreSampler, sigmas: Tensor,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
+        transparency: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
-        check_image(pictures)
+        pictures = with_transparency(pictures, transparency)
         target = result_size(size, *pictures.shape[1:3])
         seed, sigmas = seed_of(noise), sigmas.float().cpu()
         # on a CPU the last denoised pictures are in the memory that is planned

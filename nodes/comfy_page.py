@@ -16,6 +16,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ..infdit import Report
 from ..infdit.upscale import PREVIEW_SIDE, Preview, check_image
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
@@ -97,7 +98,7 @@ class Bar:
     def __init__(self, node_id: str | None = None, pictures: int = 1) -> None:
         self._node_id, self._pictures = node_id, pictures
         self._bar: ProgressBar | None = None
-        self._began = time.monotonic()
+        self._began, self._prepared = time.monotonic(), 0
         self._shown = self._told = float("-inf")
 
     def move(self, done: int, total: int, preview: Preview | None = None, text: str = "") -> None:
@@ -114,11 +115,15 @@ class Bar:
         if text and now - self._told >= TEXT_INTERVAL:
             self.tell(text)
 
-    def show(self, done: int, total: int, preview: Preview | None) -> None:
-        """Move, with the time left in words: `progress` of `infdit.upscale`."""
-        left = (time.monotonic() - self._began) * (total - done) / max(1, done)
+    def show(self, report: Report, done: int, total: int, preview: Preview | None) -> None:
+        """Move, with the time left in words: `progress` of `infdit.upscale`, whose report says what it does."""
         number = min(done * self._pictures // total + 1, self._pictures)
         which = f"picture {number} of {self._pictures}, " if self._pictures > 1 else ""
+        if report.doing == "preparing":  # at a pace of its own
+            self._began, self._prepared = time.monotonic(), done
+            self.move(done, total, preview, f"{which}preparing")
+            return
+        left = (time.monotonic() - self._began) * (total - done) / max(1, done - self._prepared)
         self.move(done, total, preview, f"{which}{done / total:.0%}, {duration(left)} left")
 
     def fill(self) -> None:

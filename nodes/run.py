@@ -50,7 +50,7 @@ def run_upscale(
         sigmas=sigmas,
         plan=planned,
         clip_embedding=vectors,
-        progress=bar.show,
+        progress=partial(bar.show, done),
         report=done,
         **given,
     )

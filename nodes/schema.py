@@ -95,6 +95,16 @@ def conditioning_input() -> io.Input:
     )
 
 
+def transparency_input() -> io.Input:
+    """What is transparent, for pictures that come without a fourth channel."""
+    return io.Mask.Input(
+        "transparency", optional=True,
+        tooltip="What is transparent in the picture: the mask from Load Image, 1 where nothing is seen. It is enlarged "
+        "and the result has it as a fourth channel. A mask of zeros, which pictures without transparency have, "
+        "changes nothing.",
+    )
+
+
 def report_output() -> io.Output:
     """Text for people."""
     return io.String.Output(

@@ -180,6 +180,35 @@ def denoised() -> dict:
 
 
 @case
+def transparencies() -> dict:
+    """A picture and its transparency by a mask, as Load Image gives them, beside the same with a fourth channel."""
+    picture = PICTURES["alpha"].clone()
+    picture[:, :4, :4, 3] = 0
+    PICTURES["see-through"], PICTURES["colours"] = picture, picture[..., :3]
+    PICTURES["unseen"], PICTURES["opaque"] = 1 - picture[..., 3], torch.zeros(1, 64, 64)
+    PICTURES["two unseen"] = PICTURES["unseen"].expand(2, -1, -1)
+    PICTURES["nan"] = PICTURES["unseen"] * float("nan")
+    plain = {"steps": 1, "sampler_name": "euler"}
+    run(prompt("see-through", **plain))
+    expected = TAKEN["value"], TAKEN["mask"]
+    run(prompt("colours", **plain))
+    opaque = TAKEN["value"]
+    found: dict[str, Any] = {}
+    for node, ask in (("upscale", prompt("colours", **plain)), ("advanced", advanced("colours", steps=1))):
+        for mask in ("unseen", "opaque", "two unseen", "nan"):
+            ask["mask"] = {"class_type": "Give", "inputs": {"name": mask}}
+            ask["upscale"]["inputs"]["transparency"] = ["mask", 1]
+            ended = run(ask)
+            found[f"{node} {mask}"] = ended["message"] or list(TAKEN["value"].shape)
+            if ended["end"] != "success" or node == "advanced":
+                continue
+            wanted = (opaque, torch.zeros(opaque.shape[:3])) if mask == "opaque" else expected
+            both = zip((TAKEN["value"], TAKEN["mask"]), wanted, strict=True)
+            found[f"{mask}, difference"] = max((a - b).abs().max().item() for a, b in both)
+    return found
+
+
+@case
 def core_memory() -> dict:
     """Pictures that each sampler holds, counted, beside what is foretold: more than one between evaluations, during."""
     infdit, core = library(), pack("nodes.comfy_samplers")

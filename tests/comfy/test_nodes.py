@@ -205,10 +205,12 @@ def test_bar_and_live_pictures(inside: dict) -> None:
     values = [value for _, value, _, _ in found["bar"]]
     pictures = [picture for _, _, _, picture in found["bar"] if picture]
     blocks = math.ceil(4 * 24 / BLOCK) * math.ceil(4 * 60 / BLOCK)
-    assert {total for _, _, total, _ in found["bar"]} == {4 * LAYERS * blocks}  # euler: one evaluation a step
+    total = 96 + 4 * LAYERS * blocks  # rows that are prepared; euler: one evaluation a step
+    assert {whole for _, _, whole, _ in found["bar"]} == {total}
     assert values == sorted(values)
-    assert values[-1] == 4 * LAYERS * blocks
-    assert pictures == [["JPEG", "RGB", 240, 96, 512]] * 4  # one a step
+    assert values[-1] == total
+    assert len(pictures) >= 4  # one a step, and some within steps if those take long
+    assert all(picture == ["JPEG", "RGB", 240, 96, 512] for picture in pictures)
 
 
 def test_bar_is_not_moved_too_often(inside: dict) -> None:
@@ -221,7 +223,7 @@ def test_time_left_is_told_on_the_node(inside: dict) -> None:
     told = [text for text, _ in inside["bar"]["told"] if text]
     assert len(told) >= 2
     assert re.fullmatch(r"about [\d.]+ s", told[0])  # before the first block is done
-    assert all(re.fullmatch(r"\d+%, .+ left", text) for text in told[1:-1])
+    assert all(re.fullmatch(r"preparing|\d+%, .+ left", text) for text in told[1:-1])
     assert re.fullmatch(r"240×96 in [\d.]+ s", told[-1])
 
 

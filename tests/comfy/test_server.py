@@ -36,6 +36,7 @@ INPUTS = {
         "memory_budget": "FLOAT",
         "conditioning": "INFDIT_CONDITIONING?",
         "mask": "MASK?",
+        "transparency": "MASK?",
     },
     "InfDiTMemoryPlan": {
         "model": "INFDIT_MODEL",
@@ -54,6 +55,7 @@ INPUTS = {
         "sigmas": "SIGMAS",
         "memory_budget": "FLOAT",
         "conditioning": "INFDIT_CONDITIONING?",
+        "transparency": "MASK?",
     },
     "InfDiTScheduler": {"steps": "INT", "sigma_max": "FLOAT", "sigma_min": "FLOAT", "rho": "FLOAT", "denoise": "FLOAT"},
 }
