@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
-from benchmarks.dry_run import ACCELERATOR
+from benchmarks.dry_run import ACCELERATOR, FakeAccelerator
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, Conditioning, MemoryPlan, OutOfMemory, Report, upscale
 from infdit.memory.plan import Workload
@@ -207,7 +207,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     plans = [MemoryPlan(2, 16), MemoryPlan(1, 16, "streamed", "host", "host")]
     live: list[int] = []
     sigmas = torch.tensor([0.1, 0.0])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         report = Report()
         planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda: 0)
