@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import torch
 
 SLAB_ALIGNMENT = 512  # bytes, at which pieces of a slab begin
-_NO_HOST_MEMORY = "can't allocate memory"  # as PyTorch's allocator for the CPU says it
+# how it is said that memory ran out, in lower case, and whose; the first that is found counts
+_MEMORY_RAN_OUT = (
+    ("can't allocate memory", "host"),  # PyTorch's allocator for the CPU
+    ("not enough memory", "host"),  # the same on Windows
+    ("cannot allocate memory", "host"),  # the system's own words, of a file that is mapped
+    ("bad_alloc", "host"),  # C++
+    ("bad allocation", "host"),  # C++ on Windows
+    ("host_allocation_failed", "host"),  # CUDNN_STATUS_INTERNAL_ERROR_…
+    ("out_of_host_memory", "host"),  # XPU: UR_RESULT_ERROR_…, PI_ERROR_…
+    ("out of memory", "device"),  # CUDA, HIP, MPS and XPU, as their allocators say it, and their drivers
+    ("_alloc_failed", "device"),  # {CUBLAS,HIPBLAS,CUDNN,CUSOLVER}_STATUS_ALLOC_FAILED
+    ("device_allocation_failed", "device"),  # CUDNN_STATUS_INTERNAL_ERROR_…
+    ("statusallocfailed", "device"),  # MIOpen
+    ("invalid buffer size", "device"),  # MPS
+    ("out_of_device_memory", "device"),  # XPU: UR_RESULT_ERROR_…, ZE_RESULT_ERROR_…
+    ("out_of_resources", "device"),  # XPU: UR_RESULT_ERROR_…, PI_ERROR_…
+    ("mem_object_allocation_failure", "device"),  # XPU: PI_ERROR_…
+    ("nvml_success == ", "device"),  # CUDA's allocator failing to ask the driver why there is none
+    ("not enough gpu video memory", "device"),  # DirectML
+)
 
 
 def default_device() -> torch.device:
@@ -45,15 +65,30 @@ def _numbered(device: torch.device) -> tuple[str, int]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device or the host has no memory left; PyTorch has no one type for that."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or _NO_HOST_MEMORY in str(error))
+    return _whose_memory(error) is not None
 
 
 def out_of_host_memory(error: BaseException) -> bool:
     """Whether it is the host that has none left."""
-    python = isinstance(error, MemoryError) and not isinstance(error, torch.cuda.OutOfMemoryError)
-    return python or _NO_HOST_MEMORY in str(error)
+    return _whose_memory(error) == "host"
+
+
+def _whose_memory(error: BaseException) -> str | None:
+    """Whose memory an exception says to have run out, "device" or "host"; None if it says something else."""
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    said = str(error).lower()
+    by_type = {MemoryError: "host", torch.cuda.OutOfMemoryError: "device"}
+    known = (whose for words, whose in _MEMORY_RAN_OUT if words in said)
+    return next(known, None) or next((whose for kind, whose in by_type.items() if isinstance(error, kind)), None)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Give back what a device's allocators keep for themselves, pinned memory of the host too."""
+    gc.collect()
+    getattr(getattr(torch, device.type, None), "empty_cache", lambda: None)()
+    if device.type == "cuda":
+        getattr(torch._C, "_host_emptyCache", lambda: None)()  # private, and absent from some versions
 
 
 def slab_bytes(piece: int) -> int:

@@ -9,7 +9,6 @@ Numbers can outgrow their dtype, and a picture of NaN is none: the run ends with
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
-from .device import out_of_host_memory, out_of_memory, same_device
+from .device import empty_caches, out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
-from .memory.plan import MemoryPlan, Weights, Workload
+from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
 from .model import InfDiT
 from .samplers import Denoise, get_sampler
@@ -86,7 +85,7 @@ class Run:
     @property
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
-        return self.workload.device if self._planned.plan.images == "device" else torch.device("cpu")
+        return self.workload.device if self._planned.plan.images == "device" else CPU
 
     def denoiser(self, conditioning: Conditioning) -> Denoise:
         """denoise(x, σ) for one picture, x and the result wherever the sampler has them.
@@ -122,6 +121,7 @@ class Run:
                 if on_the_host and not self.workload.unified_memory:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
                 denoiser, self._done = None, before
+                held[0] = held[0].to(CPU)  # what is free for a smaller plan is seen without the pictures of this one
                 self._make_room(failure)
                 held[0] = held[0].to(self.images)
 
@@ -154,9 +154,7 @@ class Run:
     def _make_room(self, failure: str) -> None:
         """Give back what the failed attempt held and make a smaller plan."""
         self._placed = None
-        gc.collect()
-        if self.workload.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_caches(self.workload.device)
         self._planned = self._planned.smaller()
         self._report.plan = plan = self._planned.plan
         peak = format_bytes(plan.peak_bytes or 0)

@@ -7,7 +7,6 @@ Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI k
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import nn
 
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
-from ..infdit.device import default_dtype, out_of_memory
+from ..infdit.device import default_dtype, empty_caches, out_of_memory
 from ..infdit.memory.plan import CPU, Weights, Workload
 from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, format_bytes, free_bytes, thrifty_plan
 from ..infdit.model import InfDiT
@@ -176,8 +175,7 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
         )
     finally:
         _give_back(model.device)
-    gc.collect()  # only now nothing refers to the error any more, which kept all that the attempt held
-    _give_back(model.device)
+    _give_back(model.device)  # only now nothing refers to the error any more, which kept all that the attempt held
     raise OutOfMemory(failure)
 
 
@@ -203,8 +201,7 @@ def unload(patcher: ModelPatcher) -> None:
 def _give_back(device: torch.device) -> None:
     """What the allocators keep for themselves after a run, pinned memory of the host too."""
     mm.soft_empty_cache()
-    if device.type == "cuda":
-        getattr(torch._C, "_host_emptyCache", lambda: None)()
+    empty_caches(device)
 
 
 @contextmanager
