@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 
 import torch
 
 SLAB_ALIGNMENT = 512  # bytes, at which pieces of a slab begin
+# Turing without tensor cores, as its cards are called: float16 gives NaN there
+_NO_FP16 = r"GTX 16\d0|\bT\d{3,4}\b|\bMX[45]50\b|CMP 30HX"
 # how it is said that memory ran out, in lower case, and whose; the first that is found counts
 _MEMORY_RAN_OUT = (
     ("can't allocate memory", "host"),  # PyTorch's allocator for the CPU
@@ -31,26 +34,39 @@ _MEMORY_RAN_OUT = (
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one (CUDA or ROCm, then MPS), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    """The accelerator if there is one (CUDA or ROCm, then XPU, then MPS), else the CPU."""
+    for name in ("cuda", "xpu"):
+        if getattr(torch, name).is_available():
+            return torch.device(name)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes it natively, else float32.
+    """bfloat16 where the device computes it natively, else float16 where an accelerator is fast in it, else float32.
 
-    Native means Ampere and later on CUDA, AMX or AVX512-BF16 on a CPU: elsewhere bf16 is emulated and slower.
+    Native means Ampere and later on NVIDIA, RDNA3 and CDNA on AMD, macOS 14, what XPU says, AMX or AVX512-BF16 on a
+    CPU: elsewhere bf16 is emulated and slower. float16 reaches to 65504 only; a run that goes beyond it says so.
     """
+    bf16, fp16 = _half_precision(device)
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def _half_precision(device: torch.device) -> tuple[bool, bool]:
+    """Whether a device is at home in bfloat16, and in float16. What PyTorch does not say is answered with no."""
     if device.type == "cuda":
-        native = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        # private, and absent from some versions: then the answer is the safe one
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return bool(re.match(r"gfx(1[1-9]|9(08|0a|[4-9]))", getattr(properties, "gcnArchName", ""))), True
+        generation = properties.major, properties.minor
+        return generation >= (8, 0), generation >= (7, 0) and not re.search(_NO_FP16, properties.name)
+    if device.type == "mps":
+        return getattr(torch.backends.mps, "is_macos_or_newer", lambda *_: False)(14, 0), True
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return getattr(torch.xpu, "is_bf16_supported", lambda: False)(), bool(getattr(properties, "has_fp16", False))
+    # private, and absent from some versions: then the answer is the safe one
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if device.type == "cpu" else ()
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes), False
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:

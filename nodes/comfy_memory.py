@@ -27,6 +27,11 @@ from ..infdit.model import InfDiT
 from ..infdit.samplers import SamplerInfo
 from ..infdit.upscale import workload_of
 
+# of ComfyUI's command line, those for diffusion models before those for all
+FLAGS = {
+    "fp32_unet": torch.float32, "bf16_unet": torch.bfloat16, "fp16_unet": torch.float16,
+    "force_fp32": torch.float32, "force_fp16": torch.float16,
+}  # fmt: skip
 CLIP_WORKSPACE = 2**30  # bytes: a text tower of 0.5 GB in float32, and activations
 
 T = TypeVar("T")
@@ -93,14 +98,29 @@ class ManagedCLIP:
 
 
 def managed_model(name: str, path: str, dtype: torch.dtype | None) -> ManagedModel:
-    """Read a model to the offload device. dtype None: what the compute device is at home in.
+    """Read a model to the offload device. dtype None: what ComfyUI would choose.
 
     Raises:
         CheckpointError: a file that cannot be used.
     """
     device, rest = mm.get_torch_device(), mm.unet_offload_device()
-    network = load_model(path, dtype=dtype or default_dtype(device), device=rest)
+    network = load_model(path, dtype=dtype or comfy_dtype(device), device=rest)
     return ManagedModel(name, network, ModelPatcher(InfDiTWeights(network, rest), device, rest))
+
+
+def comfy_dtype(device: torch.device) -> torch.dtype:
+    """What ComfyUI would have a diffusion model compute in, by its flags and what it knows of the card.
+
+    On a CPU, where it does not know bf16, what the library would.
+    """
+    for flag, dtype in FLAGS.items():
+        if getattr(mm.args, flag, False):
+            return dtype
+    if device.type == "cpu":
+        return default_dtype(device)
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
 
 
 def managed_clip(name: str, path: str) -> ManagedCLIP:
@@ -110,7 +130,7 @@ def managed_clip(name: str, path: str) -> ManagedCLIP:
         CheckpointError, OpenCLIPMissingError: see `load_clip`.
     """
     device = mm.get_torch_device()
-    encoder = load_clip(path, None if device.type == "cpu" else default_dtype(device), CPU)
+    encoder = load_clip(path, None if device.type == "cpu" else comfy_dtype(device), CPU)
     return ManagedCLIP(name, encoder, ModelPatcher(InfDiTWeights(encoder, CPU), device, CPU))
 
 

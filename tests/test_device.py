@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from infdit.device import empty_caches, out_of_host_memory, out_of_memory, same_device
+from infdit.device import default_device, default_dtype, empty_caches, out_of_host_memory, out_of_memory, same_device
 
 FULL_DEVICE = {
     "cuda": "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.79 GiB",
@@ -94,3 +96,52 @@ def test_same_device(a: str, b: str, same: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert same_device(torch.device(a), torch.device(b)) is same
     assert same_device(torch.device(b), torch.device(a)) is same
+
+
+CARDS = [
+    ({"major": 9, "minor": 0, "name": "NVIDIA H100"}, None, torch.bfloat16),
+    ({"major": 8, "minor": 6, "name": "NVIDIA GeForce RTX 3060"}, None, torch.bfloat16),
+    ({"major": 7, "minor": 5, "name": "NVIDIA GeForce RTX 2070"}, None, torch.float16),
+    ({"major": 7, "minor": 5, "name": "Tesla T4"}, None, torch.float16),
+    ({"major": 7, "minor": 0, "name": "Tesla V100-SXM2-16GB"}, None, torch.float16),
+    ({"major": 7, "minor": 5, "name": "NVIDIA GeForce GTX 1660 SUPER"}, None, torch.float32),
+    ({"major": 7, "minor": 5, "name": "NVIDIA T1000 8GB"}, None, torch.float32),
+    ({"major": 6, "minor": 1, "name": "NVIDIA GeForce GTX 1080"}, None, torch.float32),
+    ({"major": 11, "minor": 0, "gcnArchName": "gfx1100", "name": "AMD Radeon RX 7900 XTX"}, "6.2", torch.bfloat16),
+    ({"major": 12, "minor": 0, "gcnArchName": "gfx1201", "name": "AMD Radeon RX 9070"}, "6.4", torch.bfloat16),
+    ({"major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-", "name": "MI300X"}, "6.2", torch.bfloat16),
+    ({"major": 10, "minor": 3, "gcnArchName": "gfx1030", "name": "AMD Radeon RX 6800"}, "6.2", torch.float16),
+    ({"major": 9, "minor": 0, "gcnArchName": "gfx906:sramecc+", "name": "AMD Radeon VII"}, "6.2", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("properties", "hip", "expected"), CARDS, ids=[card[0]["name"] for card in CARDS])
+def test_what_a_card_computes_in(
+    properties: dict, hip: str | None, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    assert default_dtype(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("new", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_what_an_apple_chip_and_an_intel_card_compute_in(
+    new: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: new, raising=False)
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda: new, raising=False)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp16=True))
+    assert default_dtype(torch.device("mps")) == default_dtype(torch.device("xpu")) == expected
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp16=False))
+    assert default_dtype(torch.device("xpu")) == (torch.bfloat16 if new else torch.float32)
+
+
+def test_what_nobody_knows_computes_in_float32() -> None:
+    assert default_dtype(torch.device("lazy")) == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "cpu"])
+def test_the_device_that_is_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(module, "is_available", lambda name=name: name == kind)
+    assert default_device() == torch.device(kind)
