@@ -36,8 +36,8 @@ ACCELERATOR = torch.device("lazy:0")  # one that PyTorch knows and that nobody h
 STEPS = 3  # after which a sampler holds all that it ever does
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held."""
+class FakeAccelerator(TorchFunctionMode):
+    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held. Every number is 0."""
 
     def __torch_function__(
         self,
@@ -48,6 +48,8 @@ class _FlashAttention(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - PyTorch's own signature
         if func is F.scaled_dot_product_attention and args[0].device.type != "cpu":
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        if func is Tensor.item:
+            return 0.0
         return func(*args, **(kwargs or {}))
 
 
@@ -64,7 +66,7 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
     target = workload.height, workload.width
     planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
-    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
         if not whole:
             _thin_out(model, workload, plan)

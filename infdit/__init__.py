@@ -7,6 +7,6 @@ from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
 from .memory.plan import MemoryPlan
 from .memory.planner import BudgetTooSmall, OutOfMemory, plan_memory
-from .run import Report
+from .run import Report, WrongNumbers
 from .tensorfile import CheckpointError
 from .upscale import upscale

@@ -16,6 +16,7 @@ from .cli import BAD_INPUT, Parser, models, plan, upscale
 from .clip import OpenCLIPMissingError
 from .device import out_of_memory
 from .memory.planner import OutOfMemory
+from .run import WrongNumbers
 from .tensorfile import CheckpointError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = command(options)
         sys.stdout.flush()  # here, where what it says can still be told
         return status
-    except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
+    except (CheckpointError, OpenCLIPMissingError, ValueError, WrongNumbers) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # whoever read has read enough, like `head`

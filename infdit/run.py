@@ -1,14 +1,16 @@
-"""Evaluations that survive a device that fills up.
+"""Evaluations that survive a device that fills up, and that are checked.
 
 Memory can run out in a run that was planned well: another program took it. It does so within an evaluation. What the
 attempt held is then given back, a smaller plan is made, and the same evaluation is done again: to the sampler, ours or
 anybody's, it only took longer. The picture is the same.
+
+Numbers can outgrow their dtype, and a picture of NaN is none: the run ends with the evaluation that made them.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, Painted
-from .device import out_of_host_memory, out_of_memory, same_device
+from .device import empty_caches, out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
-from .memory.plan import MemoryPlan, Weights, Workload
+from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
 from .model import InfDiT
-from .samplers import Denoise
+from .samplers import Denoise, get_sampler
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ HOST_FULL = (
     "the computer's own memory is full, not the graphics card's: close other programs, allow more on the card so that "
     "less is kept beside it, or make a smaller picture"
 )
+
+
+class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
+    """What was computed is not what the model says: there is no picture."""
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Run:
         self._model, self._planned, self._progress, self._report = model, planned, progress, report
         self._painted = painted
         self._placed: InfDiT | None = None
-        self._done = 0
+        self._done, self._per_step = 0, get_sampler(planned.workload.sampler).evaluations
         report.plan = planned.plan
 
     @property
@@ -87,7 +93,7 @@ class Run:
     @property
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
-        return self.workload.device if self._planned.plan.images == "device" else torch.device("cpu")
+        return self.workload.device if self._planned.plan.images == "device" else CPU
 
     def begin(self, doing: str) -> None:
         """Say what is done from now on."""
@@ -107,18 +113,24 @@ class Run:
         Raises (when called):
             OutOfMemory: not even the smallest plan fits, or it is the host of an accelerator that is full: a smaller
                 plan would take more of it.
+            WrongNumbers: a result that is not finite.
         """
-        held, denoiser = [conditioning], None
+        held, denoiser, done = [conditioning], None, 0
         del conditioning
 
         def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
             """D(x; σ), under a smaller plan each time that memory runs out."""
-            nonlocal denoiser
+            nonlocal denoiser, done
             before = self._done
             while True:
                 try:
                     denoiser = denoiser or self._make(held[0])
-                    return denoiser(x.to(self.images), sigma).to(x.device)
+                    result = denoiser(x.to(self.images), sigma)
+                    # a sum takes no room and keeps any NaN and inf; the host has waited for this evaluation anyway
+                    if not math.isfinite(result.sum().item()):
+                        raise WrongNumbers(_not_finite(1 + done // self._per_step, self.workload.dtype, x))
+                    done += 1
+                    return result.to(x.device)
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -127,6 +139,7 @@ class Run:
                 if on_the_host and not self.workload.unified_memory:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
                 denoiser, self._done = None, before
+                held[0] = held[0].to(CPU)  # what is free for a smaller plan is seen without the pictures of this one
                 self._make_room(failure)
                 held[0] = held[0].to(self.images)
 
@@ -157,12 +170,21 @@ class Run:
     def _make_room(self, failure: str) -> None:
         """Give back what the failed attempt held and make a smaller plan."""
         self._placed = None
-        gc.collect()
-        if self.workload.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_caches(self.workload.device)
         self._planned = self._planned.smaller()
         self._report.plan = plan = self._planned.plan
         peak = format_bytes(plan.peak_bytes or 0)
         message = f"out of memory: going on with a smaller plan of {peak}; the picture is the same"
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
+
+
+def _not_finite(step: int, dtype: torch.dtype, x: Tensor) -> str:
+    """What is wrong with step 1, 2, …, and the way out: a dtype that reaches further, unless it lies elsewhere."""
+    if not math.isfinite(x.sum().item()):
+        return f"the sampler gave NaN or inf in step {step}: choose another sampler or other noise levels"
+    way_out = {
+        torch.float16: "choose bf16 or fp32 (float32) as the dtype, whose numbers reach further",
+        torch.bfloat16: "choose fp32 (float32) as the dtype, which is more exact",
+    }.get(dtype, "no dtype reaches further, so check the model's file and the noise levels")
+    return f"the model gave NaN or inf in step {step} in {str(dtype).removeprefix('torch.')}: {way_out}"

@@ -92,6 +92,7 @@ def upscale(
     Raises:
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
+        WrongNumbers: NaN or inf in place of a picture, told at the first evaluation that makes them.
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)

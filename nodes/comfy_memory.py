@@ -7,7 +7,6 @@ Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI k
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import nn
 
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
-from ..infdit.device import default_dtype, out_of_memory
+from ..infdit.device import default_dtype, empty_caches, out_of_memory
 from ..infdit.memory.plan import CPU, Weights, Workload
 from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, format_bytes, free_bytes, thrifty_plan
 from ..infdit.model import InfDiT
@@ -30,6 +29,11 @@ from ..infdit.samplers import SamplerInfo
 from ..infdit.upscale import workload_of
 from .schema import MOST_BUDGET, number
 
+# of ComfyUI's command line, those for diffusion models before those for all
+FLAGS = {
+    "fp32_unet": torch.float32, "bf16_unet": torch.bfloat16, "fp16_unet": torch.float16,
+    "force_fp32": torch.float32, "force_fp16": torch.float16,
+}  # fmt: skip
 CLIP_WORKSPACE = 2**30  # bytes: a text tower of 0.5 GB in float32, and activations
 
 T = TypeVar("T")
@@ -96,14 +100,29 @@ class ManagedCLIP:
 
 
 def managed_model(name: str, path: str, dtype: torch.dtype | None) -> ManagedModel:
-    """Read a model to the offload device. dtype None: what the compute device is at home in.
+    """Read a model to the offload device. dtype None: what ComfyUI would choose.
 
     Raises:
         CheckpointError: a file that cannot be used.
     """
     device, rest = mm.get_torch_device(), mm.unet_offload_device()
-    network = load_model(path, dtype=dtype or default_dtype(device), device=rest)
+    network = load_model(path, dtype=dtype or comfy_dtype(device), device=rest)
     return ManagedModel(name, network, ModelPatcher(InfDiTWeights(network, rest), device, rest))
+
+
+def comfy_dtype(device: torch.device) -> torch.dtype:
+    """What ComfyUI would have a diffusion model compute in, by its flags and what it knows of the card.
+
+    On a CPU, where it does not know bf16, what the library would.
+    """
+    for flag, dtype in FLAGS.items():
+        if getattr(mm.args, flag, False):
+            return dtype
+    if device.type == "cpu":
+        return default_dtype(device)
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
 
 
 def managed_clip(name: str, path: str) -> ManagedCLIP:
@@ -113,7 +132,7 @@ def managed_clip(name: str, path: str) -> ManagedCLIP:
         CheckpointError, OpenCLIPMissingError: see `load_clip`.
     """
     device = mm.get_torch_device()
-    encoder = load_clip(path, None if device.type == "cpu" else default_dtype(device), CPU)
+    encoder = load_clip(path, None if device.type == "cpu" else comfy_dtype(device), CPU)
     return ManagedCLIP(name, encoder, ModelPatcher(InfDiTWeights(encoder, CPU), device, CPU))
 
 
@@ -197,8 +216,7 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
         )
     finally:
         _give_back(model.device)
-    gc.collect()  # only now nothing refers to the error any more, which kept all that the attempt held
-    _give_back(model.device)
+    _give_back(model.device)  # only now nothing refers to the error any more, which kept all that the attempt held
     raise OutOfMemory(failure)
 
 
@@ -224,8 +242,7 @@ def unload(patcher: ModelPatcher) -> None:
 def _give_back(device: torch.device) -> None:
     """What the allocators keep for themselves after a run, pinned memory of the host too."""
     mm.soft_empty_cache()
-    if device.type == "cuda":
-        getattr(torch._C, "_host_emptyCache", lambda: None)()
+    empty_caches(device)
 
 
 @contextmanager

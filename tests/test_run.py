@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
-from benchmarks.dry_run import ACCELERATOR
+from benchmarks.dry_run import ACCELERATOR, FakeAccelerator
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, Conditioning, MemoryPlan, OutOfMemory, Report, upscale
 from infdit.memory.plan import Workload
@@ -207,14 +207,19 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     plans = [MemoryPlan(2, 16), MemoryPlan(1, 16, "streamed", "host", "host")]
     live: list[int] = []
     sigmas = torch.tensor([0.1, 0.0])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         report = Report()
         planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda: 0)
-        monkeypatch.setattr(PlannedRun, "smaller", lambda self: replace(self, plan=plans[1]))
         run = Run(model, planned, lambda done: None, report)
         with PeakMeter(device=ACCELERATOR) as meter:
             original = Layer.forward
+
+            def smaller(self: PlannedRun) -> PlannedRun:
+                live.append(meter.live["device"])
+                return replace(self, plan=plans[1])
+
+            monkeypatch.setattr(PlannedRun, "smaller", smaller)
 
             def forward(layer: Layer, *inputs: object) -> torch.Tensor:
                 live.append(meter.live["device"])
@@ -228,7 +233,8 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"
-    assert live[1] < 1.1 * picture, "x, which the sampler has"
+    assert live[1] == picture, "x, which the sampler has; nothing else when a smaller plan is sought in what is free"
+    assert live[2] < 1.1 * picture, "and what is computed now"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyboardInterrupt()])

@@ -21,6 +21,7 @@ from ..device import default_dtype, out_of_memory
 from ..memory.planner import OutOfMemory
 from ..model import InfDiT
 from ..picture import PictureError, check_target, find_pictures, read_picture, write_picture
+from ..run import WrongNumbers
 from ..samplers import SAMPLERS
 from ..upscale import MAX_SCALE, Preview, target_size, upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
@@ -66,9 +67,9 @@ def run(options: argparse.Namespace) -> int:
         for source, target in jobs:
             try:
                 _upscale_one(source, target, model, vectors.get(source), device, options)
-            except (ValueError, MemoryError, RuntimeError) as error:
+            except (ValueError, MemoryError, RuntimeError, WrongNumbers) as error:
                 memory = out_of_memory(error)
-                if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
+                if len(jobs) == 1 or not (memory or isinstance(error, ValueError | WrongNumbers)):
                     raise
                 failed += 1  # the others are not lost
                 text = str(error) if isinstance(error, OutOfMemory) or not memory else OUT_OF_MEMORY

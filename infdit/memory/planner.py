@@ -63,10 +63,12 @@ class CostModel:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
-        """Round figures for a family: a card with 24 GB, an Apple chip, a CPU by its number of threads."""
+        """Round figures for a family: a card with 24 GB, an Intel card, an Apple chip, a CPU by its threads."""
         half = dtype.itemsize == 2
         if device.type == "cuda":
             return cls(150e12 if half else 40e12, 512, math.inf, 0, launch_overhead=4e-4, bus=20e9, overlap_loss=0.1)
+        if device.type == "xpu":
+            return cls(50e12 if half else 12e12, 512, math.inf, 0, launch_overhead=4e-4, bus=8e9, overlap_loss=1)
         if device.type == "mps":
             return cls(8e12, 256, math.inf, 0, launch_overhead=4e-4, bus=50e9, overlap_loss=1)
         flops = torch.get_num_threads() * (75e9 if half else 40e9)
@@ -253,9 +255,9 @@ def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
 
 def free_bytes(device: torch.device) -> int:
     """What a run may take of a device, or of the host for the CPU: what is free less a margin."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type in ("cuda", "xpu"):
+        card = torch.cuda if device.type == "cuda" else torch.xpu
+        free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device)
     elif device.type == "mps":
         most = getattr(torch.mps, "recommended_max_memory", None)  # since 2.5
         free = most() - torch.mps.current_allocated_memory() if most else psutil.virtual_memory().available

@@ -249,6 +249,39 @@ def card() -> dict:
 
 
 @case
+def dtypes() -> dict:
+    """What auto means on a card, by what ComfyUI knows of it and by its flags."""
+    memory, found = pack("nodes.comfy_memory"), {}
+    for name, bf16, fp16, flags in (
+        ("Ampere", True, True, ()),
+        ("Turing", False, True, ()),
+        ("old", False, False, ()),
+        ("force_fp32", True, True, ("force_fp32",)),
+        ("force_fp16", True, True, ("force_fp16", "fp16_unet")),  # the one sets the other
+        ("bf16_unet", False, False, ("bf16_unet",)),
+        ("fp32_unet", True, True, ("force_fp16", "fp32_unet")),
+    ):
+        known = {"should_use_bf16": lambda device, b=bf16: b, "should_use_fp16": lambda device, f=fp16: f}
+        with patched(mm, **known), patched(mm.args, **dict.fromkeys(flags, True)):
+            found[name] = str(memory.comfy_dtype(CARD)).removeprefix("torch.")
+    with patched(mm.args, force_fp32=True):
+        found["forced on a CPU"] = str(memory.comfy_dtype(torch.device("cpu"))).removeprefix("torch.")
+    return found
+
+
+@case
+def not_finite() -> dict:
+    """A network whose numbers outgrow fp16: one sentence, and a good run after it."""
+    layer = pack("infdit.model").Layer
+    original = layer.forward
+    with patched(layer, forward=lambda *args: original(*args) * float("inf")):
+        ended = run(prompt("small", {"dtype": "fp16"}, steps=3, seed=81))
+    return {key: ended[key] for key in ("end", "message", "type")} | {
+        "after": run(prompt("small", {"dtype": "fp16"}, steps=1, seed=82))["end"]
+    }
+
+
+@case
 def measured_on_a_card() -> dict:
     """What the card's allocator is asked for, and what is made of its numbers: 1000 bytes are other models'."""
     planner, footprint, runs = pack("infdit.memory.planner"), pack("infdit.memory.plan"), pack("infdit.run")

@@ -71,6 +71,26 @@ def test_out_of_memory_is_one_clear_error(inside: dict, name: str, words: str) -
     assert found["alive"][1] <= found["alive after"][1] + MIB
 
 
+def test_auto_is_the_dtype_that_comfyui_would_choose(inside: dict) -> None:
+    assert inside["dtypes"] == {
+        "Ampere": "bfloat16",
+        "Turing": "float16",
+        "old": "float32",
+        "force_fp32": "float32",
+        "force_fp16": "float16",
+        "bf16_unet": "bfloat16",
+        "fp32_unet": "float32",
+        "forced on a CPU": "float32",
+    }
+
+
+def test_nan_is_one_clear_error(inside: dict) -> None:
+    found = inside["not_finite"]
+    assert (found["end"], found["type"].rpartition(".")[2]) == ("error", "WrongNumbers")
+    assert "NaN or inf in step 1 in float16: choose bf16 or fp32" in found["message"]
+    assert found["after"] == "success"
+
+
 def test_run_goes_on_after_memory_ran_out(inside: dict) -> None:
     found = inside["resumed"]
     assert found["ends"] == ["success", "success"]
