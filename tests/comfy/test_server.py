@@ -57,7 +57,14 @@ INPUTS = {
         "conditioning": "INFDIT_CONDITIONING?",
         "transparency": "MASK?",
     },
-    "InfDiTScheduler": {"steps": "INT", "sigma_max": "FLOAT", "sigma_min": "FLOAT", "rho": "FLOAT", "denoise": "FLOAT"},
+    "InfDiTScheduler": {
+        "steps": "INT",
+        "sigma_max": "FLOAT",
+        "sigma_min": "FLOAT",
+        "rho": "FLOAT",
+        "denoise": "FLOAT",
+        "model": "INFDIT_MODEL?",
+    },
 }
 SIZES = {
     "scale by": {"scale": "FLOAT"},
@@ -99,9 +106,9 @@ RANGES = {
     },
     "InfDiTUpscaleAdvanced": {"memory_budget": [0.0, 0.0, 32.0]},
     "InfDiTScheduler": {
-        "steps": [20, 1, 1000],
-        "sigma_max": [40.0, 0.01, 5000.0],
-        "sigma_min": [0.002, 0.0001, 100.0],
+        "steps": [0, 0, 1000],
+        "sigma_max": [0.0, 0.0, 5000.0],
+        "sigma_min": [0.0, 0.0, 100.0],
         "rho": [7.0, 1.0, 100.0],
         "denoise": [1.0, 0.0, 1.0],
     },
