@@ -101,6 +101,10 @@ def _whose_memory(error: BaseException) -> str | None:
     return next(known, None) or next((whose for kind, whose in by_type.items() if isinstance(error, kind)), None)
 
 
+class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
+    """What was computed is not what the model says: there is no picture."""
+
+
 class PinFailed(RuntimeError):  # noqa: N818 - as OutOfMemory
     """Memory of the host could not be pinned. There may be plenty of it and of the device's: drivers set limits."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
-from .device import PinFailed, empty_caches, out_of_host_memory, out_of_memory, same_device
+from .device import PinFailed, WrongNumbers, empty_caches, out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
@@ -32,10 +32,6 @@ HOST_FULL = (
     "the computer's own memory is full, not the graphics card's: close other programs, allow more on the card so that "
     "less is kept beside it, or make a smaller picture"
 )
-
-
-class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
-    """What was computed is not what the model says: there is no picture."""
 
 
 @dataclass
