@@ -5,8 +5,9 @@ from . import samplers
 from .checkpoint import convert, load_model
 from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
+from .device import WrongNumbers
 from .memory.plan import MemoryPlan
 from .memory.planner import BudgetTooSmall, OutOfMemory, plan_memory
-from .run import Report, WrongNumbers
+from .run import Report
 from .tensorfile import CheckpointError
 from .upscale import upscale

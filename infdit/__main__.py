@@ -14,9 +14,8 @@ from typing import TextIO
 
 from .cli import BAD_INPUT, Parser, models, plan, upscale
 from .clip import OpenCLIPMissingError
-from .device import out_of_memory
+from .device import WrongNumbers, out_of_memory
 from .memory.planner import OutOfMemory
-from .run import WrongNumbers
 from .tensorfile import CheckpointError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them

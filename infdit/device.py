@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -91,12 +93,36 @@ def out_of_host_memory(error: BaseException) -> bool:
 
 def _whose_memory(error: BaseException) -> str | None:
     """Whose memory an exception says to have run out, "device" or "host"; None if it says something else."""
-    if not isinstance(error, RuntimeError | MemoryError):
+    if isinstance(error, PinFailed) or not isinstance(error, RuntimeError | MemoryError):
         return None
     said = str(error).lower()
     by_type = {MemoryError: "host", torch.cuda.OutOfMemoryError: "device"}
     known = (whose for words, whose in _MEMORY_RAN_OUT if words in said)
     return next(known, None) or next((whose for kind, whose in by_type.items() if isinstance(error, kind)), None)
+
+
+class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
+    """What was computed is not what the model says: there is no picture."""
+
+
+class PinFailed(RuntimeError):  # noqa: N818 - as OutOfMemory
+    """Memory of the host could not be pinned. There may be plenty of it and of the device's: drivers set limits."""
+
+
+@contextmanager
+def pinning() -> Iterator[None]:
+    """Where host memory is pinned; what goes wrong there says "out of memory" and does not mean the device.
+
+    Raises:
+        PinFailed: in place of any RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        failure = str(error).partition("\n")[0]
+    else:
+        return
+    raise PinFailed(f"main memory could not be pinned ({failure}): use a MemoryPlan with pinned=False")
 
 
 def empty_caches(device: torch.device) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, Painted
-from .device import empty_caches, out_of_host_memory, out_of_memory, same_device
+from .device import PinFailed, WrongNumbers, empty_caches, out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
@@ -34,17 +34,13 @@ HOST_FULL = (
 )
 
 
-class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
-    """What was computed is not what the model says: there is no picture."""
-
-
 @dataclass
 class Report:
     """What a run did, filled in while it runs.
 
     Attributes:
         plan: the first, and after `replanned` the last.
-        replanned: a sentence for each time that memory ran out.
+        replanned: a sentence for each time that memory ran out or could not be pinned.
         doing: what it does now: "preparing" a picture, "sampling" it, or "finishing" it.
         seconds: of each step.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
@@ -132,7 +128,8 @@ class Run:
                     done += 1
                     return result.to(x.device)
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
+                    unpinned = isinstance(error, PinFailed)
+                    if not unpinned and not out_of_memory(error):
                         raise
                     # the error itself would keep all that the attempt held
                     failure, on_the_host = str(error), out_of_host_memory(error)
@@ -140,7 +137,7 @@ class Run:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
                 denoiser, self._done = None, before
                 held[0] = held[0].to(CPU)  # what is free for a smaller plan is seen without the pictures of this one
-                self._make_room(failure)
+                self._plan_anew(failure, unpinned)
                 held[0] = held[0].to(self.images)
 
         return denoise
@@ -167,14 +164,15 @@ class Run:
             self._placed, conditioning, plan, progress=self.advance, device=device, painted=self._painted
         )
 
-    def _make_room(self, failure: str) -> None:
-        """Give back what the failed attempt held and make a smaller plan."""
+    def _plan_anew(self, failure: str, unpinned: bool) -> None:
+        """Give back what the failed attempt held, and make a smaller plan, or one that does without pinned memory."""
         self._placed = None
         empty_caches(self.workload.device)
-        self._planned = self._planned.smaller()
+        self._planned = self._planned.unpinned() if unpinned else self._planned.smaller()
         self._report.plan = plan = self._planned.plan
-        peak = format_bytes(plan.peak_bytes or 0)
-        message = f"out of memory: going on with a smaller plan of {peak}; the picture is the same"
+        smaller = f"out of memory: going on with a smaller plan of {format_bytes(plan.peak_bytes or 0)}"
+        plain = "main memory could not be pinned: going on with plain copies, which take longer"
+        message = f"{plain if unpinned else smaller}; the picture is the same"
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
 

@@ -25,6 +25,7 @@ from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, State, evaluations, get_sampler, karras_sigmas
+from .selfcheck import check_device
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def upscale(
     Raises:
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
-        WrongNumbers: NaN or inf in place of a picture, told at the first evaluation that makes them.
+        WrongNumbers: NaN or inf in place of a picture, told at the first evaluation that makes them; or a device that
+            computes something else than the CPU, told before, see `selfcheck`.
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)
@@ -102,6 +104,7 @@ def upscale(
     seed = _check_seed(seed)
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+    check_device(plan.workload)
     report = report or Report()
     grid = plan.workload.grid
     each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks

@@ -84,9 +84,10 @@ class ManagedModel:
         """
         stay = self.device.type != "cpu" and self.patcher.offload_device.type != "cpu"
         sampler = sampler or self.defaults.sampler
-        return workload_of(
+        workload = workload_of(
             self.network, shape, target, sampler, self.device, noise_given, "resident" if stay else None
         )
+        return replace(workload, pinnable=pinnable())
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +144,11 @@ def obtainable(device: torch.device) -> int:
     models = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
     free = mm.get_free_memory(device) + sum(loaded.model_loaded_memory() for loaded in models)
     return int((free - mm.extra_reserved_memory()) * (1 - MARGIN))
+
+
+def pinnable() -> int:
+    """Bytes of main memory that ComfyUI would still pin: none with --disable-pinned-memory or where it never does."""
+    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY))
 
 
 def budget_bytes(gib: float) -> int | None:

@@ -85,7 +85,8 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
         places = {"device": "on the card", "host": "in main memory"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"
         hidden = f"hidden states {places[plan.hidden]}, " if plan.group < depth else ""
-        lines.append(f"weights {weights}, {hidden}pictures {places[plan.images]}")
+        plain = "" if plan.pinned else "; main memory is not pinned, so copies take longer"
+        lines.append(f"weights {weights}, {hidden}pictures {places[plan.images]}{plain}")
     return lines
 
 

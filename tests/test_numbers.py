@@ -1,15 +1,17 @@
-"""Not a number is not a picture."""
+"""Not a number is not a picture, and a device that computes wrongly makes none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cli import make_picture, run
 
 import infdit
-from infdit import MemoryPlan, SamplingDefaults, WrongNumbers, upscale
+from infdit import Denoiser, MemoryPlan, SamplingDefaults, WrongNumbers, selfcheck, upscale
 from infdit.model import InfDiT, Layer
 from infdit.samplers import Denoise, SamplerInfo
 
@@ -97,3 +99,92 @@ def test_the_command_line_says_so_in_a_line(
     assert run("upscale", *sources, "-o", tmp_path / "out", "--dtype", "fp16") == 2
     assert capsys.readouterr().err.count("choose bf16 or fp32") == 2
     assert not list(tmp_path.glob("out*/*")), "nothing is written"
+
+
+ATTENTION, COPY, SELECT = F.scaled_dot_product_attention, torch.Tensor.index_copy_, torch.Tensor.index_select
+FAULTS: dict[str, tuple[object, str, Callable]] = {
+    "rings are not written": (torch.Tensor, "index_copy_", lambda ring, *_: ring.zero_()),
+    "strides are ignored": (torch.Tensor, "index_copy_", lambda ring, d, i, new: COPY(ring, d, i, new.roll(1, 1))),
+    "neighbours change places": (torch.Tensor, "index_select", lambda ring, d, i: SELECT(ring, d, i.flip(0))),
+    "attention is not scaled": (F, "scaled_dot_product_attention", lambda *qkv: ATTENTION(*qkv, scale=1.0)),
+    "attention leaves keys out": (
+        F, "scaled_dot_product_attention", lambda q, k, v: ATTENTION(q, k[..., :-4, :], v[..., :-4, :])
+    ),
+    "nothing is turned": ("infdit.model", "rotate", lambda x, angles: x),
+    "nothing is turned at a seam": ("infdit.uniba", "rotate", lambda x, angles: x),
+    "another activation": (torch.nn.GELU, "forward", lambda gelu, x: F.relu(x)),
+}  # fmt: skip
+
+
+class SecondMachine:
+    """All evaluations but the first, which is the CPU's, are done by a machine with a fault."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fault: tuple[object, str, Callable] | None, sane: int = 0
+    ) -> None:
+        self.calls = 0
+        original = Denoiser.__call__
+
+        def evaluate(denoiser: Denoiser, *inputs: object) -> torch.Tensor:
+            self.calls += 1
+            with pytest.MonkeyPatch.context() as patch:
+                if fault is not None and self.calls > 1 and self.calls != sane:
+                    place, name, wrong = fault
+                    if isinstance(place, str):
+                        patch.setattr(f"{place}.{name}", wrong)
+                    else:
+                        patch.setattr(place, name, wrong)
+                return original(denoiser, *inputs)
+
+        monkeypatch.setattr(Denoiser, "__call__", evaluate)
+
+
+@pytest.mark.parametrize("dtype", list(WAYS_OUT), ids=str)
+def test_a_device_that_only_rounds_passes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SecondMachine(monkeypatch, None)
+    monkeypatch.setattr(selfcheck, "LIMIT", selfcheck.LIMIT / 3)  # by far
+    selfcheck.compare(torch.device("cpu"), dtype)
+    assert machine.calls == 3, "in float32, with all on the device, with all that can be on the host"
+
+
+@pytest.mark.parametrize("sane", [0, 2], ids=["always", "when states come from the host"])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+def test_a_device_with_a_fault_does_not_pass(
+    fault: tuple[object, str, Callable], sane: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SecondMachine(monkeypatch, fault, sane)
+    words = r"^cpu with PyTorch \S+ computes other numbers than the CPU in float16 \(off by "
+    with pytest.raises(WrongNumbers, match=words) as told:
+        selfcheck.compare(torch.device("cpu"), torch.float16)
+    assert "choose another dtype" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_the_check_comes_first_once_a_process_and_never_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that is not here: a run that begins fails by itself."""
+    asked: list[tuple] = []
+    refused = [WrongNumbers("the card computes other numbers")]
+
+    def compare(*what: object) -> None:
+        asked.append(what)
+        if refused:
+            raise refused.pop()
+
+    def card(model: InfDiT) -> None:
+        with pytest.raises((RuntimeError, AssertionError)):
+            upscale(model, IMAGE, device="xpu:7", plan=MemoryPlan())
+
+    monkeypatch.setattr(selfcheck, "compare", compare)
+    model = mini(torch.float32)
+    with pytest.raises(WrongNumbers, match="the card computes other numbers"):
+        upscale(model, IMAGE, device="xpu:7", plan=MemoryPlan())
+    card(model)
+    card(model)
+    card(model.half())
+    upscale(model.float(), IMAGE)
+    device = torch.device("xpu:7")
+    first, second = (device, torch.float32, True), (device, torch.float16, True)
+    assert asked == [first, first, second], "again after a refusal, then no more; and for another dtype"
+    monkeypatch.setenv("INFDIT_SKIP_SELF_CHECK", "1")
+    card(model.bfloat16())
+    assert len(asked) == 3

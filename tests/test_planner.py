@@ -1,6 +1,7 @@
 """The planner: budgets are kept, the choice is the best of those enumerated, what cannot be is refused with numbers."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
 from infdit.grid import BlockGrid
 from infdit.memory.plan import Workload
-from infdit.memory.planner import GIB, MAX_LAYER_SECONDS, CostModel, schedules, seconds_per_evaluation
+from infdit.memory.planner import (
+    GIB,
+    MAX_LAYER_SECONDS,
+    CostModel,
+    candidates,
+    fastest_plan,
+    schedules,
+    seconds_per_evaluation,
+)
 
 PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
@@ -135,3 +144,33 @@ def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:
     model = infdit.load_model("mini", device="cpu")
     with pytest.raises(BudgetTooSmall, match=r"1 MiB is too little for 256×256: at least \d+\.\d+ MiB"):
         infdit.upscale(model, torch.zeros(1, 64, 64, 3), budget=2**20)
+
+
+def test_without_pinned_memory_plans_are_priced_by_plain_copies() -> None:
+    """They take longer, no copy hides behind arithmetic, and no more is pinned than may be."""
+    workload, plan = Workload(PUBLISHED, 4096, 4096, 1, BF16, CUDA), MemoryPlan(1, 4, "streamed", "host", "host")
+    held = workload.footprint(plan)
+    pinned = held.host_weights + held.host_hidden
+    for pinnable, expected in ((None, True), (pinned, True), (pinned // 2, False), (0, False)):
+        asked = replace(workload, pinnable=pinnable)
+        plans = [c.plan for c in candidates(asked) if c.plan.weights == "streamed" and c.plan.hidden == "host"]
+        least = fastest_plan(asked, int(0.4 * GIB), MUCH)
+        assert plan in plans or not expected
+        assert least.pinned is expected
+        nothing_away = [c.plan for c in candidates(asked) if c.held.host_weights + c.held.host_hidden == 0]
+        assert all(c.pinned for c in nothing_away)
+        if not expected:
+            assert least.host_bytes == workload.footprint(replace(least, pinned=False)).host < held.host
+    plain = replace(plan, pinned=False)
+    assert workload.footprint(plain).device == held.device
+    times = [seconds(PUBLISHED, 4096, 4096, p, BF16, CUDA) for p in (MemoryPlan(1, 4), plain)]
+    traffic = held.host_weights * 0.8 + 2 * 27 * held.host_hidden * 0.8
+    assert times[1] - times[0] > traffic / 20e9, "the whole of the copies, at less than a pinned copy's speed"
+
+
+def test_without_pinned_memory_a_plan_that_copies_less_is_preferred() -> None:
+    workload = Workload(PUBLISHED, 4096, 4096, 1, BF16, CUDA)
+    budget = 3 * GIB
+    chosen = fastest_plan(replace(workload, pinnable=0), budget, MUCH)
+    assert chosen != replace(fastest_plan(workload, budget, MUCH), pinned=False)
+    assert chosen == fastest_plan(replace(workload, pinnable=0), budget, MUCH)

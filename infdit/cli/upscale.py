@@ -17,11 +17,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
-from ..device import default_dtype, out_of_memory
+from ..device import WrongNumbers, default_dtype, out_of_memory
 from ..memory.planner import OutOfMemory
 from ..model import InfDiT
 from ..picture import PictureError, check_target, find_pictures, read_picture, write_picture
-from ..run import WrongNumbers
 from ..samplers import SAMPLERS
 from ..upscale import MAX_SCALE, Preview, target_size, upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of

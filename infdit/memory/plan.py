@@ -35,6 +35,8 @@ class MemoryPlan:
         hidden: place of hidden states between groups, "device" or "host".
         images: place of the pictures and the sampler's state, "device" or "host".
         sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
+        pinned: whether what is on the host is pinned, so that it is copied beside the arithmetic; where it cannot be
+            had, copies are plain and all wait for them.
         peak_bytes, host_bytes, reason: predictions of the planner and why it chose; empty for a plan made by hand.
 
     A group or chunk beyond what exists means all of it.
@@ -52,6 +54,7 @@ class MemoryPlan:
     peak_bytes: int | None = field(default=None, compare=False)
     host_bytes: int | None = field(default=None, compare=False)
     reason: str = field(default="", compare=False)
+    pinned: bool = True
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.chunk < 1:
@@ -80,6 +83,7 @@ class Workload:
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
         noise_given: whether the noise of all pictures is given, in place of a generator.
+        pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
     """
 
     config: InfDiTConfig
@@ -92,6 +96,7 @@ class Workload:
     weights: WeightsKept | None = None
     source: tuple[int, int, int] | None = None
     noise_given: bool = False
+    pinnable: int | None = None
 
     @property
     def unified_memory(self) -> bool:
@@ -124,7 +129,7 @@ class Workload:
             return Footprint(
                 **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
                 images=around + (0 if images_away else held),
-                host_weights=self._slabs(weights.streamable, weights.largest) if streamed else 0,
+                host_weights=self._slabs(plan, weights.streamable, weights.largest) if streamed else 0,
                 host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
             )
 
@@ -134,7 +139,7 @@ class Workload:
             ring=ring,
             hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
             workspace=workspace(config, self.dtype, grid, chunk),
-            host_hidden=self._slabs(kept, chunk * unit) if hidden_away else 0,
+            host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
         between = phase(method.pictures, weights=weights.resident if streamed else weights.total)
         device = max(evaluating, between, key=lambda held: held.device)
@@ -148,10 +153,10 @@ class Workload:
         alpha = 2 * (channels - 3) * result  # on its way
         return FLOAT32 * (channels * (self.batch * result + (self.batch + 2) * height * width) + alpha)
 
-    def _slabs(self, size: int, piece: int) -> int:
+    def _slabs(self, plan: MemoryPlan, size: int, piece: int) -> int:
         """Bytes of host memory that tensors of together `size` take, each a `piece` at most, cut from slabs."""
         slab = slab_bytes(piece)
-        return size if self.unified_memory else -(-size // (slab - piece)) * slab
+        return size if self.unified_memory or not plan.pinned else -(-size // (slab - piece)) * slab
 
 
 @dataclass(frozen=True)

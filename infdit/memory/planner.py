@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -20,6 +21,7 @@ from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKep
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
 MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
+PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
 
@@ -49,7 +51,7 @@ class CostModel:
         rows: of a matrix product at which half of that is reached.
         cache: bytes of workspace up to which arithmetic runs at full speed; each doubling beyond costs `cache_penalty`.
         launch_overhead: seconds that a layer's kernels take to start, however small the chunk.
-        bus: bytes between host and device.
+        bus: bytes between pinned memory of the host and the device.
         overlap_loss: share of the shorter of arithmetic and copies that the longer does not hide; 1: nothing is hidden.
     """
 
@@ -82,8 +84,9 @@ class CostModel:
         arithmetic = _flops(config, grid) / self.flops * (1 + self.rows / rows) * slower
         launches = -(-grid.blocks // chunk) * config.num_layers * self.launch_overhead
         compute = arithmetic + launches if self.overlap_loss == 1 else max(arithmetic, launches)
-        copies = _traffic(config, grid, plan, dtype) / self.bus
-        return max(compute, copies) + self.overlap_loss * min(compute, copies)
+        bus, loss = (self.bus, self.overlap_loss) if plan.pinned else (min(self.bus, PLAIN_BUS), 1)
+        copies = _traffic(config, grid, plan, dtype) / bus
+        return max(compute, copies) + loss * min(compute, copies)
 
     def longest_chunk(self, config: InfDiTConfig) -> int:
         """Blocks of which one layer takes at most MAX_LAYER_SECONDS; at least one."""
@@ -116,6 +119,14 @@ class PlannedRun:
     workload: Workload
     plan: MemoryPlan
     free: Callable[[], int]
+
+    def unpinned(self) -> PlannedRun:
+        """The same without pinned memory, and with the plan that is then the fastest of those that take no more."""
+        workload, plan = replace(self.workload, pinnable=0), replace(self.plan, pinned=False)
+        if plan.peak_bytes is not None:  # not made by hand
+            with suppress(BudgetTooSmall):
+                plan = fastest_plan(workload, plan.peak_bytes)
+        return replace(self, workload=workload, plan=plan)
 
     def smaller(self) -> PlannedRun:
         """The same under a plan that takes less: what is free now, or a quarter less.
@@ -207,6 +218,9 @@ def candidates(workload: Workload) -> list[Candidate]:
     for plan in schedules(config, grid, workload.unified_memory, costs.longest_chunk(config)):
         if workload.weights in (None, plan.weights):
             held = workload.footprint(plan)
+            if workload.pinnable is not None and held.host_weights + held.host_hidden > workload.pinnable:
+                plan = replace(plan, pinned=False)
+                held = workload.footprint(plan)
             found.append(Candidate(costs.evaluation(config, grid, plan, dtype), held.device, plan, held))
     return found
 

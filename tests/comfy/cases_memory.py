@@ -270,6 +270,25 @@ def dtypes() -> dict:
 
 
 @case
+def pins() -> dict:
+    """What of main memory may be pinned by ComfyUI's count, and what a plan then says; -1: --disable-pinned-memory."""
+    memory, planner, gib = pack("nodes.comfy_memory"), pack("infdit.memory.planner"), 2**30
+    patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
+    network = Network(pack("infdit.config").InfDiTConfig(), [])
+    model, found = memory.ManagedModel("published", network, patcher), {}
+    for name, most in (("plenty", 64 * gib), ("little", 4 * gib), ("disabled", -1)):
+        with (
+            patched(mm, MAX_PINNED_MEMORY=most, TOTAL_PINNED_MEMORY=gib, get_free_memory=lambda device: gib),
+            patched(planner, free_bytes=lambda device: 64 * gib),
+        ):
+            workload = model.workload((1, 1024, 1024, 3), (4096, 4096), "heun")
+            plan = memory.plan_run(workload, gib // 2).plan
+            lines = pack("nodes.report").plan_lines(workload, plan)
+        found[name] = {"pinnable": workload.pinnable / gib, "pinned": plan.pinned, "lines": lines}
+    return found
+
+
+@case
 def not_finite() -> dict:
     """A network whose numbers outgrow fp16: one sentence, and a good run after it."""
     layer = pack("infdit.model").Layer

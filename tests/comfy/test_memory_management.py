@@ -84,6 +84,14 @@ def test_auto_is_the_dtype_that_comfyui_would_choose(inside: dict) -> None:
     }
 
 
+@pytest.mark.parametrize(("name", "gib"), [("plenty", 63), ("little", 3), ("disabled", 0)])
+def test_no_more_is_pinned_than_comfyui_lets(inside: dict, name: str, gib: int) -> None:
+    found = inside["pins"][name]
+    assert found["pinnable"] == gib
+    assert found["pinned"] == (name == "plenty")
+    assert ("not pinned" in "".join(found["lines"])) == (name != "plenty")
+
+
 def test_nan_is_one_clear_error(inside: dict) -> None:
     found = inside["not_finite"]
     assert (found["end"], found["type"].rpartition(".")[2]) == ("error", "WrongNumbers")
