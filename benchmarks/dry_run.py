@@ -62,7 +62,7 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         plan: its schedule.
         whole: compute every chunk; only slower.
     """
-    device = workload.device if workload.unified_memory else ACCELERATOR
+    device = workload.device if workload.device.type == "cpu" else ACCELERATOR
     target = workload.height, workload.width
     planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
@@ -71,7 +71,7 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         if not whole:
             _thin_out(model, workload, plan)
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
-        with PeakMeter(model.parameters(), device) as meter:
+        with PeakMeter(model.parameters(), device, workload.unified_memory) as meter:
             run = Run(model, planned, lambda done: None, Report())
             noises = (torch.empty(1, 3, workload.grid.height, workload.grid.width) for _ in image)
             upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -69,6 +70,14 @@ def _half_precision(device: torch.device) -> tuple[bool, bool]:
     # private, and absent from some versions: then the answer is the safe one
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if device.type == "cpu" else ()
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes), False
+
+
+@cache
+def one_memory(device: torch.device) -> bool:
+    """Whether the device's memory is the host's: a CPU, an Apple chip, a GPU that is part of the processor."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+    return device.type in ("cpu", "mps")
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:

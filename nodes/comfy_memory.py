@@ -21,7 +21,7 @@ from torch import nn
 
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
-from ..infdit.device import default_dtype, empty_caches, out_of_memory
+from ..infdit.device import default_dtype, empty_caches, one_memory, out_of_memory
 from ..infdit.memory.plan import CPU, Weights, Workload
 from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, format_bytes, free_bytes, thrifty_plan
 from ..infdit.model import InfDiT
@@ -138,8 +138,11 @@ def managed_clip(name: str, path: str) -> ManagedCLIP:
 
 
 def obtainable(device: torch.device) -> int:
-    """Bytes that a run can have here: what is free, and what ComfyUI can free by moving models out; less a margin."""
-    if device.type == "cpu":
+    """Bytes that a run can have here: what is free, and what ComfyUI can free by moving models out; less a margin.
+
+    Where there is one memory, moving a model out frees nothing.
+    """
+    if one_memory(device):
         return free_bytes(device)
     models = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
     free = mm.get_free_memory(device) + sum(loaded.model_loaded_memory() for loaded in models)

@@ -1,7 +1,9 @@
 """The planner: budgets are kept, the choice is the best of those enumerated, what cannot be is refused with numbers."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_memory import assert_within, random_model
 import infdit
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
+from infdit.device import one_memory
 from infdit.grid import BlockGrid
 from infdit.memory.plan import Workload
 from infdit.memory.planner import (
@@ -18,6 +21,7 @@ from infdit.memory.planner import (
     CostModel,
     candidates,
     fastest_plan,
+    free_bytes,
     schedules,
     seconds_per_evaluation,
 )
@@ -174,3 +178,42 @@ def test_without_pinned_memory_a_plan_that_copies_less_is_preferred() -> None:
     chosen = fastest_plan(replace(workload, pinnable=0), budget, MUCH)
     assert chosen != replace(fastest_plan(workload, budget, MUCH), pinned=False)
     assert chosen == fastest_plan(replace(workload, pinnable=0), budget, MUCH)
+
+
+@pytest.fixture
+def integrated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A graphics card that is a part of the processor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
+    one_memory.cache_clear()
+    yield
+    one_memory.cache_clear()
+
+
+@pytest.mark.usefixtures("integrated")
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_where_there_is_one_memory_everything_stays_in_place_within_one_budget(kind: str) -> None:
+    workload = Workload(PUBLISHED, 2048, 1024, 2, BF16, torch.device(kind))
+    for candidate in candidates(workload):
+        plan, held = candidate.plan, candidate.held
+        assert (plan.weights, plan.hidden, plan.images, held.host) == ("resident", "device", "device", 0)
+    plan = MemoryPlan(1, 4)
+    apart = replace(workload, device=torch.device("xpu")).footprint(plan)
+    assert apart.device < workload.footprint(plan).device <= apart.device + apart.host, "pictures given count too"
+    least = least_of({"config": PUBLISHED, "height": 2048, "width": 1024, "dtype": BF16, "device": kind})
+    assert plan_memory(PUBLISHED, 2048, 1024, device=kind, budget=least, host_budget=0).peak_bytes == least
+
+
+@pytest.mark.usefixtures("integrated")
+@pytest.mark.parametrize(("by_driver", "by_system"), [(6, 9), (9, 6)])
+def test_no_more_is_free_in_one_memory_than_driver_and_system_say(
+    by_driver: int, by_system: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=by_system * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((by_driver - 1) * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: (by_driver + 2) * GIB)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * GIB)
+    for kind in ("cuda", "mps"):
+        assert free_bytes(torch.device(kind)) == int(6 * GIB * 0.9)

@@ -218,7 +218,7 @@ def watch(agents: Agents, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan, tol
             seen.storages[tensor.untyped_storage()].recorded.add(stream.name)
 
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    monkeypatch.setattr(dry_run, "PeakMeter", lambda held, device: seen)
+    monkeypatch.setattr(dry_run, "PeakMeter", lambda *held: seen)
     workload = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
     dry_run.counted_peak(workload, plan, whole=True)
     if seen.lost:

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
-from ..device import WrongNumbers, default_dtype, out_of_memory
+from ..device import WrongNumbers, default_dtype, one_memory, out_of_memory
 from ..memory.planner import OutOfMemory
 from ..model import InfDiT
 from ..picture import PictureError, check_target, find_pictures, read_picture, write_picture
@@ -56,8 +56,9 @@ def run(options: argparse.Namespace) -> int:
     """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
     jobs = _jobs(find_pictures(options.inputs), options.inputs, options.output, options.force)
     device = device_of(options.device)
-    # on the CPU, mapped from the file: the plan says what goes to the device
-    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    # on the CPU, mapped from the file: the plan says what goes to the device; but not twice into one memory
+    place = device if one_memory(device) else "cpu"
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
     vectors = _vectors(options, model, [source for source, _ in jobs])
     if jobs[0][1] != options.output:  # a folder; made only now that nothing else can be refused
         _make_folder(options.output)

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from ..config import InfDiTConfig
+from ..device import one_memory
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
 from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKept, Workload, workspace
@@ -272,11 +273,12 @@ def free_bytes(device: torch.device) -> int:
     if device.type in ("cuda", "xpu"):
         card = torch.cuda if device.type == "cuda" else torch.xpu
         free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device)
-    elif device.type == "mps":
-        most = getattr(torch.mps, "recommended_max_memory", None)  # since 2.5
-        free = most() - torch.mps.current_allocated_memory() if most else psutil.virtual_memory().available
+    elif device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # since 2.5
+        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
         free = psutil.virtual_memory().available
+    if one_memory(device):  # which others fill too, whatever the device's driver counts
+        free = min(free, psutil.virtual_memory().available)
     return int(free * (1 - MARGIN))
 
 
