@@ -274,7 +274,10 @@ def core_memory() -> dict:
     def model(width: int, heads: int) -> torch.nn.Module:
         sizes = config(num_layers=1, hidden_size=width, num_heads=heads, patch_size=8, block_size=64, vector_dim=0)
         torch.manual_seed(0)
-        return pack("infdit.model").InfDiT(sizes, defaults()).requires_grad_(False).eval()
+        network = pack("infdit.model").InfDiT(sizes, defaults()).requires_grad_(False).eval()
+        for weight in network.parameters():  # what they were made with may be NaN, which ends a run
+            weight.normal_(std=0.02)
+        return network
 
     narrow, wide = model(16, 2), model(256, 4)
     found = {}

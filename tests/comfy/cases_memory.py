@@ -249,7 +249,7 @@ def card() -> dict:
 
 
 @case
-def dtypes() -> dict:
+def chosen_dtypes() -> dict:
     """What auto means on a card, by what ComfyUI knows of it and by its flags."""
     memory, found = pack("nodes.comfy_memory"), {}
     for name, bf16, fp16, flags in (

@@ -329,7 +329,7 @@ def no_live_picture() -> dict:
         previews, bar = pack("nodes.comfy_page").wants_pictures, pack("nodes.comfy_page").Bar()
         with patched(sys, argv=["main.py", *words]), patched(args, preview_method=method):
             BAR.clear()
-            bar.show(1, 2, lambda: torch.zeros(4, 4, 3, dtype=torch.uint8))
+            bar.show(library().Report(), 1, 2, lambda: torch.zeros(4, 4, 3, dtype=torch.uint8))
             found[name] = [previews(), [move[3] is not None for move in BAR]]
     return found
 

@@ -72,7 +72,7 @@ def test_out_of_memory_is_one_clear_error(inside: dict, name: str, words: str) -
 
 
 def test_auto_is_the_dtype_that_comfyui_would_choose(inside: dict) -> None:
-    assert inside["dtypes"] == {
+    assert inside["chosen_dtypes"] == {
         "Ampere": "bfloat16",
         "Turing": "float16",
         "old": "float32",
