@@ -45,6 +45,7 @@ import execution  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+torch.set_num_threads(1)  # on pictures this small threads only wait for each other
 nodes = importlib.import_module("nodes")  # ComfyUI's nodes.py; a plain import would read as this pack's nodes/
 
 # ---- what stands in for a picture's source and destination, and for the server
