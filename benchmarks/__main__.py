@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     p.add_argument("--limit", type=int, metavar="N", help="pictures of a folder to take, the first by name")
     p.add_argument("--crop", type=int, metavar="N", help="take the centre of each picture, N pixels a side")
+    p.add_argument("--halve", action="store_true", help="make each picture half as large first: clean from a JPEG")
     p.add_argument("--each", action="store_true", help="print the rows of each picture, not only the means")
     add_memory(p)
     return p
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         device,
         options.limit,
         options.crop,
+        options.halve,
     )
     print(f"model {options.model or 'mini'}")
     if options.lines:

@@ -36,8 +36,8 @@ ACCELERATOR = torch.device("lazy:0")  # one that PyTorch knows and that nobody h
 STEPS = 3  # after which a sampler holds all that it ever does
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held."""
+class FakeAccelerator(TorchFunctionMode):
+    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held. Every number is 0."""
 
     def __torch_function__(
         self,
@@ -48,6 +48,8 @@ class _FlashAttention(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - PyTorch's own signature
         if func is F.scaled_dot_product_attention and args[0].device.type != "cpu":
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        if func is Tensor.item:
+            return 0.0
         return func(*args, **(kwargs or {}))
 
 
@@ -60,16 +62,16 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         plan: its schedule.
         whole: compute every chunk; only slower.
     """
-    device = workload.device if workload.unified_memory else ACCELERATOR
+    device = workload.device if workload.device.type == "cpu" else ACCELERATOR
     target = workload.height, workload.width
     planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
-    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention():
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
         if not whole:
             _thin_out(model, workload, plan)
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
-        with PeakMeter(model.parameters(), device) as meter:
+        with PeakMeter(model.parameters(), device, workload.unified_memory) as meter:
             run = Run(model, planned, lambda done: None, Report())
             noises = (torch.empty(1, 3, workload.grid.height, workload.grid.width) for _ in image)
             upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None)

@@ -22,15 +22,17 @@ class PeakMeter(TorchDispatchMode):
 
     Args:
         held: tensors that exist already and count, such as weights; others that do are left out.
-        device: what computes. On a CPU there is one memory, and all of it is the device's.
+        device, one_memory: what computes, and whether its memory is the host's, as a CPU's is: then all counts there.
 
     Attributes:
         live, peak: bytes now and at most so far, by tier.
     """
 
-    def __init__(self, held: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, held: Iterable[Tensor] = (), device: torch.device | str = "cpu", one_memory: bool = False
+    ) -> None:
         super().__init__()
-        self._unified_memory = torch.device(device).type == "cpu"
+        self._unified_memory = one_memory or torch.device(device).type == "cpu"
         self.live: dict[Tier, int] = {"device": 0, "host": 0}
         self.peak: dict[Tier, int] = {"device": 0, "host": 0}
         self._seen = WeakIdKeyDictionary()

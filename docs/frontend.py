@@ -83,7 +83,7 @@ def furnish(base: Path) -> None:
     """What the workflows need of a base directory."""
     for folder in ("custom_nodes", "input", "models/infdit", "models/checkpoints", "models/clip_vision"):
         (base / folder).mkdir(parents=True)
-    (base / "custom_nodes" / "comfyui-inf-dit").symlink_to(ROOT, target_is_directory=True)
+    (base / "custom_nodes" / "inf-dit").symlink_to(ROOT, target_is_directory=True)
     shutil.copy(FLOWERS, base / "input" / "example.png")
     write_published(base / "models" / "infdit" / PUBLISHED)
     for name in NAMED:

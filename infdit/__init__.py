@@ -5,6 +5,7 @@ from . import samplers
 from .checkpoint import convert, load_model
 from .config import InfDiTConfig, SamplingDefaults
 from .denoiser import Conditioning, Denoiser
+from .device import WrongNumbers
 from .memory.plan import MemoryPlan
 from .memory.planner import BudgetTooSmall, OutOfMemory, plan_memory
 from .run import Report

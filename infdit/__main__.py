@@ -15,7 +15,7 @@ from typing import TextIO
 
 from .cli import BAD_INPUT, Parser, models, plan, upscale
 from .clip import OpenCLIPMissingError
-from .device import out_of_memory
+from .device import WrongNumbers, out_of_memory
 from .memory.planner import OutOfMemory
 from .tensorfile import CheckpointError
 
@@ -24,7 +24,10 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever called; its absence loses no run
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has no × must not turn success into failure
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command(options)
         finally:
             sys.stdout.flush()  # here, where what it says can still be told; --help too
-    except (CheckpointError, OpenCLIPMissingError, ValueError) as error:
+    except (CheckpointError, OpenCLIPMissingError, ValueError, WrongNumbers) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # whoever read has read enough, like `head`

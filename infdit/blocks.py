@@ -18,11 +18,21 @@ def cut(image: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
 
 
 class Canvas:
-    """An image that is put together from chunks of blocks."""
+    """An image that is put together from chunks of blocks, in the order of the grid.
+
+    Attributes:
+        blocks: how many are there; the rest of `image` may hold anything.
+    """
 
     def __init__(self, grid: BlockGrid, like: Tensor) -> None:
         self._grid, self._like = grid, like
         self._image: Tensor | None = None
+        self.blocks = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks are there."""
+        return self.blocks == self._grid.blocks
 
     @property
     def image(self) -> Tensor:
@@ -31,6 +41,7 @@ class Canvas:
 
     def paste(self, coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
+        self.blocks += len(coordinates)
         grid, size = self._grid, self._grid.block
         if len(coordinates) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
             order = "(r c)" if grid.by_rows else "(c r)"
@@ -40,6 +51,14 @@ class Canvas:
             self._image = torch.empty_like(self._like)
         for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
             self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
+
+
+    def there(self, stride: int) -> Tensor:
+        """Of every `stride`-th pixel both ways: whether its block is there."""
+        grid = self._grid
+        rows = torch.arange(0, grid.height, stride, device="cpu")[:, None] // grid.block
+        columns = torch.arange(0, grid.width, stride, device="cpu") // grid.block
+        return (rows * grid.line + columns if grid.by_rows else columns * grid.line + rows) < self.blocks
 
 
 def cut_windows(lr: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:

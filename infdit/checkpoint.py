@@ -30,7 +30,7 @@ from .grid import SLOTS
 from .model import InfDiT
 from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
-from .tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest
+from .tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest, why
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
 
@@ -297,7 +297,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], hash
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
-        raise CheckpointError(path, f"cannot be written ({error})", remedy) from error
+        raise CheckpointError(path, f"cannot be written ({why(error)})", remedy) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -10,76 +10,24 @@ below the target, where the picture's edge is repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from .config import LR_FACTOR
 
-
-def conditioning_pictures(image: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """What Inf-DiT is conditioned on.
-
-    Where `size` is a multiple of 4 both equal torch's antialiased bicubic `interpolate` up to rounding.
-
-    Args:
-        image: (B, 3, h, w) in [-1, 1].
-        size: height and width of the target.
-        padded: height and width of the grid of whole blocks that covers it, multiples of 4.
-
-    Returns:
-        lr (B, 3, H/4, W/4) and lr_upscaled (B, 3, H, W), clipped to [-1, 1], at the padded size.
-    """
-    (h, w), (height, width) = size, padded
-    ratios = image.shape[-2] / h, image.shape[-1] / w
-    lr = _window(image, [LR_FACTOR * ratio for ratio in ratios], (0, height // LR_FACTOR), (0, width // LR_FACTOR))
-    up = image.new_empty((*image.shape[:2], height, width))
-    for channel, plane in zip(up.unbind(1), image.split(1, 1), strict=True):
-        # the same and much faster; in float64, for torch places the taps in the precision of the picture
-        channel[..., :h, :w] = F.interpolate(plane.double(), size, mode="bicubic", antialias=True)[:, 0]
-    up[..., h:, :w] = _window(image, ratios, (h, height), (0, w))
-    up[..., :, w:] = _window(image, ratios, (0, height), (w, width))
-    return lr, up.clamp_(-1, 1)
+PIECE = 128  # of the larger picture's pixels each way: small for fast memory and a quick stop, large for products
 
 
-def _window(image: Tensor, ratios: Sequence[float], rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Rows and columns from … to … of an image that is resampled by (vertical, horizontal) ratios."""
-    for axis, ratio, (first, end) in zip((-2, -1), ratios, (rows, columns), strict=True):
-        image = resample(image, axis, ratio, first, end - first)
-    return image
+@dataclass(frozen=True)
+class Kernel:
+    """How much a pixel counts at a distance of x output pixels: `weigh(x)`, 0 from `reach` on."""
 
-
-def resample(image: Tensor, axis: int, ratio: float, first: int, count: int) -> Tensor:
-    """Pixels first … first + count − 1 of an image that is resampled along one axis.
-
-    Args:
-        image: (B, c, h, w), floating point.
-        axis: -2 or -1.
-        ratio: source pixels from one of the resampled image's pixels to the next.
-        first, count: pixels that are wanted; those beyond the source's end see its edge repeated.
-    """
-    taps, weights = _taps(image.shape[axis], ratio, first, count)
-    image = image if axis == -2 else image.transpose(-2, -1).contiguous()  # whole rows are picked, which is fast
-    result = image.new_zeros((*image.shape[:2], count, image.shape[-1]))
-    weights = weights.to(image.dtype).to(image.device)  # in two steps: MPS has no float64
-    for tap, weight in zip(taps.to(image.device).unbind(1), weights.unbind(1), strict=True):
-        result.addcmul_(image.index_select(-2, tap), weight[:, None])
-    return result if axis == -2 else result.transpose(-2, -1)
-
-
-def _taps(source: int, ratio: float, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Source pixels (count, taps) and their weights (count, taps), float64."""
-    stretch = max(ratio, 1.0)  # antialiasing: when shrinking, the kernel is as wide as the output pixels are far apart
-    centre = (torch.arange(first, first + count, dtype=torch.float64, device="cpu")[:, None] + 0.5) * ratio
-    taps = (centre - 2 * stretch).floor() + torch.arange(math.ceil(4 * stretch) + 1, device="cpu")
-    # as torch does, the picture's own pixels leave out what lies beyond its edge; those of the padding repeat the edge
-    used = ((taps >= 0) & (taps < source)) | (centre >= source)
-    weights = _cubic((taps + 0.5 - centre) / stretch) * used
-    return taps.clamp(0, source - 1).long(), weights / weights.sum(1, keepdim=True)
+    weigh: Callable[[Tensor], Tensor]
+    reach: int
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -88,6 +36,92 @@ def _cubic(x: Tensor) -> Tensor:
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+BICUBIC = Kernel(_cubic, 2)
+LANCZOS = Kernel(lambda x: torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), torch.zeros_like(x)), 3)
+
+
+def conditioning_pictures(
+    image: Tensor, size: tuple[int, int], padded: tuple[int, int], told: Callable[[int], None] = lambda rows: None
+) -> tuple[Tensor, Tensor]:
+    """What Inf-DiT is conditioned on.
+
+    Where `size` is a multiple of 4 both equal torch's antialiased bicubic `interpolate` up to rounding.
+
+    Args:
+        image: (B, 3, h, w) in [-1, 1].
+        size: height and width of the target.
+        padded: height and width of the grid of whole blocks that covers it, multiples of 4.
+        told: is called with the rows of the larger picture that were made, every few milliseconds, sometimes with 0.
+
+    Returns:
+        lr (B, 3, H/4, W/4) and lr_upscaled (B, 3, H, W), clipped to [-1, 1], at the padded size.
+    """
+    ratios = image.shape[-2] / size[0], image.shape[-1] / size[1]
+    lr = resample(
+        image,
+        (LR_FACTOR * ratios[0], LR_FACTOR * ratios[1]),
+        range(padded[0] // LR_FACTOR),
+        range(padded[1] // LR_FACTOR),
+        told=lambda rows: told(0),
+    )
+    return lr, resample(image, ratios, range(padded[0]), range(padded[1]), (-1, 1), told=told)
+
+
+def resample(
+    image: Tensor, ratios: tuple[float, float], rows: range, columns: range,
+    bounds: tuple[float, float] = (-math.inf, math.inf), kernel: Kernel = BICUBIC,
+    told: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """Some rows and columns of an image that is resampled by (vertical, horizontal) ratios.
+
+    A pixel is a sum of few of the source's, and pixels side by side share most of them. So pieces of the result are
+    two small products of matrices. They are computed in float64, whose products no setting of PyTorch makes coarser.
+
+    Args:
+        image: (B, c, h, w), floating point.
+        ratios: source pixels from one of the resampled image's pixels to the next.
+        rows, columns: that are wanted; those beyond the source's end see its edge repeated.
+        bounds: to which values are clipped.
+        kernel: weights by distance.
+        told: is called with the number of rows after each strip of them.
+
+    Returns:
+        (B, c, rows, columns), like the image.
+    """
+    result = image.new_empty((*image.shape[:2], len(rows), len(columns)))
+    height, width = (max(8, int(PIECE / max(ratio, 1))) for ratio in ratios)  # of a piece
+    across = [_matrix(image.shape[-1], ratios[1], piece, kernel) for piece in _pieces(columns, width)]
+    left, right = min(taps.start for taps, _ in across), max(taps.stop for taps, _ in across)
+    for piece, strip in zip(_pieces(rows, height), result.split(height, -2), strict=True):
+        taps, weights = _matrix(image.shape[-2], ratios[0], piece, kernel)
+        source = weights @ image[..., taps.start : taps.stop, left:right].to("cpu", torch.float64)
+        for (taps, weights), part in zip(across, strip.split(width, -1), strict=True):
+            part.copy_(source[..., taps.start - left : taps.stop - left] @ weights.mT)
+        strip.clamp_(*bounds)
+        told(len(piece))
+    return result
+
+
+def _pieces(pixels: range, size: int) -> list[range]:
+    return [pixels[i : i + size] for i in range(0, len(pixels), size)]
+
+
+def _matrix(source: int, ratio: float, pixels: range, kernel: Kernel) -> tuple[range, Tensor]:
+    """The source pixels that these are made of, and the weights (pixels, source pixels), float64."""
+    stretch = max(ratio, 1.0)  # antialiasing: when shrinking, the kernel is as wide as the output pixels are far apart
+    reach = kernel.reach * stretch
+    centre = (torch.arange(pixels.start, pixels.stop, dtype=torch.float64, device="cpu")[:, None] + 0.5) * ratio
+    taps = (centre - reach).floor() + torch.arange(math.ceil(2 * reach) + 1, device="cpu")
+    # as torch does, the picture's own pixels leave out what lies beyond its edge; those of the padding repeat the edge
+    used = ((taps >= 0) & (taps < source)) | (centre >= source)
+    weights = kernel.weigh((taps + 0.5 - centre) / stretch) * used
+    first, last = ((pixel + 0.5) * ratio - reach for pixel in (pixels.start, pixels.stop - 1))
+    first, last = (min(max(tap, 0), source - 1) for tap in (math.floor(first), math.floor(last) + math.ceil(2 * reach)))
+    matrix = weights.new_zeros((len(pixels), last + 1 - first))
+    matrix.scatter_add_(1, taps.clamp(first, last).long() - first, weights)
+    return range(first, last + 1), matrix / weights.sum(1, keepdim=True)
 
 
 def visible_colour(image: Tensor) -> Tensor:
@@ -118,8 +152,7 @@ def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
     return torch.where((alpha > 0) | ~visible, rgb, colour)
 
 
-def upscale_alpha(alpha: Tensor, size: tuple[int, int]) -> Tensor:
-    """Lanczos to (height, width): alpha (B, 1, h, w) in 0..1 in and out."""
-    planes = [Image.fromarray(plane.numpy()) for plane in alpha[:, 0].float().cpu()]  # mode F: float32
-    resized = [np.array(plane.resize((size[1], size[0]), Image.Resampling.LANCZOS)) for plane in planes]
-    return torch.from_numpy(np.stack(resized))[:, None].clamp(0, 1)
+def upscale_alpha(alpha: Tensor, size: tuple[int, int], told: Callable[[int], None] = lambda rows: None) -> Tensor:
+    """Lanczos to (height, width): alpha (B, 1, h, w) in 0..1 in, and float32 on the CPU out; told: see `resample`."""
+    ratios = alpha.shape[-2] / size[0], alpha.shape[-1] / size[1]
+    return resample(alpha.float().cpu(), ratios, range(size[0]), range(size[1]), (0, 1), LANCZOS, told)

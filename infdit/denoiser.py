@@ -22,6 +22,7 @@ from .model import InfDiT
 from .uniba import sweep
 
 SIGMA_DATA = 0.5
+Painted = Callable[[Canvas, Tensor], None]  # a result that is not whole yet, and the enlarged picture under it
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Denoiser:
         positions, origin: see `grid.Geometry`.
         progress: is called with the number of blocks after each layer of a chunk.
         device: what computes; None: where the model is.
+        painted: is shown the result while it grows, after each chunk of blocks but the last; it may not keep it.
 
     Raises:
         ValueError: shapes that do not fit the model or each other.
@@ -62,8 +64,9 @@ class Denoiser:
         self, model: InfDiT, conditioning: Conditioning, plan: MemoryPlan | None = None,
         positions: Positions = "continuous", origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None, device: torch.device | None = None,
+        painted: Painted | None = None,
     ) -> None:
-        self.conditioning, self.progress = conditioning, progress
+        self.conditioning, self.progress, self.painted = conditioning, progress, painted
         self.plan = plan or MemoryPlan.default(model.config)
         self.offload = Offloader(self.plan, device or model.device)
         self.model = distribute_weights(model, self.plan, self.offload.transfer.device)
@@ -107,6 +110,8 @@ class Denoiser:
 
         def write(coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
             canvas.paste(coordinates, c_skip * cut(x, coordinates, block) + c_out * pixels.to(x))
+            if self.painted is not None and not canvas.whole:
+                self.painted(canvas, up)
 
         modulations = self._modulations(sigma)
         sweep(self.model, self.geometry, self.offload, modulations, read, write, self.progress)

@@ -1,14 +1,16 @@
-"""Evaluations that survive a device that fills up.
+"""Evaluations that survive a device that fills up, and that are checked.
 
 Memory can run out in a run that was planned well: another program took it. It does so within an evaluation. What the
 attempt held is then given back, a smaller plan is made, and the same evaluation is done again: to the sampler, ours or
 anybody's, it only took longer. The picture is the same.
+
+Numbers can outgrow their dtype, and a picture of NaN is none: the run ends with the evaluation that made them.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .denoiser import Conditioning, Denoiser
-from .device import out_of_host_memory, out_of_memory, same_device
+from .denoiser import Conditioning, Denoiser, Painted
+from .device import PinFailed, WrongNumbers, empty_caches, out_of_host_memory, out_of_memory, same_device
 from .memory.offload import distribute_weights
-from .memory.plan import MemoryPlan, Weights, Workload
+from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
 from .model import InfDiT
-from .samplers import Denoise
+from .samplers import Denoise, get_sampler
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +40,15 @@ class Report:
 
     Attributes:
         plan: the first, and after `replanned` the last.
-        replanned: a sentence for each time that memory ran out.
+        replanned: a sentence for each time that memory ran out or could not be pinned.
+        doing: what it does now: "preparing" a picture, "sampling" it, or "finishing" it.
         seconds: of each step.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
     """
 
     plan: MemoryPlan | None = None
     replanned: list[str] = field(default_factory=list)
+    doing: str = ""
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -56,14 +60,20 @@ class Run:
     Args:
         model: as it was loaded; the plan says where its parameters go.
         planned: what is computed, and the plan to begin with.
-        progress: is told the number of blocks done in all after each layer of a chunk.
+        progress: is told what is done in all: rows that were prepared, and blocks after each layer of a chunk. It may
+            raise to end the run.
         report: is filled in.
+        painted: see `Denoiser`.
     """
 
-    def __init__(self, model: InfDiT, planned: PlannedRun, progress: Callable[[int], None], report: Report) -> None:
+    def __init__(
+        self, model: InfDiT, planned: PlannedRun, progress: Callable[[int], None], report: Report,
+        painted: Painted | None = None,
+    ) -> None:
         self._model, self._planned, self._progress, self._report = model, planned, progress, report
+        self._painted = painted
         self._placed: InfDiT | None = None
-        self._done = 0
+        self._done, self._per_step = 0, get_sampler(planned.workload.sampler).evaluations
         report.plan = planned.plan
 
     @property
@@ -79,7 +89,17 @@ class Run:
     @property
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
-        return self.workload.device if self._planned.plan.images == "device" else torch.device("cpu")
+        return self.workload.device if self._planned.plan.images == "device" else CPU
+
+    def begin(self, doing: str) -> None:
+        """Say what is done from now on."""
+        self._report.doing = doing
+        self.advance(0)
+
+    def advance(self, done: int) -> None:
+        """Say that so much more is done, maybe nothing: whoever watches may end the run here."""
+        self._done += done
+        self._progress(self._done)
 
     def denoiser(self, conditioning: Conditioning) -> Denoise:
         """denoise(x, σ) for one picture, x and the result wherever the sampler has them.
@@ -89,27 +109,35 @@ class Run:
         Raises (when called):
             OutOfMemory: not even the smallest plan fits, or it is the host of an accelerator that is full: a smaller
                 plan would take more of it.
+            WrongNumbers: a result that is not finite.
         """
-        held, denoiser = [conditioning], None
+        held, denoiser, done = [conditioning], None, 0
         del conditioning
 
         def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
             """D(x; σ), under a smaller plan each time that memory runs out."""
-            nonlocal denoiser
+            nonlocal denoiser, done
             before = self._done
             while True:
                 try:
                     denoiser = denoiser or self._make(held[0])
-                    return denoiser(x.to(self.images), sigma).to(x.device)
+                    result = denoiser(x.to(self.images), sigma)
+                    # a sum takes no room and keeps any NaN and inf; the host has waited for this evaluation anyway
+                    if not math.isfinite(result.sum().item()):
+                        raise WrongNumbers(_not_finite(1 + done // self._per_step, self.workload.dtype, x))
+                    done += 1
+                    return result.to(x.device)
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
+                    unpinned = isinstance(error, PinFailed)
+                    if not unpinned and not out_of_memory(error):
                         raise
                     # the error itself would keep all that the attempt held
                     failure, on_the_host = str(error), out_of_host_memory(error)
                 if on_the_host and not self.workload.unified_memory:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
                 denoiser, self._done = None, before
-                self._make_room(failure)
+                held[0] = held[0].to(CPU)  # what is free for a smaller plan is seen without the pictures of this one
+                self._plan_anew(failure, unpinned)
                 held[0] = held[0].to(self.images)
 
         return denoise
@@ -132,21 +160,29 @@ class Run:
     def _make(self, conditioning: Conditioning) -> Denoiser:
         plan, device = self._planned.plan, self.workload.device
         self._placed = self._placed or distribute_weights(self._model, plan, device)
-        return Denoiser(self._placed, conditioning, plan, progress=self._advance, device=device)
+        return Denoiser(
+            self._placed, conditioning, plan, progress=self.advance, device=device, painted=self._painted
+        )
 
-    def _advance(self, blocks: int) -> None:
-        self._done += blocks
-        self._progress(self._done)
-
-    def _make_room(self, failure: str) -> None:
-        """Give back what the failed attempt held and make a smaller plan."""
+    def _plan_anew(self, failure: str, unpinned: bool) -> None:
+        """Give back what the failed attempt held, and make a smaller plan, or one that does without pinned memory."""
         self._placed = None
-        gc.collect()
-        if self.workload.device.type in ("cuda", "xpu"):
-            getattr(torch, self.workload.device.type).empty_cache()
-        self._planned = self._planned.smaller()
+        empty_caches(self.workload.device)
+        self._planned = self._planned.unpinned() if unpinned else self._planned.smaller()
         self._report.plan = plan = self._planned.plan
-        peak = format_bytes(plan.peak_bytes or 0)
-        message = f"out of memory: going on with a smaller plan of {peak}; the picture is the same"
+        smaller = f"out of memory: going on with a smaller plan of {format_bytes(plan.peak_bytes or 0)}"
+        plain = "main memory could not be pinned: going on with plain copies, which take longer"
+        message = f"{plain if unpinned else smaller}; the picture is the same"
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
+
+
+def _not_finite(step: int, dtype: torch.dtype, x: Tensor) -> str:
+    """What is wrong with step 1, 2, …, and the way out: a dtype that reaches further, unless it lies elsewhere."""
+    if not math.isfinite(x.sum().item()):
+        return f"the sampler gave NaN or inf in step {step}: choose another sampler or other noise levels"
+    way_out = {
+        torch.float16: "choose bf16 or fp32 (float32) as the dtype, whose numbers reach further",
+        torch.bfloat16: "choose fp32 (float32) as the dtype, which is more exact",
+    }.get(dtype, "no dtype reaches further, so check the model's file and the noise levels")
+    return f"the model gave NaN or inf in step {step} in {str(dtype).removeprefix('torch.')}: {way_out}"

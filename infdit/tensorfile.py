@@ -43,8 +43,29 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, path: str | Path, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem}; {remedy}.")
+        super().__init__(printable(f"{path}: {problem}; {remedy}."))
         self.path, self.problem, self.remedy = Path(path), problem, remedy
+
+
+def printable(text: str) -> str:
+    """What a file says, safe to show: what would move or recolour a terminal's text is written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def why(error: Exception) -> str:
+    """An error's own reason, without the path, which whoever catches it has named."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return reason.partition(" at path ")[0]
+
+
+def check_file(path: Path) -> None:
+    """Whether it may be opened.
+
+    Raises:
+        CheckpointError: what a reader would wait for without end, as a named pipe.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(path, "is a pipe or a device", "give a file")
 
 
 def some(names: list[str], limit: int = 3) -> str:
@@ -72,10 +93,11 @@ def read_tensors(path: str | Path) -> TensorFile:
     """
     path = Path(path)
     try:
+        check_file(path)
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        problem = f"cannot be opened ({error.strerror or error})"
+        problem = f"cannot be opened ({why(error)})"
         raise CheckpointError(path, problem, "check the path and its permissions") from error
     if magic == _ZIP_MAGIC:
         return TensorFile(_read_pytorch(path), {})
@@ -89,7 +111,7 @@ def read_tensors(path: str | Path) -> TensorFile:
         with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
             return TensorFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        problem = f"is not a complete .safetensors or .pt file ({error})"
+        problem = f"is not a complete .safetensors or .pt file ({why(error)})"
         raise CheckpointError(path, problem, "download or convert it again") from error
 
 

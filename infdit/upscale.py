@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import Canvas
 from .conditioning import conditioning_pictures, upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
@@ -24,11 +25,17 @@ from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, State, evaluations, get_sampler, karras_sigmas
+from .selfcheck import check_device
 
 log = logging.getLogger(__name__)
 
 MAX_SCALE = 4  # what Inf-DiT was trained for
+OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, and is clipped
 PREVIEW_SIDE = 512  # pixels
+PREVIEW_SHARE = 0.02  # of the time at most, for pictures of what is not whole yet
+PREVIEW_DELAY = 0.5  # seconds before the first of them: short runs need none
+DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many together, and all are as in one draw
+STRIP = 256  # rows of a result that are finished at a time
 GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
@@ -59,7 +66,8 @@ def upscale(
 
     Args:
         model: see `load_model`.
-        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; a fourth channel is straight alpha.
+        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; slight overshoot is clipped. A fourth channel is
+            straight alpha.
         scale: above 1, at most 4. The sides of the result are rounded half up.
         steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
@@ -72,8 +80,9 @@ def upscale(
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
         noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
-        progress: called as progress(done, total, preview) between the layers of a chunk, see `_Progress`. An exception
-            that it raises ends the run at once.
+        progress: called as progress(done, total, preview) at least a few times a second, see `_Progress`; while a
+            picture is prepared, between the layers of a chunk, while it is finished. An exception that it raises ends
+            the run at once.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
         device: what computes; None: where the model is. A model that is on the device stays there.
         report: is filled in with what was done.
@@ -84,6 +93,8 @@ def upscale(
     Raises:
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
+        WrongNumbers: NaN or inf in place of a picture, told at the first evaluation that makes them; or a device that
+            computes something else than the CPU, told before, see `selfcheck`.
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)
@@ -93,12 +104,14 @@ def upscale(
     seed = _check_seed(seed)
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+    check_device(plan.workload)
     report = report or Report()
     grid = plan.workload.grid
-    noises = _noise_per_image(seed, noise, model.defaults.start_noise, (len(image), 3, grid.height, grid.width))
-    units = evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks * len(image)
-    shown = _Progress(progress, units, target, callback, report.seconds)
-    run = Run(model, plan, shown.advance, report)
+    each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks
+    shown = _Progress(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
+    run = Run(model, plan, shown.advance, report, shown.painted)
+    shape = (len(image), 3, grid.height, grid.width)
+    noises = _noise_per_image(seed, noise, model.defaults.start_noise, shape, partial(run.advance, 0))
     with run.measured():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step)
 
@@ -155,7 +168,7 @@ def _check_sigmas(sigmas: Tensor) -> Tensor:
 
 
 def _noise_per_image(
-    seed: int, noise: MakeNoise | None, share: float, shape: tuple[int, int, int, int]
+    seed: int, noise: MakeNoise | None, share: float, shape: tuple[int, int, int, int], told: Callable[[], None]
 ) -> Iterator[Tensor | None]:
     """The noise of one picture after the other, (1, 3, H, W) each; None where the start has none.
 
@@ -163,15 +176,23 @@ def _noise_per_image(
     """
     if noise is None:
         generator = torch.Generator("cpu").manual_seed(seed)
-        draw = partial(torch.randn, (1, *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(shape[0]):
-            yield draw().mul_(share) if share else None
+        for _ in range(shape[0]):  # no variable here may keep what becomes the start
+            yield _draw((1, *shape[1:]), generator, told).mul_(share) if share else None
         return
     given = noise(shape)
     if given.shape != shape:
         raise ValueError(f"noise of shape {tuple(given.shape)} must be {shape}: whole blocks of the result")
     for one in given.split(1):
         yield one.float().cpu().clone()  # it becomes the start, in place
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator, told: Callable[[], None]) -> Tensor:
+    """As one draw of `torch.randn`; told: is called every few milliseconds."""
+    noise = torch.empty(shape, dtype=torch.float32, device="cpu")
+    for piece in noise.view(-1).split(DRAW):
+        piece.normal_(generator=generator)
+        told()
+    return noise
 
 
 def upscale_batch(
@@ -184,26 +205,32 @@ def upscale_batch(
     for i, picture in enumerate(image.split(1)):
         step: Callback = lambda state, i=i: callback({**state, "picture": i})  # noqa: E731 - as short as it is
         vector = None if vectors is None else vectors[i]
-        results[i : i + 1] = _upscale_one(run, picture, vector, sampler, sigmas, noises, step)
+        _upscale_one(run, picture, vector, sampler, sigmas, noises, step, results[i : i + 1])
     return results
 
 
 def _upscale_one(
     run: Run, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
-    noises: Iterator[Tensor | None], callback: Callback,
-) -> Tensor:
-    """(1, h, w, c) → (1, height, width, c)."""
-    target = run.workload.height, run.workload.width
+    noises: Iterator[Tensor | None], callback: Callback, result: Tensor,
+) -> None:
+    """(1, h, w, c) → (1, height, width, c), into `result`."""
+    run.begin("preparing")
     denoise, start, grey = _prepare(run, picture, vector, sigmas[0], noises)
+    run.begin("sampling")
     y = sampler.sample(denoise, start.pop(), sigmas, callback)
-    y = y[..., : target[0], : target[1]].cpu()
-    if grey is not None:
-        take_colour(y, grey)
-    result = (y / 2 + 0.5).clamp_(0, 1)
+    run.begin("finishing")
+    height, width = result.shape[1:3]
+    for top in range(0, height, STRIP):
+        rows = slice(top, top + STRIP)
+        pixels = result[:, rows, :, :3].movedim(-1, 1)
+        pixels.copy_(y[..., rows, :width][..., : height - top, :])
+        if grey is not None:
+            take_colour(pixels, grey, top, height)
+        pixels.div_(2).add_(0.5).clamp_(0, 1)
+        run.advance(0)
     if picture.shape[-1] == 4:
-        alpha = picture.detach().float().cpu().clamp(0, 1)[..., 3:]
-        result = torch.cat((result, upscale_alpha(alpha.movedim(-1, 1), target)), 1)
-    return result.movedim(1, -1)
+        alpha = picture[..., 3:].detach().float().cpu().clamp(0, 1).movedim(-1, 1)
+        result[..., 3:] = upscale_alpha(alpha, (height, width), lambda rows: run.advance(0)).movedim(1, -1)
 
 
 def _prepare(
@@ -212,9 +239,11 @@ def _prepare(
     """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
     grid, target = run.workload.grid, (run.workload.height, run.workload.width)
     colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
+    run.advance(0)
     grey = without_colour(colour) if run.keeps_grey else None
-    lr, up = (x.to(run.images) for x in conditioning_pictures(colour, target, (grid.height, grid.width)))
-    del colour
+    pictures = conditioning_pictures(colour, target, (grid.height, grid.width), run.advance)
+    lr, up = (x.to(run.images) for x in pictures)
+    del colour, pictures
     start = [_noisy_start(up, sigma, next(noises))]
     return run.denoiser(Conditioning(lr, up, vector)), start, grey
 
@@ -226,11 +255,18 @@ def without_colour(colour: Tensor) -> Tensor | None:
     return grey if grey.any() else None
 
 
-def take_colour(y: Tensor, grey: Tensor) -> None:
-    """Make (1, 3, H, W) exactly grey, in place, where the picture it is made of is, which a network is only nearly."""
-    where = F.interpolate(grey.float(), y.shape[-2:], mode="nearest")[:, 0] > 0
-    mean = y.mean(1)
-    for channel in y.unbind(1):
+def take_colour(strip: Tensor, grey: Tensor, top: int, height: int) -> None:
+    """Make what should be grey exactly so, in place, which a network is only nearly.
+
+    Args:
+        strip: (1, 3, n, W), rows of a result of this height from `top` on.
+        grey: (1, 1, h, w), see `without_colour`.
+    """
+    rows = torch.arange(top, top + strip.shape[-2], device="cpu") * grey.shape[-2] // height
+    columns = torch.arange(strip.shape[-1], device="cpu") * grey.shape[-1] // strip.shape[-1]
+    where = grey[:, 0, rows][..., columns]
+    mean = strip.mean(1)
+    for channel in strip.unbind(1):
         channel.copy_(torch.where(where, mean, channel))
 
 
@@ -267,22 +303,25 @@ def schedule(
 
 
 class _Progress:
-    """Turns "n blocks done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds.
+    """Turns "so much is done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds.
 
-    done and total count layers × blocks × evaluations × pictures; done falls back when memory ran out and an
-    evaluation is repeated. After each step preview is a function that makes the denoised picture as (h, w, 3) uint8,
-    at most 512 pixels a side; else it is None.
+    done and total count rows of pictures that are prepared, and layers × blocks × evaluations; done falls back when
+    memory ran out and an evaluation is repeated. preview is None, or a function that makes a picture of what is there
+    as (h, w, 3) uint8, at most 512 pixels a side: after each step what is denoised, and within a step, as often as
+    takes little time, its blocks that are done over what was there before.
     """
 
     def __init__(
-        self, progress: Progress | None, total: int, size: tuple[int, int],
+        self, progress: Progress | None, total: int, size: tuple[int, int], steps: int,
         callback: Callable[[PictureState], None] | None, seconds: list[float],
     ) -> None:
-        self._progress, self._total, self._size, self._callback = progress, total, size, callback
+        self._progress, self._total, self._size, self._steps, self._callback = progress, total, size, steps, callback
         self._done, self._seconds, self._began = 0, seconds, time.monotonic()
+        self._due = self._began + PREVIEW_DELAY  # when a picture of what is not whole may be shown again
+        self._under: Tensor | None = None  # what was shown whole of this picture
 
     def advance(self, done: int) -> None:
-        """Say that so many blocks are done."""
+        """Say how much is done."""
         self._done = done
         if self._progress is not None:
             self._progress(self._done, self._total, None)
@@ -294,19 +333,53 @@ class _Progress:
         self._began = now
         if self._callback is not None:
             self._callback(state)
+        denoised, more = state["denoised"], state["i"] < self._steps - 1
+        self._under = None
+
+        def whole() -> Tensor:
+            shown = _preview(denoised, self._size)
+            self._under = shown if more else None  # the next evaluation may be of another picture
+            return shown
+
+        self._show(whole)
+
+    def painted(self, canvas: Canvas, up: Tensor) -> None:
+        """Show what is not whole yet, if that is due."""
+        if time.monotonic() < self._due:
+            return
+
+        def partly() -> Tensor:
+            if self._under is None:
+                self._under = _preview(up, self._size)
+            return _preview(canvas.image, self._size, canvas.there, self._under)
+
+        self._show(partly)
+
+    def _show(self, preview: Preview) -> None:
         if self._progress is not None:
-            denoised = state["denoised"]
-            self._progress(self._done, self._total, lambda: _preview(denoised, self._size))
+            began = time.monotonic()
+            self._progress(self._done, self._total, preview)
+            now = time.monotonic()
+            self._due = max(self._due, now + (now - began) / PREVIEW_SHARE)
 
 
-def _preview(denoised: Tensor, size: tuple[int, int]) -> Tensor:
+def _preview(
+    picture: Tensor, size: tuple[int, int], there: Callable[[int], Tensor] | None = None, under: Tensor | None = None
+) -> Tensor:
+    """A picture in [-1, 1] (B, 3, ≥ height, ≥ width), the first of B, as (h, w, 3) uint8; what is not there from under.
+
+    there: see `Canvas.there`; under: another preview.
+    """
     height, width = size
     shrink = min(1.0, PREVIEW_SIDE / max(size))
     small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
     stride = max(1, int(0.5 / shrink))  # twice the preview's size is enough to leave the device
-    picture = denoised[:1, :, :height:stride, :width:stride].cpu().float()
-    picture = F.interpolate(picture, size=small, mode="bilinear", antialias=True)
-    return ((picture[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1)
+    seen = picture[:1, :, :height:stride, :width:stride].cpu().float()
+    if there is not None and under is not None:
+        beneath = F.interpolate(under.movedim(-1, 0)[None] / 127.5 - 1, seen.shape[-2:])
+        seen = torch.where(there(stride)[: seen.shape[-2], : seen.shape[-1]], seen, beneath)
+    seen = F.interpolate(seen, size=small, mode="bilinear", antialias=True)
+    return ((seen[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1)
 
 
 def check_image(image: Tensor) -> None:
@@ -322,8 +395,23 @@ def check_image(image: Tensor) -> None:
         )
     if 0 in image.shape:
         raise ValueError(f"image of shape {tuple(image.shape)} is empty: give at least one picture of one pixel")
-    if not all(math.isfinite(bound) for bound in image.aminmax()):
-        raise ValueError("image holds values that are not finite: an earlier step of the workflow made NaN or inf")
+    check_values(image, "image")
+
+
+def check_values(values: Tensor, name: str) -> None:
+    """Whether values are of 0..1, but for a slight overshoot, see OVERSHOOT.
+
+    Raises:
+        ValueError: values that are not finite, or of another range, as of 0..255.
+    """
+    low, high = (bound.item() for bound in values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} holds values that are not finite: an earlier step of the workflow made NaN or inf")
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ValueError(
+            f"{name} holds values from {low:.3g} to {high:.3g} and must be of 0..1: divide values of 0..255 by 255, "
+            "or clamp them"
+        )
 
 
 def target_size(height: int, width: int, scale: float, size: tuple[int, int] | None = None) -> tuple[int, int]:

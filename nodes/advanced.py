@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import SamplingDefaults
-from ..infdit.upscale import PictureState, check_image, schedule
+from ..infdit.upscale import PictureState, schedule
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
 from .comfy_page import from_image, to_image
-from .comfy_samplers import WORKING, CoreNoise, CoreSampler, core_noise, core_sampler, seed_of
+from .comfy_samplers import CoreNoise, CoreSampler, core_noise, core_sampler, seed_of
 from .report import sampling_line
 from .run import run_upscale
 from .size import Size, result_size, size_input
+from .transparency import with_transparency
 
 
-class InfDiTUpscaleAdvanced(io.ComfyNode):
+class InfDiTUpscaleAdvanced(schema.BudgetedNode):
     """Enlarges pictures with noise, sampler and noise levels of ComfyUI's own nodes."""
 
     @classmethod
@@ -38,7 +39,9 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
                 io.Noise.Input("noise", tooltip="The noise that detail grows from, such as from Random Noise."),
                 io.Sampler.Input(
                     "sampler",
-                    tooltip="How the steps are taken, from KSampler Select. These work: " + ", ".join(WORKING) + ".",
+                    tooltip="How the steps are taken, from KSampler Select. All work but lcm, dpm_fast, dpm_adaptive, "
+                    "uni_pc and those with cfg_pp. Those that add noise (ancestral, sde, ddpm, seeds, sa_solver) need "
+                    "a model that starts from noise: the bundled one does not.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -47,6 +50,7 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
                 ),
                 schema.memory_budget_input(schema.RUN_BUDGET),
                 schema.conditioning_input(),
+                schema.transparency_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -65,15 +69,23 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, noise: CoreNoise, sampler: CoreSampler, sigmas: Tensor,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
+        transparency: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
-        check_image(pictures)
+        pictures = with_transparency(pictures, transparency)
         target = result_size(size, *pictures.shape[1:3])
         seed, sigmas = seed_of(noise), sigmas.float().cpu()
         # on a CPU the last denoised pictures are in the memory that is planned
-        method, name = core_sampler(sampler, seed, len(pictures) if model.device.type == "cpu" else 0)
+        kept = len(pictures) if model.device.type == "cpu" else 0
+        method, name = core_sampler(sampler, seed, kept, model.defaults.start_noise)
         workload = model.workload(pictures.shape, target, method, noise_given=True)
+        spread: list[float] = []
         last: list[Tensor] = []  # what the model took each picture to be in its last step
+
+        def make_noise(shape: tuple[int, int, int, int]) -> Tensor:
+            given = core_noise(noise, shape)
+            spread.append(float(given[0].float().std()))
+            return given
 
         def keep(state: PictureState) -> None:
             if state["i"] == len(sigmas) - 2:
@@ -88,11 +100,30 @@ class InfDiTUpscaleAdvanced(io.ComfyNode):
             conditioning,
             cls.hidden.unique_id,
             sampling_line(name, sigmas, model.defaults, f"seed {seed}"),
-            noise=partial(core_noise, noise),
+            noise=make_noise,
             callback=keep,
         )
+        report = "\n".join([report, *noise_notes(model.defaults, sigmas, spread[0])])
         denoised = torch.cat(last) if last else result[..., :3]
         return io.NodeOutput(to_image(result), to_image(denoised), report)
+
+
+def noise_notes(defaults: SamplingDefaults, sigmas: Tensor, spread: float) -> list[str]:
+    """What is far from what a model was made for; spread: standard deviation of the noise given, 1 as a rule."""
+    if len(sigmas) < 2:
+        return []
+    notes, first, made_for = [], float(sigmas[0]), defaults.sigma_max
+    if not made_for / 2 <= first <= made_for * 2:
+        effect = "little is invented" if first < made_for else "the picture is lost under it"
+        notes.append(f"note: noise begins at {first:.3g}, and this model was made for {made_for:.3g}: {effect}")
+    if defaults.start_noise == 0 and spread > 0:
+        notes.append("note: this model starts without noise, and what is given stays in the picture: use DisableNoise")
+    elif not defaults.start_noise / 2 <= spread <= defaults.start_noise * 2:
+        given = f"{spread:.2g} times as much as usual" if spread else "none"
+        notes.append(
+            f"note: this model grows detail from noise, and is given {given}, which leaves a pattern: use RandomNoise"
+        )
+    return notes
 
 
 class InfDiTScheduler(io.ComfyNode):
@@ -104,21 +135,24 @@ class InfDiTScheduler(io.ComfyNode):
             node_id="InfDiTScheduler",
             display_name="Inf-DiT Scheduler",
             category=schema.CATEGORY,
-            description="Noise levels for Inf-DiT Upscale (Advanced): the schedule of Karras et al. The defaults are "
-            "those of the published model.",
+            description="Noise levels for Inf-DiT Upscale (Advanced): the schedule of Karras et al. What is 0 is taken "
+            "from the model, or without one from the published model.",
             inputs=[
                 io.Int.Input(
-                    "steps", default=20, min=1, max=1000, tooltip="Sampling steps: one noise level more than that."
+                    "steps", default=0, min=0, max=1000,
+                    tooltip="Sampling steps: one noise level more than that. 0: as many as the model was made for. "
+                    "With a model connected, at most as many as it gains from.",
                 ),
                 io.Float.Input(
-                    "sigma_max", default=40.0, min=0.01, max=5000.0, step=0.01, round=False,
-                    tooltip="Where sampling begins: how much noise is laid over the picture. 40 for the published "
-                    "model; the report of Inf-DiT Upscale (Advanced) says what another model was made for.",
+                    "sigma_max", default=0.0, min=0.0, max=5000.0, step=0.01, round=False,
+                    tooltip="Where sampling begins: how much noise is laid over the picture. 0: what the model was "
+                    "made for, 40 for the published one.",
                 ),
                 io.Float.Input(
-                    "sigma_min", default=0.002, min=0.0001, max=100.0, step=0.001, round=False,
+                    "sigma_min", default=0.0, min=0.0, max=100.0, step=0.001, round=False,
                     extra_dict=schema.ADVANCED,
-                    tooltip="The last noise level before 0. 0.002 for the published model.",
+                    tooltip="The last noise level before 0. 0: what the model was made for, 0.002 for the published "
+                    "one.",
                 ),
                 io.Float.Input(
                     "rho", default=7.0, min=1.0, max=100.0, step=0.1, round=False, extra_dict=schema.ADVANCED,
@@ -129,12 +163,20 @@ class InfDiTScheduler(io.ComfyNode):
                     tooltip="How far up the schedule sampling begins. 1: at sigma_max; lower values stay closer to "
                     "the plain enlargement; 0 is the plain enlargement. The number of steps stays.",
                 ),
+                schema.InfDiTModel.Input(
+                    "model", optional=True,
+                    tooltip="From Load Inf-DiT Model: whose values stand for what is 0. The same as for the upscale.",
+                ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last one 0.")],
             **schema.search_aliases("inf-dit sigmas", "infdit scheduler", "karras"),
         )
 
     @classmethod
-    def execute(cls, steps: int, sigma_max: float, sigma_min: float, rho: float, denoise: float) -> io.NodeOutput:
-        defaults = SamplingDefaults(steps=steps, sigma_max=sigma_max, sigma_min=sigma_min)
-        return io.NodeOutput(schedule(defaults, denoise=denoise, rho=rho))
+    def execute(
+        cls, steps: int, sigma_max: float, sigma_min: float, rho: float, denoise: float,
+        model: ManagedModel | None = None,
+    ) -> io.NodeOutput:
+        defaults = SamplingDefaults() if model is None else model.defaults
+        defaults = replace(defaults, sigma_min=sigma_min or defaults.sigma_min)
+        return io.NodeOutput(schedule(defaults, steps or None, sigma_max or None, denoise, rho))

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..infdit import clip as infdit_clip
 from ..infdit.clip import MAX_STRENGTH, NEGATIVE, POSITIVE, STRENGTH, VIEWS, View, clip_embedding
 from ..infdit.conditioning import visible_colour
-from ..infdit.upscale import check_image
 from .comfy_memory import ManagedCLIP, clip_at_work, managed_clip
 from .comfy_page import from_image
 from .files import CLIP_FOLDERS, clip_files, clip_path, fingerprint, missing_clip
@@ -112,9 +111,7 @@ class InfDiTCLIPEncode(io.ComfyNode):
         cls, clip: ManagedCLIP, image: Tensor, positive: str = "", negative: str = "", strength: float = STRENGTH,
         view: View = "crop",
     ) -> io.NodeOutput:
-        pictures = from_image(image)
-        check_image(pictures)
-        colour = visible_colour(pictures) * 2 - 1
+        colour = visible_colour(from_image(image).clamp(0, 1)) * 2 - 1
         with captured_warnings() as warnings, clip_at_work(clip) as encoder:
             vectors = clip_embedding(encoder, colour, positive, negative, strength, view).float().cpu()
         description = _describe(clip, positive, negative, strength)

@@ -7,7 +7,7 @@ Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI k
 
 from __future__ import annotations
 
-import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +21,19 @@ from torch import nn
 
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
-from ..infdit.device import default_dtype, out_of_memory
+from ..infdit.device import default_dtype, empty_caches, one_memory, out_of_memory
 from ..infdit.memory.plan import CPU, Weights, Workload
 from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, format_bytes, free_bytes, thrifty_plan
 from ..infdit.model import InfDiT
 from ..infdit.samplers import SamplerInfo
 from ..infdit.upscale import workload_of
+from .schema import MOST_BUDGET, number
 
+# of ComfyUI's command line, those for diffusion models before those for all
+FLAGS = {
+    "fp32_unet": torch.float32, "bf16_unet": torch.bfloat16, "fp16_unet": torch.float16,
+    "force_fp32": torch.float32, "force_fp16": torch.float16,
+}  # fmt: skip
 CLIP_WORKSPACE = 2**30  # bytes: a text tower of 0.5 GB in float32, and activations
 
 T = TypeVar("T")
@@ -78,9 +84,10 @@ class ManagedModel:
         """
         stay = self.device.type != "cpu" and self.patcher.offload_device.type != "cpu"
         sampler = sampler or self.defaults.sampler
-        return workload_of(
+        workload = workload_of(
             self.network, shape, target, sampler, self.device, noise_given, "resident" if stay else None
         )
+        return replace(workload, pinnable=pinnable())
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +101,29 @@ class ManagedCLIP:
 
 
 def managed_model(name: str, path: str, dtype: torch.dtype | None) -> ManagedModel:
-    """Read a model to the offload device. dtype None: what the compute device is at home in.
+    """Read a model to the offload device. dtype None: what ComfyUI would choose.
 
     Raises:
         CheckpointError: a file that cannot be used.
     """
     device, rest = mm.get_torch_device(), mm.unet_offload_device()
-    network = load_model(path, dtype=dtype or default_dtype(device), device=rest)
+    network = load_model(path, dtype=dtype or comfy_dtype(device), device=rest)
     return ManagedModel(name, network, ModelPatcher(InfDiTWeights(network, rest), device, rest))
+
+
+def comfy_dtype(device: torch.device) -> torch.dtype:
+    """What ComfyUI would have a diffusion model compute in, by its flags and what it knows of the card.
+
+    On a CPU, where it does not know bf16, what the library would.
+    """
+    for flag, dtype in FLAGS.items():
+        if getattr(mm.args, flag, False):
+            return dtype
+    if device.type == "cpu":
+        return default_dtype(device)
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
 
 
 def managed_clip(name: str, path: str) -> ManagedCLIP:
@@ -111,22 +133,35 @@ def managed_clip(name: str, path: str) -> ManagedCLIP:
         CheckpointError, OpenCLIPMissingError: see `load_clip`.
     """
     device = mm.get_torch_device()
-    encoder = load_clip(path, None if device.type == "cpu" else default_dtype(device), CPU)
+    encoder = load_clip(path, None if device.type == "cpu" else comfy_dtype(device), CPU)
     return ManagedCLIP(name, encoder, ModelPatcher(InfDiTWeights(encoder, CPU), device, CPU))
 
 
 def obtainable(device: torch.device) -> int:
-    """Bytes that a run can have here: what is free, and what ComfyUI can free by moving models out; less a margin."""
-    if device.type == "cpu":
+    """Bytes that a run can have here: what is free, and what ComfyUI can free by moving models out; less a margin.
+
+    Where there is one memory, moving a model out frees nothing.
+    """
+    if one_memory(device):
         return free_bytes(device)
     models = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
     free = mm.get_free_memory(device) + sum(loaded.model_loaded_memory() for loaded in models)
     return int((free - mm.extra_reserved_memory()) * (1 - MARGIN))
 
 
+def pinnable() -> int:
+    """Bytes of main memory that ComfyUI would still pin: none with --disable-pinned-memory or where it never does."""
+    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY))
+
+
 def budget_bytes(gib: float) -> int | None:
-    """A memory_budget in bytes; 0 is automatic, None."""
-    return round(gib * GIB) or None
+    """A memory_budget in bytes; 0 is automatic, None.
+
+    Raises:
+        ValueError: no number, or below zero.
+    """
+    gib = number(gib, "memory_budget", 0, MOST_BUDGET)
+    return max(1, round(gib * GIB)) if gib else None
 
 
 def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
@@ -149,11 +184,25 @@ def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
     try:
         return fastest_plan(workload, max(1, asked))
     except BudgetTooSmall as error:
-        if error.tier == "host" or asked == budget:
+        if error.tier == "host":
             raise
-        refusal, least = str(error), error.least
+        least = error.least
+    raise BudgetTooSmall(_refusal(workload, budget, room, least), least)
+
+
+def _refusal(workload: Workload, budget: int | None, room: int, least: int) -> str:
+    """Why there is no plan, in the unit of memory_budget."""
+    size, needed = f"{workload.width}×{workload.height}", math.ceil(least / GIB * 100) / 100
+    if budget is not None and least <= room:
+        return (
+            f"memory_budget {budget / GIB:.3g} is too little: type {needed:g} at least for {size}, or 0, which is "
+            "automatic"
+        )
     place = "of memory" if workload.unified_memory else "on the graphics card"
-    raise BudgetTooSmall(f"{refusal} ({format_bytes(max(0, room))} {place} is all that can be had here now)", least)
+    return (
+        f"{size} takes {needed:g} GiB at least, and {format_bytes(max(0, room))} {place} is all that can be had here "
+        "now: close other programs, or make a smaller picture"
+    )
 
 
 def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT], T]) -> T:
@@ -172,12 +221,11 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
         reason = str(error).partition("\n")[0]
         failure = (
             f"out of memory on {model.device} beyond what was planned ({reason}): set memory_budget below "
-            f"{format_bytes(plan.peak_bytes or 0)}, close other programs, or make a smaller picture"
+            f"{max(0.01, (plan.peak_bytes or 0) / GIB):.2f}, close other programs, or make a smaller picture"
         )
     finally:
         _give_back(model.device)
-    gc.collect()  # only now nothing refers to the error any more, which kept all that the attempt held
-    _give_back(model.device)
+    _give_back(model.device)  # only now nothing refers to the error any more, which kept all that the attempt held
     raise OutOfMemory(failure)
 
 
@@ -203,8 +251,7 @@ def unload(patcher: ModelPatcher) -> None:
 def _give_back(device: torch.device) -> None:
     """What the allocators keep for themselves after a run, pinned memory of the host too."""
     mm.soft_empty_cache()
-    if device.type == "cuda":
-        getattr(torch._C, "_host_emptyCache", lambda: None)()
+    empty_caches(device)
 
 
 @contextmanager

@@ -4,28 +4,88 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import wraps
+from typing import Any
 
 import comfy.model_management as mm
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ..infdit.upscale import PREVIEW_SIDE, Preview
+from ..infdit import Report
+from ..infdit.upscale import PREVIEW_SIDE, Preview, check_image
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
 
+_lines: set[str] = set()  # nodes on which a line of text stands
+
 
 def from_image(image: Tensor) -> Tensor:
-    """ComfyUI's IMAGE or MASK, on any device, maybe of half precision, → float32 on the CPU. Not to be changed."""
-    return image.float().cpu()
+    """ComfyUI's IMAGE, on any device, maybe of half precision, → (B, h, w, 3 or 4) float32 on the CPU.
+
+    Pictures of one channel are grey. Not to be changed, for it may be the one that was given.
+
+    Raises:
+        ValueError: what cannot be enlarged.
+    """
+    if not isinstance(image, Tensor):  # a link may carry anything
+        raise ValueError(f"image is of type {type(image).__name__}: connect a node that gives an IMAGE")
+    image = image.float().cpu() if image.is_floating_point() else image
+    image = image.expand(-1, -1, -1, 3) if image.dim() == 4 and image.shape[-1] == 1 else image
+    check_image(image)
+    return image
 
 
 def to_image(image: Tensor) -> Tensor:
     """A picture → ComfyUI's IMAGE or MASK: where, and in the dtype that, this ComfyUI wants to have it."""
     dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else torch.float32  # since 0.18
     return image.to(mm.intermediate_device(), dtype)
+
+
+def tell(text: str, node_id: str | None) -> None:
+    """Put a line of text on a node, where there is a page to show it; an empty one only in place of another."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)  # not imported: tests run without one
+    send = getattr(getattr(server, "instance", None), "send_progress_text", None)
+    if send is None or node_id is None or not (text or node_id in _lines):
+        return
+    (_lines.add if text else _lines.discard)(node_id)
+    send(text, node_id)
+
+
+def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """A node that says on its own line of text why it fails: the page hides it elsewhere.
+
+    When a run begins, the line of the last one goes.
+    """
+    execute: Any = node.execute.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+    @wraps(execute)
+    def told(cls: type[io.ComfyNode], **inputs: object) -> io.NodeOutput:
+        context = get_executing_context()
+        node_id = None if context is None else context.node_id
+        tell("", node_id)
+        try:
+            return execute(cls, **inputs)
+        except mm.InterruptProcessingException:
+            tell("stopped", node_id)
+            raise
+        except Exception as error:
+            tell(str(error) or type(error).__name__, node_id)
+            raise
+
+    node.execute = classmethod(told)
+    return node
+
+
+def wants_pictures() -> bool:
+    """Whether live pictures are wanted: unless --preview-method, or the page's setting in its place, says none."""
+    said = any(word.startswith("--preview-m") for word in sys.argv)  # without a word, ComfyUI's own samplers show none
+    return not said or args.preview_method != LatentPreviewMethod.NoPreviews
 
 
 class Bar:
@@ -35,16 +95,17 @@ class Bar:
         InterruptProcessingException: the user has pressed stop.
     """
 
-    def __init__(self, node_id: str | None = None) -> None:
-        self._node_id = node_id
+    def __init__(self, node_id: str | None = None, pictures: int = 1) -> None:
+        self._node_id, self._pictures = node_id, pictures
         self._bar: ProgressBar | None = None
-        self._began = time.monotonic()
+        self._began, self._prepared = time.monotonic(), 0
         self._shown = self._told = float("-inf")
 
     def move(self, done: int, total: int, preview: Preview | None = None, text: str = "") -> None:
         """Show what is done of a total."""
         mm.throw_exception_if_processing_interrupted()
         now = time.monotonic()
+        preview = preview if wants_pictures() else None
         if preview is None and done < total and now - self._shown < BAR_INTERVAL:
             return
         bar = self._bar = self._bar or ProgressBar(total)
@@ -54,10 +115,16 @@ class Bar:
         if text and now - self._told >= TEXT_INTERVAL:
             self.tell(text)
 
-    def show(self, done: int, total: int, preview: Preview | None) -> None:
-        """Move, with the time left in words: `progress` of `infdit.upscale`."""
-        left = (time.monotonic() - self._began) * (total - done) / max(1, done)
-        self.move(done, total, preview, f"{done / total:.0%}, {duration(left)} left")
+    def show(self, report: Report, done: int, total: int, preview: Preview | None) -> None:
+        """Move, with the time left in words: `progress` of `infdit.upscale`, whose report says what it does."""
+        number = min(done * self._pictures // total + 1, self._pictures)
+        which = f"picture {number} of {self._pictures}, " if self._pictures > 1 else ""
+        if report.doing == "preparing":  # at a pace of its own
+            self._began, self._prepared = time.monotonic(), done
+            self.move(done, total, preview, f"{which}preparing")
+            return
+        left = (time.monotonic() - self._began) * (total - done) / max(1, done - self._prepared)
+        self.move(done, total, preview, f"{which}{done / total:.0%}, {duration(left)} left")
 
     def fill(self) -> None:
         """Show that all is done: a sampler may have needed fewer evaluations than were counted on."""
@@ -67,10 +134,7 @@ class Bar:
     def tell(self, text: str) -> None:
         """Show a line of text on the node, where there is a page to show it."""
         self._told = time.monotonic()
-        server = getattr(sys.modules.get("server"), "PromptServer", None)  # not imported: tests run without one
-        send = getattr(getattr(server, "instance", None), "send_progress_text", None)
-        if send is not None and self._node_id is not None:
-            send(text, self._node_id)
+        tell(text, self._node_id)
 
 
 def duration(seconds: float) -> str:

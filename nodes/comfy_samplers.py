@@ -1,17 +1,21 @@
 """ComfyUI's own samplers and noise, as the library takes them.
 
 A SAMPLER carries a k-diffusion function f(model, x, sigmas, extra_args, callback, disable, **options). For those named
-here model(x, σ) may be D(x, σ). Others ask the model for more: text guidance to subtract, its schedule, noise.
+here model(x, σ) may be D(x, σ) and x = picture + σ·noise. Others ask for more: text guidance to subtract, steps of
+their own choice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
+from ..infdit.denoiser import SIGMA_DATA
 from ..infdit.samplers import Callback, Denoise, SamplerInfo
 
 # evaluations of a step; pictures held at most between two evaluations, and during one: counted, see SamplerInfo
@@ -25,6 +29,26 @@ WORKING = {
     "ipndm": (1, 10, 7),
     "deis": (1, 9, 6),
     "gradient_estimation": (1, 8, 6),
+    "ipndm_v": (1, 10, 7),
+    "res_multistep": (1, 9, 5),
+    "exp_heun_2_x0": (2, 9, 6),
+}
+ADDING_NOISE = {  # while they run
+    "euler_ancestral": (1, 7, 5),
+    "dpm_2_ancestral": (2, 8, 8),
+    "dpmpp_2s_ancestral": (2, 8, 6),
+    "dpmpp_sde": (2, 10, 8),
+    "dpmpp_2m_sde": (1, 7, 4),
+    "dpmpp_2m_sde_heun": (1, 7, 4),
+    "dpmpp_3m_sde": (1, 13, 10),
+    "ddpm": (1, 8, 4),
+    "res_multistep_ancestral": (1, 9, 5),
+    "exp_heun_2_x0_sde": (2, 10, 7),
+    "er_sde": (1, 9, 6),
+    "seeds_2": (2, 10, 8),
+    "seeds_3": (3, 12, 9),
+    "sa_solver": (1, 16, 13),
+    "sa_solver_pece": (2, 16, 14),
 }
 LMS_ORDER = 4  # steps that lms looks back unless its node says otherwise
 
@@ -55,32 +79,104 @@ def core_noise(noise: CoreNoise, shape: tuple[int, int, int, int]) -> Tensor:
     return noise.generate_noise({"samples": torch.zeros((), dtype=torch.float32, device="cpu").expand(shape)})
 
 
-def core_sampler(sampler: CoreSampler, seed: int, kept: int) -> tuple[SamplerInfo, str]:
-    """A sampler for `infdit.upscale`, and its name. seed: of its noise; kept: pictures that the caller holds beside it.
+class _Model:
+    """What these samplers ask of a model: D(x, σ), and how noise lies over its pictures."""
+
+    def __init__(self, denoise: Denoise, sigmas: Tensor) -> None:
+        self._denoise = denoise
+        self.model_sampling = _Levels()
+        self.model_sampling.set_parameters(max(float(sigmas[-1]), 1e-4), float(sigmas[0]), SIGMA_DATA)
+
+    @property
+    def inner_model(self) -> _Model:
+        """ComfyUI wraps its models, once or twice."""
+        return self
+
+    model_patcher = inner_model
+
+    def get_model_object(self, name: str) -> object:
+        """Its part of this name."""
+        return getattr(self, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+        return self._denoise(x, sigma)
+
+
+class _Levels(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM):
+    """Noise levels of Karras et al. (2022): x = picture + σ·noise."""
+
+
+class _Brownian:
+    """Noise that a sampler adds between two levels: increments of one Brownian motion over σ, of variance 1.
+
+    What is asked for twice from the same level, first not so far and then further, as dpmpp_sde does, goes the same way
+    as far as the first.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device, generator: torch.Generator, twice: bool) -> None:
+        self._shape, self._device, self._generator, self._twice = shape, device, generator, twice
+        self._from, self._length, self._way = math.nan, 0.0, None
+
+    def __call__(self, start: Tensor, end: Tensor) -> Tensor:
+        begin, length = float(start), abs(float(end) - float(start))
+        noise = torch.randn(self._shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        noise = noise.to(self._device)
+        if not self._twice:
+            return noise
+        if self._way is not None and math.isclose(begin, self._from) and length > self._length:
+            noise = noise.mul_(math.sqrt(length - self._length)).add_(self._way)
+        else:
+            noise = noise.mul_(math.sqrt(length))
+        self._from, self._length, self._way = begin, length, noise
+        return noise / math.sqrt(length)
+
+
+def core_sampler(sampler: CoreSampler, seed: int, kept: int, start_noise: float = 1.0) -> tuple[SamplerInfo, str]:
+    """A sampler for `infdit.upscale`, and its name.
+
+    Args:
+        sampler: from a SAMPLER link.
+        seed: of the noise that is given; what the sampler adds is of the next one.
+        kept: pictures that the caller holds beside it.
+        start_noise: of the model, see `SamplingDefaults`.
 
     Raises:
-        ValueError: one that needs more than D(x, σ).
+        ValueError: one that needs more than D(x, σ), or that adds noise for a model that is to have none.
     """
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
     options = dict(getattr(sampler, "extra_options", {}))
-    if function is None or name not in WORKING or options.get("cfg_pp"):
+    known = name.removesuffix("_gpu")  # where noise is drawn, which here is always on the CPU
+    adds = known in ADDING_NOISE
+    if function is None or not (adds or known in WORKING) or options.get("cfg_pp"):
         raise ValueError(
             f"sampler {name} needs a diffusion model of ComfyUI's own kind and cannot work here: choose one of "
             f"{', '.join(WORKING)}"
         )
+    if adds and start_noise == 0:
+        raise ValueError(
+            f"sampler {name} adds noise while it runs, and this model starts without any: choose one of "
+            f"{', '.join(WORKING)}"
+        )
+    generator = torch.Generator("cpu").manual_seed((seed + 1) % 2**64)
 
     def sample(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback) -> Tensor:
+        if len(sigmas) < 2:
+            return x
+        added = {}
+        if adds:
+            added = {"noise_sampler": _Brownian(x.shape, x.device, generator, known == "dpmpp_sde")}
         return function(
-            lambda x, sigma, **kwargs: denoise(x, sigma),
+            _Model(denoise, sigmas[sigmas > 0]),
             x,
             sigmas.to(x.device),
             extra_args={"seed": seed},
             callback=callback,
             disable=True,
             **options,
+            **added,
         )
 
-    evaluations, between, during = WORKING[name]
+    evaluations, between, during = (ADDING_NOISE if adds else WORKING)[known]
     more = kept + (max(0, int(options.get("order", LMS_ORDER)) - LMS_ORDER) if name == "lms" else 0)
     return SamplerInfo(sample, evaluations, between + more, during + more), name

@@ -6,25 +6,28 @@ from comfy_api.latest import ComfyExtension, io
 
 from .advanced import InfDiTScheduler, InfDiTUpscaleAdvanced
 from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
+from .comfy_page import telling
 from .files import register_model_folder
 from .loader import InfDiTModelLoader
 from .plan import InfDiTMemoryPlan
 from .upscale import InfDiTUpscale
+
+NODES = (
+    InfDiTModelLoader,
+    InfDiTCLIPLoader,
+    InfDiTCLIPEncode,
+    InfDiTUpscale,
+    InfDiTMemoryPlan,
+    InfDiTUpscaleAdvanced,
+    InfDiTScheduler,
+)
 
 
 class InfDiTExtension(ComfyExtension):
     """What this pack adds to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            InfDiTModelLoader,
-            InfDiTCLIPLoader,
-            InfDiTCLIPEncode,
-            InfDiTUpscale,
-            InfDiTMemoryPlan,
-            InfDiTUpscaleAdvanced,
-            InfDiTScheduler,
-        ]
+        return [telling(node) for node in NODES]
 
 
 async def comfy_entrypoint() -> InfDiTExtension:

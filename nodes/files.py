@@ -42,6 +42,8 @@ def model_files() -> list[str]:
 
 def missing_model(name: str) -> str:
     """What to do about a model that is not there."""
+    if not _is_name(name):
+        return f"model_name is {name!r}: choose {BUNDLED!r}, or a file of {_folder(FOLDER)}. {HELP}"
     target = Path(name).with_suffix(".safetensors")
     return (
         f"{name} is not in {_folder(FOLDER)}: put it there and press R, or choose {BUNDLED!r}. The published "
@@ -95,6 +97,8 @@ def _is_not_ours(path: Path, key: str, value: str | None = None) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():  # a pipe would never begin
+        return {}
     try:
         with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
             return dict(file.metadata() or {})
@@ -115,6 +119,8 @@ def clip_files() -> list[str]:
 def missing_clip(name: str) -> str:
     """What to do about CLIP that is not there."""
     folders = " or ".join(str(_folder(folder)) for folder in CLIP_FOLDERS)
+    if not _is_name(name):
+        return f"clip_name is {name!r}: choose a file of {folders}. {HELP}"
     return f"{name} is not in {folders}: put {WEIGHTS} into the first, or the published .pt into the second. {HELP}"
 
 
@@ -130,11 +136,16 @@ def clip_path(name: str) -> str:
 # ---- both
 
 
+def _is_name(name: object) -> bool:
+    """Whether it names a file: a link, or a prompt written by hand, may carry anything."""
+    return isinstance(name, str) and Path(name).name.strip(" .") != ""
+
+
 def fingerprint(folders: Sequence[str], name: str) -> str:
     """Changes when the file does."""
     path = _find(folders, name)
     if path is None:
-        return name
+        return str(name)
     stat = Path(path).stat()
     return f"{path} {stat.st_mtime_ns} {stat.st_size}"
 
@@ -147,6 +158,8 @@ def _path(folders: Sequence[str], name: str, missing: Callable[[str], str]) -> s
 
 
 def _find(folders: Sequence[str], name: str) -> str | None:
+    if not _is_name(name):
+        return None
     return next((path for folder in folders if (path := folder_paths.get_full_path(folder, name))), None)
 
 

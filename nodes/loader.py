@@ -32,8 +32,8 @@ class InfDiTModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype", options=list(DTYPES), default="auto", extra_dict=ADVANCED,
-                    tooltip="The precision that the model computes in. auto: bf16 where your hardware computes it "
-                    "natively, else fp32. bf16 and fp16 need half the memory of fp32.",
+                    tooltip="The precision that the model computes in. auto: what ComfyUI chooses for your "
+                    "hardware, usually bf16. bf16 and fp16 need half the memory of fp32.",
                 ),
             ],
             outputs=[InfDiTModel.Output(display_name="model", tooltip="The model, for the Inf-DiT Upscale nodes.")],

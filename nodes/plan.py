@@ -11,15 +11,16 @@ from torch import Tensor
 from ..infdit import BudgetTooSmall, MemoryPlan
 from ..infdit.memory.plan import CPU, Workload
 from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, seconds_per_evaluation
+from ..infdit.upscale import schedule
 from .comfy_memory import ManagedModel, budget_bytes, obtainable, plan_run
-from .comfy_page import to_image
+from .comfy_page import duration, from_image, to_image
 from .plot import MemoryBar, draw
-from .report import model_line, plan_lines, size_line
-from .schema import CATEGORY, memory_budget_input, model_input, search_aliases
+from .report import model_line, plan_lines, seconds_foretold, size_line
+from .schema import CATEGORY, BudgetedNode, memory_budget_input, model_input, number, search_aliases
 from .size import MAX_SIDE, Size, result_size, size_input
 
 
-class InfDiTMemoryPlan(io.ComfyNode):
+class InfDiTMemoryPlan(BudgetedNode):
     """Foretells memory."""
 
     @classmethod
@@ -37,7 +38,7 @@ class InfDiTMemoryPlan(io.ComfyNode):
                 size_input(),
                 memory_budget_input(
                     "GiB of the graphics card's memory that the run may hold, model included (without a card: of main "
-                    "memory). 0: what Inf-DiT Upscale would take here and now."
+                    "memory). 0, automatic: what Inf-DiT Upscale would take here and now."
                 ),
                 io.Image.Input(
                     "image", optional=True,
@@ -65,13 +66,18 @@ class InfDiTMemoryPlan(io.ComfyNode):
         cls, model: ManagedModel, width: int, height: int, memory_budget: float, size: Size | None = None,
         image: Tensor | None = None,
     ) -> io.NodeOutput:
-        source = (1, height, width, 3) if image is None else tuple(image.shape)
-        if len(source) != 4 or 0 in source:
-            raise ValueError(f"image of shape {source} must be (batch, height, width, channels), of at least one pixel")
+        height, width = (
+            int(number(side, name, 1, MAX_SIDE, whole=True)) for name, side in (("height", height), ("width", width))
+        )
+        source = (1, height, width, 3) if image is None else tuple(from_image(image).shape)
         workload = model.workload(source, result_size(size, *source[1:3]))
         preview = preview_plan(workload, budget_bytes(memory_budget))
         lines = [*plan_lines(workload, preview.plan), *preview.alternatives()] if preview.fits else []
-        title, named = size_line(workload), model_line(model.name, workload)
+        sigmas = schedule(model.defaults)
+        taken = duration(seconds_foretold(workload, preview.plan, sigmas))
+        way = f"{len(sigmas) - 1} {'step' if len(sigmas) == 2 else 'steps'} of {model.defaults.sampler}"
+        title = f"{size_line(workload)}{f' in about {taken} ({way})' if preview.fits else ''}"
+        named = model_line(model.name, workload)
         plot = draw(title, preview.verdict, preview.fits, preview.bars, [named, *lines])
         report = [title, named, preview.verdict, *(bar.line for bar in preview.bars), *lines]
         return io.NodeOutput("\n".join(report), to_image(plot), ui=ui.PreviewImage(plot, cls=cls))
@@ -107,8 +113,7 @@ class PlanPreview:
     @property
     def verdict(self) -> str:
         """In one sentence."""
-        takes = format_bytes(self.plan.peak_bytes or 0)
-        return f"does not fit: {self.refusal}" if self.refusal else f"fits: takes {takes}"
+        return f"does not fit: {self.refusal}" if self.refusal else "fits"
 
     def alternatives(self) -> list[str]:
         """The least and the fastest plan beside this one."""

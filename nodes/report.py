@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from ..infdit import MemoryPlan, Report, SamplingDefaults
 from ..infdit.memory.plan import Workload
-from ..infdit.memory.planner import PlannedRun, format_bytes
+from ..infdit.memory.planner import PlannedRun, format_bytes, seconds_per_evaluation
+from ..infdit.samplers import evaluations
 from .comfy_page import duration
 
 
@@ -17,19 +19,29 @@ def run_report(
 ) -> str:
     """All lines about a run with the model of this name; steps: of all pictures; seconds: in all."""
     workload, plan = planned.workload, done.plan or planned.plan
-    each = f"{duration(seconds / steps)} a step, " if steps else ""
+    each = f" ({duration(seconds / steps)} a step)" if steps > 1 else ""
     return "\n".join(
         [
-            size_line(workload),
-            model_line(name, workload),
+            f"{size_line(workload)} in {duration(seconds)}{each}",
             sampling,
-            *plan_lines(workload, plan),
-            memory_line(plan, done),
-            f"time: {each}{duration(seconds)} in all",
+            model_line(name, workload),
             *notes,
             *(f"note: {note}" for note in done.replanned),
+            *plan_lines(workload, plan),
+            memory_line(plan, done),
         ]
     )
+
+
+def seconds_foretold(workload: Workload, plan: MemoryPlan, sigmas: Tensor) -> float:
+    """How long a run over these noise levels takes, roughly."""
+    return workload.batch * evaluations(workload.sampler, sigmas) * seconds_per_evaluation(workload, plan)
+
+
+def overshoot_note(image: Tensor) -> list[str]:
+    """That values are clipped, if any are."""
+    low, high = (bound.item() for bound in image.aminmax())
+    return [] if low >= 0 and high <= 1 else [f"note: values from {low:.3g} to {high:.3g} were clipped to 0..1"]
 
 
 def size_line(workload: Workload) -> str:
@@ -45,7 +57,10 @@ def model_line(name: str, workload: Workload) -> str:
 
 
 def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, noise: str) -> str:
-    """How it is sampled; `noise` says where the start's noise comes from, and is empty where there is none."""
+    """How it is sampled; `noise` says where the start's noise comes from, and is empty where there is none.
+
+    Which noise levels the model was made for is said where others are taken.
+    """
     levels = sigmas.tolist()
     steps = len(levels) - 1
     if not steps:
@@ -53,14 +68,15 @@ def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, nois
     taken = f"sampling: {steps} {'step' if steps == 1 else 'steps'} of {sampler}"
     if not noise:
         return f"{taken}; {defaults.start}"
-    return (
-        f"{taken}, noise {levels[0]:.3g} to {levels[-1] or levels[-2]:.3g} (made for {defaults.sigma_max:.3g} to "
-        f"{defaults.sigma_min:.3g}), {noise}"
-    )
+    made_for = [defaults.sigma_max, defaults.sigma_min][: 1 if steps == 1 else 2]
+    ends = [levels[0], *([] if steps == 1 else [levels[-1] or levels[-2]])]
+    own = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(ends, made_for, strict=True))
+    other = "" if own else f" (made for {defaults.sigma_max:.3g} to {defaults.sigma_min:.3g})"
+    return f"{taken}, noise {' to '.join(f'{level:.3g}' for level in ends)}{other}, {noise}"
 
 
 def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
-    """How a run is cut into pieces, what is where, and why."""
+    """How a run is cut into pieces, and what is where."""
     depth, grid = workload.config.num_layers, workload.grid
     layers = f"{plan.group} of {depth} layers" if plan.group < depth else "all layers"
     blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
@@ -69,14 +85,16 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
         places = {"device": "on the card", "host": "in main memory"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"
         hidden = f"hidden states {places[plan.hidden]}, " if plan.group < depth else ""
-        lines.append(f"weights {weights}, {hidden}pictures {places[plan.images]}")
-    return [*lines, plan.reason] if plan.reason else lines
+        plain = "" if plan.pinned else "; main memory is not pinned, so copies take longer"
+        lines.append(f"weights {weights}, {hidden}pictures {places[plan.images]}{plain}")
+    return lines
 
 
 def memory_line(plan: MemoryPlan, done: Report) -> str:
-    """Predicted peak, and the one that a card's allocator counted."""
+    """Predicted peak, the one that a card's allocator counted, and why this plan."""
     measured = ""
     if done.peak_bytes is not None and done.reserved_bytes is not None:
         measured = f", {format_bytes(done.peak_bytes)} measured ({format_bytes(done.reserved_bytes)} reserved)"
     host = f"; main memory {format_bytes(plan.host_bytes)} predicted" if plan.host_bytes else ""
-    return f"peak: {format_bytes(plan.peak_bytes or 0)} predicted{measured}{host}"
+    reason = f"; {plan.reason}" if plan.reason else ""
+    return f"peak: {format_bytes(plan.peak_bytes or 0)} predicted{measured}{host}{reason}"

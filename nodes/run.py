@@ -14,7 +14,7 @@ from ..infdit.memory.planner import PlannedRun
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, with_weights
 from .comfy_page import Bar, duration
-from .report import run_report
+from .report import overshoot_note, run_report, seconds_foretold
 
 
 def run_upscale(
@@ -40,7 +40,7 @@ def run_upscale(
         sampling, notes: lines for the report.
         given: passed on to `upscale`.
     """
-    workload, done, bar = planned.workload, Report(), Bar(node_id)
+    workload, done, bar = planned.workload, Report(), Bar(node_id, planned.workload.batch)
     vectors = conditioning.vectors if conditioning is not None and model.listens else None
     work = partial(
         upscale,
@@ -50,20 +50,18 @@ def run_upscale(
         sigmas=sigmas,
         plan=planned,
         clip_embedding=vectors,
-        progress=bar.show,
+        progress=partial(bar.show, done),
         report=done,
         **given,
     )
-    began, told = time.monotonic(), "stopped"
-    try:
-        result = with_weights(model, planned.plan, work)
-        seconds = time.monotonic() - began
-        bar.fill()
-        told = f"{workload.width}×{workload.height} in {duration(seconds)}"
-    finally:
-        bar.tell(told)
+    began = time.monotonic()
+    bar.tell(f"about {duration(seconds_foretold(workload, planned.plan, sigmas))}")
+    result = with_weights(model, planned.plan, work)
+    seconds = time.monotonic() - began
+    bar.fill()
+    bar.tell(f"{workload.width}×{workload.height} in {duration(seconds)}")
     steps = (len(sigmas) - 1) * workload.batch
-    lines = [*notes, *conditioning_lines(model, conditioning)]
+    lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
     return result, run_report(model.name, sampling, steps, planned, done, seconds, lines)
 
 

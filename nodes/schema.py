@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 
 CATEGORY = "image/upscaling/Inf-DiT"
-MAX_BUDGET = 64.0  # GiB
+MAX_BUDGET = 32.0  # GiB, of the slider: most of its way is what cards have
+MOST_BUDGET = 1024.0  # GiB, of what is taken: workflows saved before the slider ended at 32 say up to 64
 MAX_SEED = 2**64 - 1
 
 InfDiTModel = io.Custom("INFDIT_MODEL")
@@ -26,6 +27,33 @@ def search_aliases(*names: str) -> dict[str, Sequence[str]]:
     """
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return {"search_aliases": list(names)} if "search_aliases" in known else {}
+
+
+def number(value: object, name: str, least: float, most: float, whole: bool = False) -> float:
+    """A widget's value, for which a link may have given anything; an int if it is to be a whole number.
+
+    Raises:
+        ValueError: no number, or one beyond what the widget takes.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most:
+        if not whole:
+            return value
+        if value == int(value):
+            return int(value)
+    kind = "whole number" if whole else "number"
+    raise ValueError(f"{name} is {value!r} and must be a {kind} from {least:.10g} to {most:.10g}")
+
+
+class BudgetedNode(io.ComfyNode):
+    """A node with a memory budget, which may be beyond where its slider ends."""
+
+    @classmethod
+    def validate_inputs(cls, memory_budget: float | None = None, *, size: object = None) -> bool | str:
+        """In place of ComfyUI's own limits. A link's value is not known yet; size is passed whatever is asked for."""
+        try:
+            return memory_budget is None or number(memory_budget, "memory_budget", 0, MOST_BUDGET) >= 0
+        except ValueError as error:
+            return str(error)
 
 
 def model_input() -> io.Input:
@@ -46,15 +74,15 @@ def image_output() -> io.Output:
 def memory_budget_input(tooltip: str) -> io.Input:
     """How much memory a run may hold."""
     return io.Float.Input(
-        "memory_budget", default=0.0, min=0.0, max=MAX_BUDGET, step=0.05, round=0.01, display_mode=SLIDER,
-        tooltip=tooltip,
+        "memory_budget", display_name="memory GiB (0 = auto)", default=0.0, min=0.0, max=MAX_BUDGET,
+        step=0.05, round=0.01, display_mode=SLIDER, tooltip=tooltip,
     )  # fmt: skip
 
 
 RUN_BUDGET = (
     "GiB of the graphics card's memory that this run may hold, model included (without a card: of main memory). The "
-    "picture is the same with any, only the time differs. 0: as much as makes it fast, if unloading other models can "
-    "free that; otherwise what is free then."
+    "picture is the same with any, only the time differs. 0, automatic: as much as makes it fast, if unloading other "
+    "models can free that; otherwise what is free then."
 )
 
 
@@ -67,10 +95,20 @@ def conditioning_input() -> io.Input:
     )
 
 
+def transparency_input() -> io.Input:
+    """What is transparent, for pictures that come without a fourth channel."""
+    return io.Mask.Input(
+        "transparency", optional=True,
+        tooltip="What is transparent in the picture: the mask from Load Image, 1 where nothing is seen. It is enlarged "
+        "and the result has it as a fourth channel. A mask of zeros, which pictures without transparency have, "
+        "changes nothing.",
+    )
+
+
 def report_output() -> io.Output:
     """Text for people."""
     return io.String.Output(
         display_name="report",
-        tooltip="What was done, in a few lines: size, steps, memory plan, predicted peak (and on a card the "
-        "measured one), time. Connect Preview as Text to read it.",
+        tooltip="What was done, in a few lines: size and time, steps, model, then the memory plan with its predicted "
+        "peak (and on a card the measured one). Connect Preview as Text to read it.",
     )

@@ -9,11 +9,17 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..infdit.upscale import MAX_SCALE
-from .schema import SLIDER
+from .schema import SLIDER, number
 
 MAX_SIDE = 65536  # pixels
 MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
-WAYS = SCALE, SIDES, LONGEST, MEGAPIXELS = "scale by", "width and height", "longest side", "megapixels"
+MAX_MEGAPIXELS = MAX_SIDE**2 // MEGAPIXEL
+SCALE, SIDES, LONGEST, MEGAPIXELS = "scale by", "width and height", "longest side", "megapixels"
+WAYS = {SCALE: ["scale"], SIDES: ["width", "height"], LONGEST: ["longest_side"], MEGAPIXELS: ["megapixels"]}
+CHOOSE = (
+    f"size must be chosen on the node, as one of {', '.join(WAYS)}: links can give only its numbers; in a prompt for "
+    'the API its keys are flat, as "size": "scale by", "size.scale": 4'
+)
 
 Size = Mapping[str, Any]  # a DynamicCombo's value: the choice under the input's own name, and the choice's inputs
 
@@ -34,12 +40,13 @@ def size_input() -> io.Input:
 
 def _scale_input() -> io.Input:
     return io.Float.Input(
-        "scale", default=4.0, min=1.01, max=float(MAX_SCALE), step=0.01, display_mode=SLIDER,
+        "scale", display_name="scale (at most ×4)", default=4.0, min=1.01, max=float(MAX_SCALE), step=0.01,
+        display_mode=SLIDER,
         tooltip="How many times larger each side becomes. The model is trained for up to 4.",
     )
 
 
-def _side_input(name: str, default: int = 4096) -> io.Input:
+def _side_input(name: str, default: int = 2048) -> io.Input:
     other = "height" if name == "width" else "width"
     return io.Int.Input(
         name, default=default, min=0, max=MAX_SIDE,
@@ -50,56 +57,85 @@ def _side_input(name: str, default: int = 4096) -> io.Input:
 
 def _longest_side_input() -> io.Input:
     return io.Int.Input(
-        "longest_side", default=4096, min=1, max=MAX_SIDE,
+        "longest_side", default=2048, min=1, max=MAX_SIDE,
         tooltip="Pixels of the result's longer side; the other one keeps the proportions.",
     )
 
 
 def _megapixels_input() -> io.Input:
     return io.Float.Input(
-        "megapixels", default=16.0, min=0.01, max=float(MAX_SIDE**2 // MEGAPIXEL), step=0.01,
+        "megapixels", default=4.0, min=0.01, max=float(MAX_MEGAPIXELS), step=0.01,
         tooltip="Pixels of the result in millions, counted as 1024×1024 as in ComfyUI's own nodes; proportions are "
-        "kept. 16 is 4096×4096.",
+        "kept. 4 is 2048×2048, 16 is 4096×4096.",
     )
 
 
 def result_size(size: Size | None, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that a picture of height × width becomes.
+    """(height, width) that a picture of height × width becomes; rounded half up, as `infdit` does.
 
     Raises:
-        ValueError: smaller than the picture, or more than 4 times it.
+        ValueError: smaller than the picture, or more than 4 times it; with the number that works, by its widget's name.
     """
-    if size is None or size.get("size") not in WAYS:  # one that is not known never comes here: ComfyUI leaves it out
-        raise ValueError(f"size must be one of {', '.join(WAYS)}, with its inputs: choose one of them")
-    target = _target(size, height, width)
-    picture, result = f"{width}×{height}", f"{target[1]}×{target[0]}"
-    if target[0] > MAX_SCALE * height or target[1] > MAX_SCALE * width:
-        most = f"{MAX_SCALE * width}×{MAX_SCALE * height}"
-        raise ValueError(
-            f"{result} is more than {MAX_SCALE} times the picture's {picture}: ask for {most} at most, and use the "
-            "node twice for more"
-        )
-    if target == (height, width) or target[0] < height or target[1] < width:
-        raise ValueError(
-            f"{result} is not larger than the picture's {picture}: ask for more, or leave this node out (Upscale Image "
-            "makes pictures smaller)"
-        )
-    return target
-
-
-def _target(size: Size, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that is asked for; rounded half up, as `infdit` does."""
-    if size["size"] == SIDES:
-        new_height, new_width = int(size["height"]), int(size["width"])
-        if not new_height and not new_width:
+    way = size.get("size") if isinstance(size, Mapping) else None
+    if not isinstance(size, Mapping) or not isinstance(way, str) or way not in WAYS:
+        raise ValueError(CHOOSE)  # ComfyUI leaves out what it does not know: a link, a nested value
+    given = {name: number(size.get(name), f"size.{name}", 0, MAX_SIDE) for name in WAYS[way]}
+    if way == SIDES:
+        given = {name: value for name, value in given.items() if value}
+        if not given:
             raise ValueError("width and height of the result are both 0: give at least one of them")
-        down, across = new_height / height, new_width / width
-        factors = down or across, across or down
-    elif size["size"] == LONGEST:
-        factors = (size["longest_side"] / max(height, width),) * 2
-    elif size["size"] == MEGAPIXELS:
-        factors = (math.sqrt(size["megapixels"] * MEGAPIXEL / (height * width)),) * 2
-    else:
-        factors = (size["scale"],) * 2
-    new_height, new_width = (math.floor(s * f + 0.5) for s, f in zip((height, width), factors, strict=True))
-    return max(1, new_height), max(1, new_width)
+        if given == {"width": width, "height": height}:
+            raise ValueError(f"{width}×{height} is what the picture has already: type more in width or height")
+    for name, value in given.items():
+        _check(name, value, height, width, several=len(given) > 1)
+    down, across = _factors(way, given, height, width)
+    return math.floor(height * down + 0.5), math.floor(width * across + 0.5)
+
+
+def _factors(way: str, given: Mapping[str, float], height: int, width: int) -> tuple[float, float]:
+    """How many times (higher, wider) the result is."""
+    if way == SIDES:
+        down, across = given.get("height", 0) / height, given.get("width", 0) / width
+        return down or across, across or down
+    value = next(iter(given.values()))
+    if way == LONGEST:
+        value /= max(height, width)
+    elif way == MEGAPIXELS:
+        value = math.sqrt(value * MEGAPIXEL / (height * width))
+    return value, value
+
+
+def _check(name: str, value: float, height: int, width: int, several: bool) -> None:
+    """Whether a widget's value is within what the picture can become; several: both sides are given."""
+    least, most = _limits(name, height, width, several)
+    picture = f"{width}×{height}"  # the number to type comes early: the line on the node is short
+    if least > most:
+        raise ValueError(f"{name} cannot say what a picture of {picture} becomes: choose another way to say its size")
+    if value > most:
+        raise ValueError(
+            f"{name} {value:.10g} is too large: type {most:.10g} at most, {MAX_SCALE} times the picture's {picture}; "
+            "for more use the node twice"
+        )
+    if value < least:
+        raise ValueError(
+            f"{name} {value:.10g} is too small: type {least:.10g} at least, for the picture has {picture} already; "
+            "Upscale Image makes pictures smaller"
+        )
+
+
+def _limits(name: str, height: int, width: int, several: bool) -> tuple[float, float]:
+    """The least and the most that a widget may say, to the digits that it shows."""
+    longer = max(height, width)
+    grown = (longer + 0.5) / longer  # what makes a picture larger, if by one pixel only
+    if name == "scale":
+        return _up(grown), MAX_SCALE
+    if name == "megapixels":
+        area = height * width / MEGAPIXEL
+        return _up(grown**2 * area), min(math.floor(MAX_SCALE**2 * area * 100) / 100, MAX_MEGAPIXELS)
+    side = {"width": width, "height": height, "longest_side": longer}[name]
+    return side + (not several), min(MAX_SCALE * side, MAX_SIDE)
+
+
+def _up(value: float) -> float:
+    """Rounded up to hundredths."""
+    return math.ceil(value * 100) / 100

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..infdit import SamplingDefaults
 from ..infdit.conditioning import upscale_alpha
 from ..infdit.samplers import SAMPLERS
-from ..infdit.upscale import check_image, schedule
+from ..infdit.upscale import schedule
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
@@ -16,11 +16,13 @@ from .comfy_page import from_image, to_image
 from .report import sampling_line
 from .run import run_upscale
 from .size import Size, result_size, size_input
+from .transparency import from_mask, with_transparency
 
 AUTO = "auto"
+MAX_STEPS = 1000
 
 
-class InfDiTUpscale(io.ComfyNode):
+class InfDiTUpscale(schema.BudgetedNode):
     """Enlarges pictures."""
 
     @classmethod
@@ -39,6 +41,7 @@ class InfDiTUpscale(io.ComfyNode):
                 schema.memory_budget_input(schema.RUN_BUDGET),
                 schema.conditioning_input(),
                 _mask_input(),
+                schema.transparency_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -57,14 +60,19 @@ class InfDiTUpscale(io.ComfyNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, steps: int, sampler_name: str, denoise: float, seed: int,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | None = None, transparency: Tensor | None = None,
     ) -> io.NodeOutput:
         pictures = from_image(image)
-        check_image(pictures)
+        steps, seed = (
+            int(schema.number(value, name, 0, most, whole=True))
+            for name, value, most in (("steps", steps, MAX_STEPS), ("seed", seed, schema.MAX_SEED))
+        )
+        denoise = schema.number(denoise, "denoise", 0, 1)
+        pictures = with_transparency(pictures, transparency)
         defaults, target = model.defaults, result_size(size, *pictures.shape[1:3])
         sampler = defaults.sampler if sampler_name == AUTO else sampler_name
         sigmas = schedule(defaults, steps or None, denoise=denoise)
-        masks = None if mask is None else enlarged_mask(from_image(mask), target)
+        masks = None if mask is None else enlarged_mask(mask, target)
         planned = plan_run(model.workload(pictures.shape, target, sampler), budget_bytes(memory_budget))
         result, report = run_upscale(
             model,
@@ -77,14 +85,14 @@ class InfDiTUpscale(io.ComfyNode):
             steps_note(steps, defaults),
             seed=seed,
         )
-        masks = transparency(result) if masks is None else masks
+        masks = unseen(result) if masks is None else masks
         return io.NodeOutput(to_image(result), to_image(masks), report)
 
 
 def _sampling_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
-            "steps", default=0, min=0, max=1000, extra_dict=schema.ADVANCED,
+            "steps", default=0, min=0, max=MAX_STEPS, extra_dict=schema.ADVANCED,
             tooltip="Sampling steps: more take longer and can add finer detail. 0: as many as the model was "
             "made for. The bundled model gains nothing from more than one.",
         ),
@@ -109,8 +117,8 @@ def _sampling_inputs() -> list[io.Input]:
 def _mask_input() -> io.Input:
     return io.Mask.Input(
         "mask", optional=True,
-        tooltip="A mask to enlarge along with the picture, such as the transparency from Load Image. It "
-        "comes out at the size of the result and does not change the picture.",
+        tooltip="A mask to enlarge along with the picture. It comes out at the size of the result and does not "
+        "change the picture.",
     )
 
 
@@ -124,16 +132,10 @@ def steps_note(steps: int, defaults: SamplingDefaults) -> list[str]:
 
 
 def enlarged_mask(mask: Tensor, target: tuple[int, int]) -> Tensor:
-    """(B, h, w) or (h, w), of any size → (B, height, width), as the alpha of a picture is enlarged.
-
-    Raises:
-        ValueError: nothing to enlarge.
-    """
-    if mask.dim() not in (2, 3) or 0 in mask.shape:
-        raise ValueError(f"mask of shape {tuple(mask.shape)} must be (batch, height, width), of at least one pixel")
-    return upscale_alpha(mask.reshape(-1, 1, *mask.shape[-2:]).clamp(0, 1), target)[:, 0]
+    """(B, h, w) or (h, w), of any size → (B, height, width) float32 on the CPU, as a picture's alpha is enlarged."""
+    return upscale_alpha(from_mask(mask, "mask")[:, None], target)[:, 0]
 
 
-def transparency(image: Tensor) -> Tensor:
+def unseen(image: Tensor) -> Tensor:
     """(B, h, w, 3 or 4) → (B, h, w) as Load Image gives it: 1 where nothing is seen."""
     return 1 - image[..., 3] if image.shape[-1] == 4 else image.new_zeros(image.shape[:3])

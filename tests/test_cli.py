@@ -13,8 +13,11 @@ import pytest
 import torch
 from conftest import DATA
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from infdit.__main__ import main
+from infdit.checkpoint import BUNDLED
 from infdit.cli import bytes_of
 from infdit.memory.planner import format_bytes
 
@@ -200,6 +203,58 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 )
 def test_amounts_for_people(count: float, said: str) -> None:
     assert format_bytes(int(count)) == said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_closed_streams_lose_no_run(tmp_path: Path, closed: str) -> None:
+    source = make_picture(tmp_path / "in.png")
+    command = f"{sys.executable} -m infdit upscale {source} -o {tmp_path / 'out.png'} --scale 2 {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0
+    with Image.open(tmp_path / "out.png") as result:
+        assert result.size == (24, 18)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_no_model_and_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for arguments in (("info", pipe), ("convert", pipe, tmp_path / "x.safetensors")):
+        assert run(*arguments) == 2
+        assert one_line(capsys) == f"infdit: {pipe}: is a pipe or a device; give a file."
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steering = "\x1b]0;title\x07 \x1b[31m\nsecond line \x9b2J"
+    save_file({steering: torch.zeros(1)}, tmp_path / "key.safetensors")
+    assert run("info", tmp_path / "key.safetensors") == 2
+    said = one_line(capsys)
+    assert r"\x1b[31m\nsecond line \x9b2J" in said
+    with safe_open(str(BUNDLED["mini"]), "pt") as file:
+        metadata = file.metadata() | {"provenance": steering}
+    save_file(load_file(BUNDLED["mini"]), tmp_path / "stated.safetensors", metadata)
+    assert run("info", tmp_path / "stated.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in said + shown)
+
+
+def test_no_message_names_a_path_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    make_picture(tmp_path / "pictures" / "good.png")
+    broken = tmp_path / "pictures" / "broken.png"
+    broken.write_bytes(make_picture(tmp_path / "whole.png", (64, 64)).read_bytes()[:90])
+    nowhere = tmp_path / "nowhere" / "x"
+    for arguments, named in (
+        (("convert", BUNDLED["mini"], nowhere.with_suffix(".safetensors")), nowhere.parent),
+        (("upscale", tmp_path / "whole.png", "-o", nowhere.with_suffix(".png")), nowhere.parent),
+        (("upscale", broken.parent, "-o", tmp_path / "out"), broken),
+        (("info", tmp_path / "gone.safetensors"), tmp_path / "gone.safetensors"),
+    ):
+        assert run(*arguments) == 2
+        (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("infdit: "))
+        assert said.count(str(named)) == 1, said
+        assert "None" not in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")

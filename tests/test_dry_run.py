@@ -42,6 +42,14 @@ def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     assert part == whole
 
 
+@pytest.mark.parametrize("side", [600, 1500])
+def test_what_an_apple_chip_holds_is_counted_in_its_one_memory(side: int) -> None:
+    """The pictures given, those on their way and those on the device: nothing is left out for being on the host."""
+    workload = Workload(InfDiTConfig(3, 64, 2, 4, 64, 0), side, side, 2, device=torch.device("mps"), sampler="euler")
+    plan = fastest_plan(workload, least_of(workload), MUCH)
+    assert_within(counted_peak(workload, plan), workload.footprint(plan), unified=True)
+
+
 def random_workload(rng: random.Random, most: float = 14) -> Workload:
     """Sides from 64 pixels to 2^most."""
     config = rng.choice(

@@ -6,13 +6,14 @@ Skipped where there is no CUDA (or ROCm) device. `python -m benchmarks` times pl
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from test_memory import random_model
 
 import infdit
-from infdit import InfDiTConfig, MemoryPlan
+from infdit import InfDiTConfig, MemoryPlan, Report, selfcheck
 from infdit.memory.plan import Workload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -78,3 +79,58 @@ def test_a_run_stops_soon() -> None:
         infdit.upscale(model, picture(512), steps=1, sampler="euler", device=CUDA, progress=progress)
     torch.cuda.synchronize(CUDA)
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_card_computes_as_the_cpu_does(dtype: torch.dtype, pinned: bool) -> None:
+    selfcheck.compare(CUDA, dtype, pinned)
+
+
+AWAY = MemoryPlan(1, 2, "streamed", "host", "host")
+SMALL = InfDiTConfig(8, 64, 2, 4, 32, 0, position_period=16)
+
+
+def test_without_pinned_memory_the_picture_is_the_same() -> None:
+    model = random_model(SMALL, torch.float32)
+    plans = AWAY, replace(AWAY, pinned=False)
+    results = [infdit.upscale(model, picture(50), steps=2, plan=plan, device=CUDA) for plan in plans]
+    assert (results[0] - results[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("number", [1, 2, 30, 100])
+def test_a_pin_that_fails_is_gone_on_without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = random_model(SMALL, torch.float32), 0
+    expected = infdit.upscale(model, picture(50), steps=2, plan=AWAY, device=CUDA)
+    original = torch.Tensor.pin_memory
+
+    def pin(tensor: torch.Tensor, *device: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(tensor, *device)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    report = Report()
+    result = infdit.upscale(model, picture(50), steps=2, plan=AWAY, device=CUDA, report=report)
+    assert (result - expected).abs().max() < 1e-4
+    assert report.plan == replace(AWAY, pinned=False)
+
+
+def test_a_card_that_is_really_full_is_gone_on_with() -> None:
+    """Half of what the plan foretells may be had; what a failed attempt held is given back before the next."""
+    model = random_model(InfDiTConfig(8, 1024, 16, 4, 64, 0), torch.bfloat16)
+    plan = MemoryPlan(8, 64)
+    expected = infdit.upscale(model, picture(256), steps=1, plan=plan, device=CUDA)
+    foretold = Workload(model.config, 1024, 1024, device=CUDA).footprint(plan).device
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(CUDA)[1]
+    report = Report()
+    torch.cuda.set_per_process_memory_fraction(foretold / 2 / total, CUDA)
+    try:
+        result = infdit.upscale(model, picture(256), steps=1, plan=plan, device=CUDA, report=report)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+    assert report.replanned
+    assert (result - expected).abs().max() < 0.05  # bfloat16

@@ -133,7 +133,7 @@ ROOMS = (  # architecture.md draws them
     ("config", "grid", "rotary", "samplers", "device", "names"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
-    ("run", "upscale"),
+    ("run", "selfcheck", "upscale"),
     ("tensorfile", "clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )
@@ -158,7 +158,8 @@ def test_functions_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NODES, ids=by_name)
 def test_only_what_is_named_after_it_uses_comfyui_internals(path: Path) -> None:
-    allowed = {"comfy_api", "folder_paths"} | ({"comfy"} if path.name.startswith("comfy_") else set())
+    internals = {"comfy", "comfy_execution"} if path.name.startswith("comfy_") else set()
+    allowed = {"comfy_api", "folder_paths"} | internals
     assert absolute(path.read_text()) & (COMFYUI | OURS) <= allowed
 
 

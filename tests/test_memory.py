@@ -91,8 +91,9 @@ def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
         (512, MemoryPlan(1, 1, "streamed", "host", "host")),
         (768, MemoryPlan(28, 2)),
         (768, MemoryPlan(4, 4, "streamed")),
+        (512, MemoryPlan(1, 1, "streamed", "host", "host", pinned=False)),
     ],
-    ids=["everything on the host", "everything on the device", "weights streamed"],
+    ids=["everything on the host", "everything on the device", "weights streamed", "nothing pinned"],
 )
 def test_published_size_on_fake_tensors(side: int, plan: MemoryPlan) -> None:
     """Where 16 MiB of slack are little beside the whole."""
@@ -100,6 +101,7 @@ def test_published_size_on_fake_tensors(side: int, plan: MemoryPlan) -> None:
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device
     assert held.device <= 1.1 * counted["device"] + SLACK
+    assert counted["host"] <= held.host <= 1.1 * counted["host"] + SLACK
 
 
 def test_weights_are_counted_from_sizes() -> None:

@@ -1,6 +1,9 @@
 """The planner: budgets are kept, the choice is the best of those enumerated, what cannot be is refused with numbers."""
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +12,19 @@ from test_memory import assert_within, random_model
 import infdit
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
+from infdit.device import one_memory
 from infdit.grid import BlockGrid
 from infdit.memory.plan import Workload
-from infdit.memory.planner import GIB, MAX_LAYER_SECONDS, CostModel, schedules, seconds_per_evaluation
+from infdit.memory.planner import (
+    GIB,
+    MAX_LAYER_SECONDS,
+    CostModel,
+    candidates,
+    fastest_plan,
+    free_bytes,
+    schedules,
+    seconds_per_evaluation,
+)
 
 PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
 MUCH = 2**50
@@ -135,3 +148,72 @@ def test_upscale_refuses_a_budget_that_is_too_small_before_it_starts() -> None:
     model = infdit.load_model("mini", device="cpu")
     with pytest.raises(BudgetTooSmall, match=r"1 MiB is too little for 256×256: at least \d+\.\d+ MiB"):
         infdit.upscale(model, torch.zeros(1, 64, 64, 3), budget=2**20)
+
+
+def test_without_pinned_memory_plans_are_priced_by_plain_copies() -> None:
+    """They take longer, no copy hides behind arithmetic, and no more is pinned than may be."""
+    workload, plan = Workload(PUBLISHED, 4096, 4096, 1, BF16, CUDA), MemoryPlan(1, 4, "streamed", "host", "host")
+    held = workload.footprint(plan)
+    pinned = held.host_weights + held.host_hidden
+    for pinnable, expected in ((None, True), (pinned, True), (pinned // 2, False), (0, False)):
+        asked = replace(workload, pinnable=pinnable)
+        plans = [c.plan for c in candidates(asked) if c.plan.weights == "streamed" and c.plan.hidden == "host"]
+        least = fastest_plan(asked, int(0.4 * GIB), MUCH)
+        assert plan in plans or not expected
+        assert least.pinned is expected
+        nothing_away = [c.plan for c in candidates(asked) if c.held.host_weights + c.held.host_hidden == 0]
+        assert all(c.pinned for c in nothing_away)
+        if not expected:
+            assert least.host_bytes == workload.footprint(replace(least, pinned=False)).host < held.host
+    plain = replace(plan, pinned=False)
+    assert workload.footprint(plain).device == held.device
+    times = [seconds(PUBLISHED, 4096, 4096, p, BF16, CUDA) for p in (MemoryPlan(1, 4), plain)]
+    traffic = held.host_weights * 0.8 + 2 * 27 * held.host_hidden * 0.8
+    assert times[1] - times[0] > traffic / 20e9, "the whole of the copies, at less than a pinned copy's speed"
+
+
+def test_without_pinned_memory_a_plan_that_copies_less_is_preferred() -> None:
+    workload = Workload(PUBLISHED, 4096, 4096, 1, BF16, CUDA)
+    budget = 3 * GIB
+    chosen = fastest_plan(replace(workload, pinnable=0), budget, MUCH)
+    assert chosen != replace(fastest_plan(workload, budget, MUCH), pinned=False)
+    assert chosen == fastest_plan(replace(workload, pinnable=0), budget, MUCH)
+
+
+@pytest.fixture
+def integrated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A graphics card that is a part of the processor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
+    one_memory.cache_clear()
+    yield
+    one_memory.cache_clear()
+
+
+@pytest.mark.usefixtures("integrated")
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_where_there_is_one_memory_everything_stays_in_place_within_one_budget(kind: str) -> None:
+    workload = Workload(PUBLISHED, 2048, 1024, 2, BF16, torch.device(kind))
+    for candidate in candidates(workload):
+        plan, held = candidate.plan, candidate.held
+        assert (plan.weights, plan.hidden, plan.images, held.host) == ("resident", "device", "device", 0)
+    plan = MemoryPlan(1, 4)
+    apart = replace(workload, device=torch.device("xpu")).footprint(plan)
+    assert apart.device < workload.footprint(plan).device <= apart.device + apart.host, "pictures given count too"
+    least = least_of({"config": PUBLISHED, "height": 2048, "width": 1024, "dtype": BF16, "device": kind})
+    assert plan_memory(PUBLISHED, 2048, 1024, device=kind, budget=least, host_budget=0).peak_bytes == least
+
+
+@pytest.mark.usefixtures("integrated")
+@pytest.mark.parametrize(("by_driver", "by_system"), [(6, 9), (9, 6)])
+def test_no_more_is_free_in_one_memory_than_driver_and_system_say(
+    by_driver: int, by_system: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=by_system * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((by_driver - 1) * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: (by_driver + 2) * GIB)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * GIB)
+    for kind in ("cuda", "mps"):
+        assert free_bytes(torch.device(kind)) == int(6 * GIB * 0.9)

@@ -204,6 +204,22 @@ def test_each_limit(column: str, passes: float, fails: float) -> None:
     )
 
 
+def test_a_model_that_is_certain_must_win_decibels_and_may_be_soft() -> None:
+    soft = replace(KEEPS, psnr=BICUBIC.psnr + 0.6, energy=0.1, flat_energy=0.1, patch_seam=1.11, block_seam=1.07)
+    soft = replace(soft, consistency=BICUBIC.consistency + 1)
+    assert quality.failures(soft, BICUBIC, quality.CERTAIN) == []
+    for column, value in {"psnr": BICUBIC.psnr, "patch_seam": 1.13, "block_seam": 1.09, "flat_energy": 1.3}.items():
+        assert len(quality.failures(replace(soft, **{column: value}), BICUBIC, quality.CERTAIN)) == 1, column
+
+
+def test_halved_pictures_lose_the_grid_of_a_jpeg(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    grid = np.kron(rng.integers(0, 255, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    Image.fromarray(grid).save(tmp_path / "a.png")
+    halved = quality._case(tmp_path / "a.png", Settings(halve=True), False).low
+    assert np.array_equal(halved, grid[::2, ::2])
+
+
 def test_mean_leaves_out_what_cannot_be_told() -> None:
     row = quality.mean([Scores(psnr=1, energy=4), Scores(psnr=math.inf), Scores(energy=5)])
     assert (row.psnr, row.energy) == (math.inf, 4.5)
@@ -319,7 +335,7 @@ def test_bicubic_on_known_pictures(folder: str, expected: float) -> None:
         pytest.skip(f"set INFDIT_TEST_PICTURES to a folder that has {folder}/")
     found = []
     for path in infdit.picture.find_pictures([Path(given) / folder]):
-        case = quality._case(path, None, True)
+        case = quality._case(path, Settings(), True)
         assert case.original is not None
         height, width = case.original.shape[:2]
         enlarged = quality._resized(case.low, height, width)

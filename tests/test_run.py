@@ -9,9 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
-from benchmarks.dry_run import ACCELERATOR
+from benchmarks.dry_run import ACCELERATOR, FakeAccelerator
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, Conditioning, MemoryPlan, OutOfMemory, Report, upscale
+from infdit.device import PinFailed, out_of_memory
+from infdit.memory.offload import HostMemory
 from infdit.memory.plan import Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import InfDiT, Layer
@@ -207,14 +209,19 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     plans = [MemoryPlan(2, 16), MemoryPlan(1, 16, "streamed", "host", "host")]
     live: list[int] = []
     sigmas = torch.tensor([0.1, 0.0])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         report = Report()
         planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda: 0)
-        monkeypatch.setattr(PlannedRun, "smaller", lambda self: replace(self, plan=plans[1]))
         run = Run(model, planned, lambda done: None, report)
         with PeakMeter(device=ACCELERATOR) as meter:
             original = Layer.forward
+
+            def smaller(self: PlannedRun) -> PlannedRun:
+                live.append(meter.live["device"])
+                return replace(self, plan=plans[1])
+
+            monkeypatch.setattr(PlannedRun, "smaller", smaller)
 
             def forward(layer: Layer, *inputs: object) -> torch.Tensor:
                 live.append(meter.live["device"])
@@ -228,7 +235,89 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"
-    assert live[1] < 1.1 * picture, "x, which the sampler has"
+    assert live[1] == picture, "x, which the sampler has; nothing else when a smaller plan is sought in what is free"
+    assert live[2] < 1.1 * picture, "and what is computed now"
+
+
+class FailingPin:
+    """Of the tensors that are asked for on the host, the one of this number cannot be had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.calls = 0
+        original = HostMemory.empty
+
+        def empty(memory: HostMemory, *shape: object) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == number:
+                raise PinFailed("main memory could not be pinned (CUDA error: out of memory)")
+            return original(memory, *shape)
+
+        monkeypatch.setattr(HostMemory, "empty", empty)
+
+
+def test_a_pin_that_fails_is_no_full_card() -> None:
+    """For a card that is not here nothing can be pinned: a real failure."""
+    with pytest.raises(PinFailed, match=r"^main memory could not be pinned \(.+\): use a MemoryPlan with "):
+        HostMemory(9, torch.device("cuda")).empty((9,), torch.float32)
+    assert not out_of_memory(PinFailed("CUDA error: out of memory"))
+
+
+def test_a_pin_that_fails_at_any_time_changes_neither_picture_nor_plan(
+    mini: InfDiT, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = MemoryPlan(2, 3, "streamed", "host", "host")
+    options = {"plan": plan, "steps": 2, "sampler": "euler"}
+    expected, number = upscale(mini, image, **options), 0
+    while True:
+        number += 1
+        report = Report()
+        with monkeypatch.context() as patch:
+            failing = FailingPin(patch, number)
+            result = upscale(mini, image, report=report, **options)
+        assert (result - expected).abs().max() < 1e-4
+        if failing.calls < number:
+            break
+        assert report.plan == replace(plan, pinned=False)
+        assert [note.split(":")[0] for note in report.replanned] == ["main memory could not be pinned"]
+    assert number > 4, "hidden states of both evaluations"
+    assert report.plan == plan
+    assert report.replanned == []
+
+
+def test_a_pin_that_fails_at_any_time_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and hidden states of a planned run, on fake tensors; and the new plan takes no more of the card."""
+    config = infdit.InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=16, vector_dim=0)
+    workload = Workload(config, 32, 48, device=torch.device("cuda"), dtype=torch.float32)
+    plan = MemoryPlan(1, 2, "streamed", "host", "host")
+    plan = replace(plan, peak_bytes=workload.footprint(plan).device)  # as if a planner had made it
+    live: list[int] = []
+    original = PlannedRun.unpinned
+
+    def unpinned(planned: PlannedRun) -> PlannedRun:
+        live.append(meter.live["host"])
+        return original(planned)
+
+    monkeypatch.setattr(PlannedRun, "unpinned", unpinned)
+    number, tried = 0, 0
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
+        model = InfDiT(config).requires_grad_(False)
+        while number == tried:
+            number, report = number + 5, Report()  # of weights all are alike; the last are hidden states
+            planned = PlannedRun(replace(workload, device=ACCELERATOR), plan, lambda: 0)
+            run = Run(model, planned, lambda done: None, report)
+            with PeakMeter(device=ACCELERATOR) as meter, monkeypatch.context() as patch:
+                failing, picture = FailingPin(patch, number), torch.zeros(1, 3, 32, 48)
+                run.denoiser(Conditioning(picture[..., :8, :12], picture))(picture, 1.0)
+                tried = min(failing.calls, number)
+                if number == tried:
+                    assert live.pop() <= 5 * picture.nbytes, "pictures only"
+                    assert report.plan is not None
+                    assert not report.plan.pinned
+                    assert report.plan.peak_bytes is not None
+                    assert report.plan.peak_bytes <= (plan.peak_bytes or 0)
+                    assert meter.peak["host"] <= workload.footprint(plan).host + picture.nbytes
+                del run
+    assert number > len(list(model.layers.parameters()))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyboardInterrupt()])

@@ -195,9 +195,11 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Agents:
 
     original = Transfer.__init__
 
-    def made(self: Transfer, device: torch.device) -> None:
-        original(self, device)
-        self._stream = streams[COPY]  # type: ignore[assignment]
+    def made(self: Transfer, device: torch.device, pinned: bool = True) -> None:
+        original(self, device, pinned)
+        self._paced = True
+        if pinned:
+            self._stream = streams[COPY]  # type: ignore[assignment]
 
     monkeypatch.setattr(Transfer, "__init__", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -216,7 +218,7 @@ def watch(agents: Agents, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan, tol
             seen.storages[tensor.untyped_storage()].recorded.add(stream.name)
 
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    monkeypatch.setattr(dry_run, "PeakMeter", lambda held, device: seen)
+    monkeypatch.setattr(dry_run, "PeakMeter", lambda *held: seen)
     workload = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
     dry_run.counted_peak(workload, plan, whole=True)
     if seen.lost:
@@ -282,3 +284,31 @@ def test_a_wait_that_is_left_out_is_found(what: str, agents: Agents, monkeypatch
 def test_memory_of_which_the_allocator_was_not_told_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RaceError, match="given back to copy while compute may still use it"):
         watch(agents, monkeypatch, AWAY, told=False)
+
+
+def failing_pin(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Of the calls that pin a tensor, the one of this number fails as CUDA says it. The calls."""
+    calls: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls) + 1)
+        if len(calls) == number:
+            raise RuntimeError("CUDA error: out of memory")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return calls
+
+
+def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
+    agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early, late or amid the first evaluation, and the order is right all the same."""
+    calls = failing_pin(monkeypatch, 0)
+    undisturbed = watch(agents, monkeypatch, AWAY).copies
+    each = len(calls) // 3  # evaluations
+    assert each > 10
+    for number in (1, each // 2, each):
+        calls = failing_pin(monkeypatch, number)
+        assert watch(agents, monkeypatch, AWAY).copies < undisturbed * 0.4
+        assert len(calls) == number, "pinning is not tried again in this run"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import infdit
+from benchmarks import scores
 from infdit import Conditioning, MemoryPlan
 from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.denoiser import Denoiser
@@ -23,7 +24,7 @@ from training import data, degrade, validate
 from training.attention import PlainAttention
 from training.export import export
 from training.export import main as export_command
-from training.gradients import Recipe, _bridge, across, of_crops, periodic
+from training.gradients import Recipe, _bridge, across, of_crops, periodic, unevenness
 from training.grow import widen
 from training.loop import Decay, Trainer
 from training.optimizer import Optimizer, orthogonal
@@ -200,6 +201,18 @@ def test_what_is_the_same_in_all_cells_is_found_and_detail_is_not() -> None:
     assert periodic(pattern.repeat(1, 1, 16, 16), 4).item() == pytest.approx(pattern.square().mean().item(), rel=1e-4)
     assert periodic(torch.randn(1, 3, 64, 64, generator=generator), 4).item() < 0.03  # of noise of size 1
     assert periodic(torch.ones(1, 3, 64, 64), 4).item() == 0, "brightness is no pattern"
+
+
+@pytest.mark.parametrize("cell", [4, 32])
+def test_unevenness_is_that_of_the_score(cell: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3)).astype(np.uint8)
+    picture[:, cell::cell] //= 3  # a grid of lines
+    score = scores.seam(picture @ np.array([0.299, 0.587, 0.114]), cell)
+    x = torch.from_numpy(picture.astype(np.float32)).movedim(-1, 0)[None] / 127.5 - 1
+    assert score > 1.1
+    assert unevenness(x, cell).item() == pytest.approx((score - 1) ** 2, rel=0.01)
+    assert unevenness(torch.zeros(1, 3, 64, 64), cell).item() == 0  # nothing anywhere
+    assert unevenness(x[..., :cell, :cell], cell).item() == 0  # no line
 
 
 def test_orthogonal_updates() -> None:

@@ -2,7 +2,9 @@
 
 import gc
 import math
+import time
 import weakref
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from conftest import MakeModel
 from PIL import Image
 
 import infdit
-from infdit import MemoryPlan, upscale
+from infdit import MemoryPlan, Report, upscale
 from infdit.conditioning import fill_transparent, visible_colour
 from infdit.model import InfDiT
-from infdit.upscale import schedule
+from infdit.upscale import Preview, schedule
 
 FAST = {"steps": 1, "sampler": "euler", "sigma_max": 0.1}
 
@@ -109,12 +111,12 @@ def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT, plan: MemoryPlan)
 
 
 def test_noise_is_one_draw_for_the_batch_as_in_comfyui(mini: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    original = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(original(*a, **k)) or drawn[-1].clone())
-    upscale(mini, picture(10, 20, batch=3), 4.0, seed=2**63 + 5, **FAST)
-    expected = original((3, 3, 64, 96), generator=torch.manual_seed(2**63 + 5), device="cpu")
-    assert torch.equal(torch.cat(drawn), expected)
+    """Though it is drawn a piece at a time."""
+    monkeypatch.setattr(import_module("infdit.upscale"), "DRAW", 1024)
+    image, seed = picture(10, 20, batch=3), 2**63 + 5
+    drawn = upscale(mini, image, 4.0, seed=seed, **FAST)
+    given = upscale(mini, image, noise=lambda shape: torch.randn(shape, generator=torch.manual_seed(seed)), **FAST)
+    assert torch.equal(drawn, given)
 
 
 def test_batches_are_single_pictures(mini: InfDiT) -> None:
@@ -224,14 +226,14 @@ def test_progress(mini: InfDiT, sampler: str, evaluations: int) -> None:
             previews.append(preview())
 
     upscale(mini, picture(20, 150, batch=2), 4.0, steps=3, sampler=sampler, progress=progress, plan=MemoryPlan(6, 8))
-    blocks = 3 * 19
-    total = evaluations * mini.config.num_layers * blocks * 2
+    blocks, rows = 3 * 19, 3 * 32
+    total = (rows + evaluations * mini.config.num_layers * blocks) * 2
     assert {t for _, t in calls} == {total}
     dones = [done for done, _ in calls]
     assert dones == sorted(dones)
-    assert dones[0] == 8, "between the layers of the first chunk"
+    assert rows + 8 in dones, "between the layers of the first chunk"
     assert dones[-1] == total
-    assert len(previews) == 3 * 2
+    assert len(previews) >= 3 * 2, "after each step, and within steps if those take long"
     assert previews[0].shape == (68, 512, 3)
     assert previews[0].dtype == torch.uint8
 
@@ -244,7 +246,7 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
 
     def progress(done: int, total: int, preview: object) -> None:
         nonlocal calls
-        calls += 1
+        calls += done > 96  # rows, which are prepared first
         if calls == 4:
             raise StopError
 
@@ -263,6 +265,65 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
     assert len(held) == 2 * 4
     gc.collect()
     assert not any(ref() is not None for ref in held)
+
+
+@pytest.mark.parametrize(("h", "w"), [(20, 100), (100, 20)])
+def test_the_live_picture_fills_up_block_by_block(
+    bundled: InfDiT, h: int, w: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the only step: blocks as they will be, over the plain enlargement, each once and for all."""
+    monkeypatch.setattr(import_module("infdit.upscale"), "PREVIEW_DELAY", 0)
+    monkeypatch.setattr(import_module("infdit.upscale"), "PREVIEW_SHARE", 1e9)
+    image, seen = picture(h, w), []
+
+    def progress(done: int, total: int, preview: Preview | None) -> None:
+        if preview is not None:
+            seen.append(preview().float() / 255)
+
+    result = upscale(bundled, image, progress=progress, plan=MemoryPlan(6, 4))[0]
+    plain = upscale(bundled, image, denoise=0.0)[0]
+    blocks = [(slice(r, r + 32), slice(c, c + 32)) for r in range(0, 4 * h, 32) for c in range(0, 4 * w, 32)]
+    there: set[int] = set()
+    for shown in seen:
+        done = {i for i, at in enumerate(blocks) if (shown[at] - result[at]).abs().max() < 0.6 / 255}
+        assert all((shown[blocks[i]] - plain[blocks[i]]).abs().max() < 0.6 / 255 for i in {*range(len(blocks))} - done)
+        assert there < done
+        there = done
+    assert len(there) == len(blocks)
+    assert len(seen) == math.ceil(len(blocks) / 4)
+
+
+def test_live_pictures_within_a_step_take_little_of_the_time(mini: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which everything takes a second, and a picture ten."""
+    now, within = 0.0, 0
+
+    def progress(done: int, total: int, preview: Preview | None) -> None:
+        nonlocal now, within
+        now += 1 if preview is None else 10
+        within += preview is not None
+
+    monkeypatch.setattr(import_module("infdit.upscale").time, "monotonic", lambda: now)
+    upscale(mini, picture(100, 100), progress=progress, plan=MemoryPlan(6, 1), **FAST)
+    within -= 1  # the whole one, after the step
+    assert 0 < 10 * within <= 0.02 * now
+
+
+def test_a_large_picture_can_be_stopped_at_any_time(mini: InfDiT) -> None:
+    """Preparing, drawing of noise, cropping and transparency, without what lies between."""
+    doing, gaps, moved, last = Report(), {}, [], time.process_time()
+
+    def progress(done: int, total: int, preview: Preview | None) -> None:
+        nonlocal last
+        now = time.process_time()
+        gaps[doing.doing] = max(gaps.get(doing.doing, 0), now - last)
+        moved.append(done)
+        last = now
+
+    image = torch.rand((1, 1143, 1000, 4), generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    upscale(mini, image, denoise=0.0, progress=progress, report=doing)
+    assert set(gaps) == {"preparing", "sampling", "finishing"}
+    assert max(gaps.values()) < 0.75  # seconds
+    assert len(set(moved)) > 30, "the bar moves meanwhile"
 
 
 # ---- refusals
@@ -289,6 +350,8 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
         ({"image": torch.zeros(0, 8, 8, 3)}, "empty"),
         ({"image": torch.zeros(1, 0, 8, 3)}, "empty"),
         ({"image": torch.full((1, 8, 8, 3), float("nan"))}, "not finite"),
+        ({"image": torch.full((1, 8, 8, 3), 255.0)}, "from 255 to 255 and must be of 0..1: divide"),
+        ({"image": picture(8, 8) * 2 - 1.6}, "and must be of 0..1"),
     ],
     ids=str,
 )
@@ -296,6 +359,13 @@ def test_refusals_are_one_sentence(mini: InfDiT, change: dict, message: str) -> 
     with pytest.raises(ValueError, match=message) as error:
         upscale(mini, **{"image": picture(8, 8)} | change)
     assert "\n" not in str(error.value)
+
+
+def test_slight_overshoot_is_clipped(mini: InfDiT) -> None:
+    image = picture(8, 8) * 1.6 - 0.3
+    assert image.min() < 0
+    assert image.max() > 1
+    assert torch.equal(upscale(mini, image, **FAST), upscale(mini, image.clamp(0, 1), **FAST))
 
 
 def test_inputs_are_not_changed_and_half_precision_is_taken(mini: InfDiT) -> None:

@@ -46,6 +46,8 @@ from .attention import PlainAttention
 
 LOSSES = ("squares", "charbonnier", "roots")
 EPSILON = 0.01  # pixels in [-1, 1], a grey level and a quarter: errors below it count as squares under every loss
+LUMA = (0.299, 0.587, 0.114)
+FLAT = 1e-4  # pixels in [-1, 1]: a mean step below which there is nothing to be uneven
 BLOCK_SEAM = 0.5  # weight of the lines between blocks beside that of all lines between patches
 
 
@@ -56,9 +58,9 @@ class Recipe:
     seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
     ln σ; bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean:
     share with k = 0; loss: see `of_crops`; tiles, original, damaged: see `tiles.Tiles`; perceptual: weight of ST-LPIPS
-    beside it; seam, grid: weights of `across` and of `periodic`; rate: learning rate after `warmup` steps; decay:
-    share of the run, its last, in which the rate falls to 0; ema: of the averaged weights, less at first; clip: norm
-    of the gradient at most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
+    beside it; seam, grid, even: weights of `across`, `periodic` and `unevenness`; rate: learning rate after `warmup`
+    steps; decay: share of the run, its last, in which the rate falls to 0; ema: of the averaged weights, less at first;
+    clip: norm of the gradient at most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
     """
 
     seed: int = 0
@@ -77,6 +79,7 @@ class Recipe:
     perceptual: float = 0.0
     seam: float = 0.0
     grid: float = 0.0
+    even: float = 0.0
     rate: float = 1e-3
     warmup: int = 100
     decay: float = 0.8
@@ -175,6 +178,9 @@ class Gradients:
         if self._looks:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 loss = loss + recipe.perceptual * self._looks(denoised, hr).mean()
+        if recipe.even:
+            steps = unevenness(denoised, config.patch_size) + unevenness(denoised, config.block_size)
+            loss = loss + recipe.even * steps
         parameters = list(model.parameters())
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         every = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
@@ -222,6 +228,21 @@ def periodic(error: Tensor, cell: int) -> Tensor:
     """
     phases = F.avg_pool2d(F.pixel_unshuffle(error, cell), 32 // cell).unflatten(1, (error.shape[1], -1))
     return (phases - phases.mean(2, keepdim=True)).square().mean((1, 2, 3, 4))
+
+
+def unevenness(pictures: Tensor, cell: int) -> Tensor:
+    """(s − 1)², (), of the seam score s of all pictures (B, 3, h, w) together: see `benchmarks.scores.seam`.
+
+    This one moves the minimum: what is certain changes most half way between two known pixels, where patches meet.
+    """
+    if max(pictures.shape[-2:]) <= cell:
+        return pictures.new_zeros(())
+    y = torch.einsum("bchw,c->bhw", pictures.float(), pictures.new_tensor(LUMA, dtype=torch.float32))
+    steps = [y.diff(dim=dim).abs().movedim(dim, -1) for dim in (-2, -1)]
+    lines = torch.cat([each[..., cell - 1 :: cell].flatten() for each in steps])
+    every = torch.cat([each.flatten() for each in steps])
+    elsewhere = (every.sum() - lines.sum()) / (len(every) - len(lines))
+    return ((lines.mean() - elsewhere) / (elsewhere + FLAT)).square()
 
 
 def _sigmas(recipe: Recipe, count: int, part: int, rng: np.random.Generator) -> Tensor:

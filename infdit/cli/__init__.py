@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """--budget, --device, --dtype."""
     parser.add_argument("--budget", type=bytes_of, metavar="X", help="memory to use, like 4GiB; default: what is free")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, xpu; default: the best there is")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, xpu, mps; default: the best there is")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
 
 
@@ -52,8 +52,8 @@ def known_device(name: str) -> torch.device:
         ValueError: not the name of a device.
     """
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps", "xpu") or not (number == "" or (number.isdecimal() and len(number) < 3)):
-        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1, mps or xpu")
+    if kind not in ("cpu", "cuda", "xpu", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
+        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1, xpu or mps")
     return torch.device(name)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import clip_path, convert, read_checkpoint
 from ..config import SamplingDefaults
-from ..tensorfile import CheckpointError
+from ..tensorfile import CheckpointError, printable
 
 _CANNOT_VERIFY = "a .pt was checked by the checksums of its zip, which say nothing of where it comes from"
 
@@ -49,7 +49,7 @@ def _info(options: argparse.Namespace) -> int:
         "CLIP input": f"{config.vector_dim} values" if config.vector_dim else "none",
         "CLIP model": f"{len(checkpoint.clip)} tensors in the same file" if checkpoint.clip else "not in this file",
         "defaults": _defaults(checkpoint.defaults),
-        "provenance": checkpoint.metadata.get("provenance", "not stated"),
+        "provenance": printable(checkpoint.metadata.get("provenance", "not stated")),
         "not used": "; ".join(sorted(set(checkpoint.dropped.values()))) or "nothing",
     }
     for name, text in lines.items():

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for line in _table(workload, count, defaults.start, options.budget, not elsewhere):
         print(line)
     if not elsewhere:
-        print(f"\n{fastest_plan(workload, options.budget, sys.maxsize).reason}")
+        print(f"\nthe first row: {fastest_plan(workload, options.budget, sys.maxsize).reason}")
     return 0
 
 

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
-from ..device import default_dtype, out_of_memory
+from ..device import WrongNumbers, default_dtype, one_memory, out_of_memory
 from ..memory.planner import OutOfMemory
 from ..model import InfDiT
 from ..picture import (
@@ -69,8 +69,9 @@ def run(options: argparse.Namespace) -> int:
     """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
     jobs = _jobs(find_pictures(options.inputs), options)
     device = device_of(options.device)
-    # on the CPU, mapped from the file: the plan says what goes to the device
-    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), "cpu")
+    # on the CPU, mapped from the file: the plan says what goes to the device; but not twice into one memory
+    place = device if one_memory(device) else "cpu"
+    model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
     encoder = _clip(options, model)
     folder = jobs[0][1].parent
     if jobs[0][1] != Path(options.output):  # made only now that nothing else can be refused
@@ -86,13 +87,13 @@ def run(options: argparse.Namespace) -> int:
                 _upscale_one(source, target, model, vectors.get(source), device, options)
             except TargetError:  # no other picture could be written either
                 raise
-            except (ValueError, MemoryError, RuntimeError) as error:
+            except (ValueError, MemoryError, RuntimeError, WrongNumbers) as error:
                 memory = out_of_memory(error)
-                if len(jobs) == 1 or not (memory or isinstance(error, ValueError)):
+                if len(jobs) == 1 or not (memory or isinstance(error, ValueError | WrongNumbers)):
                     raise
                 failed += 1  # the others are not lost
-                own = isinstance(error, OutOfMemory) or not memory
-                print(f"infdit: {source}: {error if own else OUT_OF_MEMORY}", file=sys.stderr)
+                text = str(error) if isinstance(error, OutOfMemory) or not memory else OUT_OF_MEMORY
+                print(f"infdit: {source}: {text.removeprefix(f'{source}: ')}", file=sys.stderr)
     return BAD_INPUT if failed else 0
 
 

@@ -151,16 +151,17 @@ def preprocess(image: Tensor, side: int = 224, view: View = "crop") -> Tensor:
         raise ValueError(f"view is {view!r}, must be one of {', '.join(VIEWS)}")
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     fitted = _SIDE_THAT_FITS[view](*image.shape[2:])
-    padding = {}
-    for axis in sorted((2, 3), key=lambda axis: -image.shape[axis]):  # first where most is left out
-        size = max(int(side * image.shape[axis] / fitted), 1)  # rounds down, as torchvision does
-        kept = min(size, side)
-        first = round((size - kept) / 2)  # half to even, likewise
-        image = resample(image, axis - 4, image.shape[axis] / size, first, kept)
-        before = (side - kept) // 2
-        padding[axis] = (before, side - kept - before)
+    ratios, kept, padding = [], [], []
+    for length in image.shape[2:]:
+        size = max(int(side * length / fitted), 1)  # rounds down, as torchvision does
+        first = round((size - min(size, side)) / 2)  # half to even, likewise
+        kept.append(range(first, first + min(size, side)))
+        before = (side - len(kept[-1])) // 2
+        padding = [before, side - len(kept[-1]) - before, *padding]
+        ratios.append(length / size)
+    image = resample(image, (ratios[0], ratios[1]), kept[0], kept[1])
     mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return F.pad((image / 2 + 0.5 - mean) / std, padding[3] + padding[2])
+    return F.pad((image / 2 + 0.5 - mean) / std, padding)
 
 
 class CLIPTextEncoder(nn.Module):

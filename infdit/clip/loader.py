@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..device import default_device, default_dtype
-from ..tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest
+from ..tensorfile import CheckpointError, TensorFile, check_file, read_tensors, some, tensor_digest, why
 from .encoder import VIT_L_14, VIT_L_14_TEXT, CLIPEncoder, CLIPTextEncoder, TextConfig, VisionConfig, open_clip
 
 _log = logging.getLogger(__name__)
@@ -171,11 +171,12 @@ def _check_origin(path: Path, file: TensorFile, digest: str) -> None:
 def _file_digest(path: Path) -> str:
     """SHA-256 of a file, computed once for a file as it is: reading it whole takes longer than loading it."""
     try:
+        check_file(path)
         stat = path.stat()
         return _digest_of(path.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CheckpointError(
-            path, f"cannot be opened ({error.strerror or error})", "check the path and its permissions"
+            path, f"cannot be opened ({why(error)})", "check the path and its permissions"
         ) from error
 
 

@@ -2,8 +2,8 @@
 
 The copies of the next group and of the next chunk are under way while this one is computed. On CUDA weights and hidden
 states on the host are pinned and their copies run on a stream of their own; pictures are copied when a chunk of them
-is needed, and the arithmetic waits. Elsewhere a copy is a plain copy; on a CPU device and host are one memory, and
-every plan stays legal.
+is needed, and the arithmetic waits. Elsewhere, and where a plan does without pinned memory, a copy is a plain copy, for
+which all wait; on a CPU device and host are one memory, and every plan stays legal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..device import SLAB_ALIGNMENT, slab_bytes
+from ..device import SLAB_ALIGNMENT, pinning, slab_bytes
 
 if TYPE_CHECKING:
     from ..model import InfDiT
@@ -37,7 +37,7 @@ class Offloader:
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
-        self.plan, self.transfer = plan, Transfer(device)
+        self.plan, self.transfer = plan, Transfer(device, plan.pinned)
 
     def hidden_states(self) -> HiddenStates:
         """Room for the hidden states of one evaluation."""
@@ -102,16 +102,20 @@ def distribute_weights(model: InfDiT, plan: MemoryPlan, device: torch.device) ->
     """The model with its parameters where a plan wants them: all on the device, or layers and modulations on the host.
 
     Parameters that are there already are shared; if all are, this is the model itself.
+
+    Raises:
+        PinFailed: what is to stay on the host cannot be pinned.
     """
-    if _placed.get(model) == (plan.weights, device):
+    made = plan.weights, plan.pinned, device
+    if _placed.get(model) == made:
         return model
     parameters = dict(model.named_parameters())
-    host = Transfer(device).host(max(tensor.numel() * tensor.itemsize for tensor in parameters.values()))
+    host = Transfer(device, plan.pinned).host(max(tensor.numel() * tensor.itemsize for tensor in parameters.values()))
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
         if not is_streamed(plan, name):
             return tensor.to(device)
-        if device.type == "cpu" or tensor.is_pinned():
+        if device.type == "cpu" or not plan.pinned or tensor.is_pinned():
             return tensor.to("cpu")
         return host.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
@@ -121,11 +125,11 @@ def distribute_weights(model: InfDiT, plan: MemoryPlan, device: torch.device) ->
     with torch.device("meta"):
         placed = type(model)(model.config, model.defaults)
     placed.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
-    _placed[placed] = plan.weights, device
+    _placed[placed] = made
     return placed.requires_grad_(False).eval()
 
 
-_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, torch.device]] = WeakKeyDictionary()  # what was made above
+_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, bool, torch.device]] = WeakKeyDictionary()  # what was made above
 
 
 def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> Tensor:
@@ -134,21 +138,25 @@ def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> 
 
 
 class Transfer:
-    """Copies between the host and one device."""
+    """Copies between the host and one device; pinned: beside its arithmetic, where it can."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = _copy_stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, pinned: bool = True) -> None:
+        self.device, self._pinned, self._paced = device, pinned, device.type == "cuda"
+        self._stream = _copy_stream(device) if self._paced and pinned else None
         self._last: torch.cuda.Event | None = None
 
     def host(self, piece: int) -> HostMemory:
         """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
-        return HostMemory(piece, self.device)
+        return HostMemory(piece, self.device, self._pinned)
 
     def to_device(self, numbers: Sequence[object]) -> Tensor:
         """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
         tensor = torch.tensor(numbers, device="cpu")
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self._stream else tensor.to(self.device)
+        if self._stream is None:
+            return tensor.to(self.device)
+        with pinning():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def copy_to_device(self, tensors: Sequence[Tensor]) -> PendingCopy:
         """Begin to copy tensors from the host to the device."""
@@ -174,7 +182,7 @@ class Transfer:
 
     def throttle(self) -> None:
         """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""
-        if self._stream is not None:
+        if self._paced:
             if self._last is not None:
                 self._last.synchronize()
             self._last = torch.cuda.Event()
@@ -182,7 +190,7 @@ class Transfer:
 
     def synchronize(self) -> None:
         """Wait until the device has done all that is queued: what was freed can then be used again."""
-        if self._stream is not None:
+        if self._paced:
             torch.cuda.current_stream(self.device).synchronize()
 
 
@@ -193,26 +201,31 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class HostMemory:
-    """Tensors on the host; beside an accelerator they are cut from slabs, on CUDA pinned ones.
+    """Tensors on the host; if pinned and beside an accelerator they are cut from slabs, on CUDA pinned ones.
 
     PyTorch rounds every pinned allocation up to a power of two. A slab is one, and holds eight pieces or more: what is
     lost is an eighth at most.
     """
 
-    def __init__(self, piece: int, device: torch.device) -> None:
+    def __init__(self, piece: int, device: torch.device, pinned: bool = True) -> None:
         self._slab_bytes, self._pinned = slab_bytes(piece), device.type == "cuda"
-        self._cut = device.type not in ("cpu", "mps")
+        self._cut = pinned and device.type not in ("cpu", "mps")
         self._slab: Tensor | None = None
         self._used = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape; it keeps its slab alive."""
+        """A tensor of this shape; it keeps its slab alive.
+
+        Raises:
+            PinFailed: the slab cannot be pinned.
+        """
         if not self._cut:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         size = math.prod(shape) * dtype.itemsize
         if self._slab is None or self._used + size > len(self._slab):
             room = max(size, self._slab_bytes)
-            self._slab = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+            with pinning():
+                self._slab = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
             self._used = 0
         piece = self._slab[self._used : self._used + size].view(dtype).view(tuple(shape))
         self._used += -(-size // SLAB_ALIGNMENT) * SLAB_ALIGNMENT

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from ..config import LR_FACTOR, InfDiTConfig
-from ..device import slab_bytes
+from ..device import one_memory, slab_bytes
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
 
@@ -35,6 +35,8 @@ class MemoryPlan:
         hidden: place of hidden states between groups, "device" or "host".
         images: place of the pictures and the sampler's state, "device" or "host".
         sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
+        pinned: whether what is on the host is pinned, so that it is copied beside the arithmetic; where it cannot be
+            had, copies are plain and all wait for them.
         peak_bytes, host_bytes, reason: predictions of the planner and why it chose; empty for a plan made by hand.
 
     A group or chunk beyond what exists means all of it.
@@ -52,6 +54,7 @@ class MemoryPlan:
     peak_bytes: int | None = field(default=None, compare=False)
     host_bytes: int | None = field(default=None, compare=False)
     reason: str = field(default="", compare=False)
+    pinned: bool = True
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.chunk < 1:
@@ -75,11 +78,12 @@ class Workload:
         height, width: of the result in pixels.
         batch: pictures of the run, which are worked on one after another.
         dtype: of the network.
-        device: what computes. On a CPU there is one memory, and everything is in it.
+        device: what computes. Where it and the host have one memory, everything is the device's.
         sampler: name, or what it holds.
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
         noise_given: whether the noise of all pictures is given, in place of a generator.
+        pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
     """
 
     config: InfDiTConfig
@@ -92,11 +96,12 @@ class Workload:
     weights: WeightsKept | None = None
     source: tuple[int, int, int] | None = None
     noise_given: bool = False
+    pinnable: int | None = None
 
     @property
     def unified_memory(self) -> bool:
-        """Whether the device's memory is the host's."""
-        return self.device.type == "cpu"
+        """Whether the device's memory is the host's: planners keep everything in place there, within one budget."""
+        return one_memory(self.device)
 
     @property
     def grid(self) -> BlockGrid:
@@ -115,17 +120,20 @@ class Workload:
         picture = 3 * FLOAT32 * grid.height * grid.width
         given = self._given() + (self.batch * picture if self.noise_given else 0)
         streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
-        around = given if self.unified_memory and not images_away else 0
-        on_the_way = 0 if self.unified_memory else 7 * picture // 2  # to or from the device
+        # copies to or from the device; beside a host of its own they are never the most that the device holds
+        on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
+        one, always = self.unified_memory and not images_away, 0 if self.unified_memory else on_the_way
 
-        def phase(pictures: int, **parts: int) -> Footprint:
+        def phase(pictures: int, on_the_way: int = always, **parts: int) -> Footprint:
             """What is held while the sampler holds so many pictures, beside up and lr."""
+            beside = given + on_the_way
+            around = beside if one else 0
             held = picture + picture // LR_FACTOR**2 + pictures * picture
             return Footprint(
                 **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
                 images=around + (0 if images_away else held),
-                host_weights=self._slabs(weights.streamable, weights.largest) if streamed else 0,
-                host_images=given - around + (held + chunk * _pixels(config) if images_away else on_the_way),
+                host_weights=self._slabs(plan, weights.streamable, weights.largest) if streamed else 0,
+                host_images=beside - around + (held + chunk * _pixels(config) if images_away else 0),
             )
 
         evaluating = phase(
@@ -134,11 +142,12 @@ class Workload:
             ring=ring,
             hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
             workspace=workspace(config, self.dtype, grid, chunk),
-            host_hidden=self._slabs(kept, chunk * unit) if hidden_away else 0,
+            host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
-        between = phase(method.pictures, weights=weights.resident if streamed else weights.total)
-        device = max(evaluating, between, key=lambda held: held.device)
-        host = max(evaluating, between, key=lambda held: held.host)
+        at_rest = weights.resident if streamed else weights.total
+        phases = evaluating, phase(method.pictures, weights=at_rest), phase(1, on_the_way, weights=at_rest)
+        device = max(phases, key=lambda held: held.device)
+        host = max(phases, key=lambda held: held.host)
         return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
 
     def _given(self) -> int:
@@ -148,10 +157,10 @@ class Workload:
         alpha = 2 * (channels - 3) * result  # on its way
         return FLOAT32 * (channels * (self.batch * result + (self.batch + 2) * height * width) + alpha)
 
-    def _slabs(self, size: int, piece: int) -> int:
+    def _slabs(self, plan: MemoryPlan, size: int, piece: int) -> int:
         """Bytes of host memory that tensors of together `size` take, each a `piece` at most, cut from slabs."""
         slab = slab_bytes(piece)
-        return size if self.unified_memory else -(-size // (slab - piece)) * slab
+        return size if self.device.type in ("cpu", "mps") or not plan.pinned else -(-size // (slab - piece)) * slab
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
 
 from ..config import InfDiTConfig
+from ..device import one_memory
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
 from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKept, Workload, workspace
@@ -20,6 +22,7 @@ from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKep
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
 MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
+PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
 
@@ -49,7 +52,7 @@ class CostModel:
         rows: of a matrix product at which half of that is reached.
         cache: bytes of workspace up to which arithmetic runs at full speed; each doubling beyond costs `cache_penalty`.
         launch_overhead: seconds that a layer's kernels take to start, however small the chunk.
-        bus: bytes between host and device.
+        bus: bytes between pinned memory of the host and the device.
         overlap_loss: share of the shorter of arithmetic and copies that the longer does not hide; 1: nothing is hidden.
     """
 
@@ -63,12 +66,12 @@ class CostModel:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
-        """Round figures for a family: a card with 24 GB, Intel's, an Apple chip, a CPU by its number of threads."""
+        """Round figures for a family: a card with 24 GB, an Intel card, an Apple chip, a CPU by its threads."""
         half = dtype.itemsize == 2
         if device.type == "cuda":
             return cls(150e12 if half else 40e12, 512, math.inf, 0, launch_overhead=4e-4, bus=20e9, overlap_loss=0.1)
         if device.type == "xpu":
-            return cls(50e12 if half else 10e12, 256, math.inf, 0, launch_overhead=4e-4, bus=10e9, overlap_loss=1)
+            return cls(50e12 if half else 12e12, 512, math.inf, 0, launch_overhead=4e-4, bus=8e9, overlap_loss=1)
         if device.type == "mps":
             return cls(8e12, 256, math.inf, 0, launch_overhead=4e-4, bus=50e9, overlap_loss=1)
         flops = torch.get_num_threads() * (75e9 if half else 40e9)
@@ -82,8 +85,9 @@ class CostModel:
         arithmetic = _flops(config, grid) / self.flops * (1 + self.rows / rows) * slower
         launches = -(-grid.blocks // chunk) * config.num_layers * self.launch_overhead
         compute = arithmetic + launches if self.overlap_loss == 1 else max(arithmetic, launches)
-        copies = _traffic(config, grid, plan, dtype) / self.bus
-        return max(compute, copies) + self.overlap_loss * min(compute, copies)
+        bus, loss = (self.bus, self.overlap_loss) if plan.pinned else (min(self.bus, PLAIN_BUS), 1)
+        copies = _traffic(config, grid, plan, dtype) / bus
+        return max(compute, copies) + loss * min(compute, copies)
 
     def longest_chunk(self, config: InfDiTConfig) -> int:
         """Blocks of which one layer takes at most MAX_LAYER_SECONDS; at least one."""
@@ -116,6 +120,14 @@ class PlannedRun:
     workload: Workload
     plan: MemoryPlan
     free: Callable[[], int]
+
+    def unpinned(self) -> PlannedRun:
+        """The same without pinned memory, and with the plan that is then the fastest of those that take no more."""
+        workload, plan = replace(self.workload, pinnable=0), replace(self.plan, pinned=False)
+        if plan.peak_bytes is not None:  # not made by hand
+            with suppress(BudgetTooSmall):
+                plan = fastest_plan(workload, plan.peak_bytes)
+        return replace(self, workload=workload, plan=plan)
 
     def smaller(self) -> PlannedRun:
         """The same under a plan that takes less: what is free now, or a quarter less.
@@ -184,7 +196,7 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
     chosen, fastest = min(_affordable(workload, fitting, budget, host_budget)), min(plans)
     slower = f"{chosen.seconds / fastest.seconds:.2f} times as long as with {format_bytes(fastest.peak)}"
     reason = "no other schedule is faster" if chosen.seconds == fastest.seconds else slower
-    return chosen.explained(f"{format_bytes(chosen.peak)} of {format_bytes(budget)}; {reason}")
+    return chosen.explained(reason)
 
 
 def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: float = 0.1) -> MemoryPlan:
@@ -196,7 +208,7 @@ def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: flo
     affordable = _affordable(workload, candidates(workload), None, host_budget)
     limit = (1 + slower) * min(affordable).seconds
     chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
-    return chosen.explained(f"{format_bytes(chosen.peak)}; more memory would save less than {slower:.0%} of the time")
+    return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
 
 
 def candidates(workload: Workload) -> list[Candidate]:
@@ -207,6 +219,9 @@ def candidates(workload: Workload) -> list[Candidate]:
     for plan in schedules(config, grid, workload.unified_memory, costs.longest_chunk(config)):
         if workload.weights in (None, plan.weights):
             held = workload.footprint(plan)
+            if workload.pinnable is not None and held.host_weights + held.host_hidden > workload.pinnable:
+                plan = replace(plan, pinned=False)
+                held = workload.footprint(plan)
             found.append(Candidate(costs.evaluation(config, grid, plan, dtype), held.device, plan, held))
     return found
 
@@ -255,18 +270,18 @@ def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
 
 def free_bytes(device: torch.device) -> int:
     """What a run may take of a device, or of the host for the CPU: what is free less a margin."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    elif device.type == "xpu":
-        given, count = torch.xpu.memory_reserved(device), getattr(torch.xpu, "mem_get_info", None)  # since 2.6
-        free = count(device)[0] if count else torch.xpu.get_device_properties(device).total_memory - given
-        free += given - torch.xpu.memory_allocated(device)
-    elif device.type == "mps":
-        most = getattr(torch.mps, "recommended_max_memory", None)  # since 2.5
-        free = most() - torch.mps.current_allocated_memory() if most else psutil.virtual_memory().available
+    if device.type in ("cuda", "xpu"):
+        card = torch.cuda if device.type == "cuda" else torch.xpu
+        ours = card.memory_reserved(device)
+        count = getattr(card, "mem_get_info", None)  # of xpu since 2.6
+        free = count(device)[0] if count else card.get_device_properties(device).total_memory - ours
+        free += ours - card.memory_allocated(device)
+    elif device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # since 2.5
+        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
         free = psutil.virtual_memory().available
+    if one_memory(device):  # which others fill too, whatever the device's driver counts
+        free = min(free, psutil.virtual_memory().available)
     return int(free * (1 - MARGIN))
 
 

@@ -163,7 +163,7 @@ def check_target(path: Path, picture: Picture) -> None:
             f"{path}: {width}×{height} is too large for {writer.name}, which holds at most 4 GiB; save as .png."
         )
     if not path.parent.is_dir():
-        raise PictureError(f"{path}: there is no folder {path.parent}; make it first.")
+        raise PictureError(f"{path}: its folder is not there; make it first.")
     if path.is_dir():
         raise PictureError(f"{path}: this is a folder; choose another name.")
 

@@ -9,6 +9,7 @@ import comfy.samplers
 import torch
 from harness import (
     BASE,
+    BUNDLED,
     NOISY,
     PACK_DIR,
     PICTURES,
@@ -27,7 +28,13 @@ from harness import (
 from safetensors.torch import load_file, save_file
 
 WORKING = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "deis", "gradient_estimation")
-OTHERS = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_cfg_pp", "dpm_fast", "uni_pc", "lcm")
+MORE = ("ipndm_v", "res_multistep", "exp_heun_2_x0")
+ADDING = (
+    "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde", "ddpm", "res_multistep_ancestral", "exp_heun_2_x0_sde", "er_sde", "seeds_2", "seeds_3", "sa_solver",
+    "sa_solver_pece",
+)  # fmt: skip
+OTHERS = ("dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp", "dpm_fast", "dpm_adaptive", "uni_pc", "lcm")
 MINI = {"sigma_max": 0.1, "sigma_min": 0.01}  # near what the bundled model is made for
 
 
@@ -86,8 +93,10 @@ def core_samplers() -> dict:
     """Each sampler that works: how far its picture is from a finely stepped one, where the bar ends."""
     run(prompt("small", steps=24, sampler_name="heun"))
     fine = TAKEN["value"]
+    run(prompt("small", steps=24, sampler_name="heun", seed=8))
+    other = (TAKEN["value"] - fine).abs().mean().item()
     found = {}
-    for name in WORKING:
+    for name in (*WORKING, *MORE, *ADDING, "dpmpp_2m_sde_gpu"):
         ended = run(advanced(sampler_name=name, steps=8, **MINI))
         found[name] = {"end": ended["end"], "message": ended["message"]}
         if ended["end"] == "success":
@@ -97,7 +106,7 @@ def core_samplers() -> dict:
                 "report": TAKEN["report"],
             }
     run(prompt("small", steps=0, denoise=0.0))
-    return {"samplers": found, "bicubic": (TAKEN["value"] - fine).abs().mean().item()}
+    return {"samplers": found, "bicubic": (TAKEN["value"] - fine).abs().mean().item(), "other seed": other}
 
 
 @case
@@ -115,11 +124,50 @@ def options() -> dict:
 
 @case
 def refused_samplers() -> dict:
-    """How samplers that need more than a denoiser are refused."""
+    """How samplers that need more than a denoiser are refused, and one that adds noise for a model without any."""
     found = {}
     for name in OTHERS:
         ended = run(advanced(sampler_name=name, steps=2, **MINI))
         found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
+    ended = run(advanced(loading={"model_name": BUNDLED}, sampler_name="euler_ancestral", steps=2, **MINI))
+    found["without noise"] = {key: ended.get(key) for key in ("end", "message", "type")}
+    return found
+
+
+@case
+def gaussian() -> dict:
+    """What each sampler makes of pure noise, with the exact denoiser of pictures that are Gaussian: their deviation."""
+    core, levels = pack("nodes.comfy_samplers"), library().samplers.karras_sigmas(60, 0.01, 5.0)
+    found = {}
+    for name in (*WORKING, *MORE, *ADDING):
+        method, _ = core.core_sampler(comfy.samplers.sampler_object(name), 3, 0)
+        x = torch.randn((1, 3, 96, 96), generator=torch.Generator().manual_seed(1)) * (25 + 0.25) ** 0.5
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return x * 0.25 / (0.25 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+        first = method.sample(denoise, x, levels, None)
+        again = method.sample(denoise, x, levels, None)
+        found[name] = [first.std().item(), (first - again).abs().mean().item()]
+    return found
+
+
+@case
+def noise_notes() -> dict:
+    """Lines of the report about noise that is not what a model was made for."""
+    found = {}
+    disabled = {"class_type": "DisableNoise", "inputs": {}}
+    for name, model, noise, level in (
+        ("as made for", NOISY, None, 0.1),
+        ("too much", NOISY, None, 0.25),
+        ("too little", NOISY, None, 0.04),
+        ("none", NOISY, disabled, 0.1),
+        ("bundled", BUNDLED, disabled, 0.03),
+        ("bundled, some", BUNDLED, None, 0.03),
+    ):
+        asked = advanced(loading={"model_name": model}, sampler_name="euler", steps=1, sigma_max=level, sigma_min=0.01)
+        asked |= {} if noise is None else {"noise": noise}
+        found[name] = run(asked) and [line for line in TAKEN["report"].splitlines() if line.startswith("note: ")]
     return found
 
 
@@ -133,10 +181,15 @@ def levels() -> dict:
         ("half", {"denoise": 0.5, "steps": 4}),
         ("none", {"denoise": 0.0}),
         ("crossed", {"sigma_max": 0.01, "sigma_min": 1.0}),
+        ("published", {"steps": 0, "sigma_max": 0.0, "sigma_min": 0.0}),
+        ("of the model", {"steps": 0, "sigma_max": 0.0, "sigma_min": 0.0, "model": ["loader", 0]}),
+        ("three of the model's", {"steps": 3, "sigma_max": 0.0, "sigma_min": 0.0, "model": ["loader", 0]}),
+        ("of the bundled model", {"steps": 9, "sigma_max": 0.0, "sigma_min": 0.0, "model": ["bundled", 0]}),
     ):
         inputs = {"steps": 20, "sigma_max": 40.0, "sigma_min": 0.002, "rho": 7.0, "denoise": 1.0} | changes
         scheduler = {"class_type": "InfDiTScheduler", "inputs": inputs}
-        ended = run({"sigmas": scheduler, "take": take("SIGMAS", "sigmas", 0)})
+        models = {"loader": loader(), "bundled": loader(model_name=BUNDLED)}
+        ended = run(models | {"sigmas": scheduler, "take": take("SIGMAS", "sigmas", 0)})
         found[name] = TAKEN["value"].tolist() if ended["end"] == "success" else ended["message"]
     return found
 
@@ -180,6 +233,35 @@ def denoised() -> dict:
 
 
 @case
+def transparencies() -> dict:
+    """A picture and its transparency by a mask, as Load Image gives them, beside the same with a fourth channel."""
+    picture = PICTURES["alpha"].clone()
+    picture[:, :4, :4, 3] = 0
+    PICTURES["see-through"], PICTURES["colours"] = picture, picture[..., :3]
+    PICTURES["unseen"], PICTURES["opaque"] = 1 - picture[..., 3], torch.zeros(1, 64, 64)
+    PICTURES["two unseen"] = PICTURES["unseen"].expand(2, -1, -1)
+    PICTURES["nan"] = PICTURES["unseen"] * float("nan")
+    plain = {"steps": 1, "sampler_name": "euler"}
+    run(prompt("see-through", **plain))
+    expected = TAKEN["value"], TAKEN["mask"]
+    run(prompt("colours", **plain))
+    opaque = TAKEN["value"]
+    found: dict[str, Any] = {}
+    for node, ask in (("upscale", prompt("colours", **plain)), ("advanced", advanced("colours", steps=1))):
+        for mask in ("unseen", "opaque", "two unseen", "nan"):
+            ask["mask"] = {"class_type": "Give", "inputs": {"name": mask}}
+            ask["upscale"]["inputs"]["transparency"] = ["mask", 1]
+            ended = run(ask)
+            found[f"{node} {mask}"] = ended["message"] or list(TAKEN["value"].shape)
+            if ended["end"] != "success" or node == "advanced":
+                continue
+            wanted = (opaque, torch.zeros(opaque.shape[:3])) if mask == "opaque" else expected
+            both = zip((TAKEN["value"], TAKEN["mask"]), wanted, strict=True)
+            found[f"{mask}, difference"] = max((a - b).abs().max().item() for a, b in both)
+    return found
+
+
+@case
 def core_memory() -> dict:
     """Pictures that each sampler holds, counted, beside what is foretold: more than one between evaluations, during."""
     infdit, core = library(), pack("nodes.comfy_samplers")
@@ -192,11 +274,14 @@ def core_memory() -> dict:
     def model(width: int, heads: int) -> torch.nn.Module:
         sizes = config(num_layers=1, hidden_size=width, num_heads=heads, patch_size=8, block_size=64, vector_dim=0)
         torch.manual_seed(0)
-        return pack("infdit.model").InfDiT(sizes, defaults()).requires_grad_(False).eval()
+        network = pack("infdit.model").InfDiT(sizes, defaults()).requires_grad_(False).eval()
+        for weight in network.parameters():  # what they were made with may be NaN, which ends a run
+            weight.normal_(std=0.02)
+        return network
 
     narrow, wide = model(16, 2), model(256, 4)
     found = {}
-    for name in WORKING:
+    for name in (*WORKING, *MORE, *ADDING):
         method, _ = core.core_sampler(comfy.samplers.sampler_object(name), 7, 0)
         for kind, network, side, chunk in (("between", narrow, 192, 1), ("during", wide, 128, 4)):
             plan = plans.MemoryPlan(1, chunk)

@@ -51,13 +51,15 @@ def budgets() -> dict:
         return planned
 
     choose, found = node.plan_run, {}
-    for name, mib in (("automatic", 0), ("28 MiB", 28), ("40 MiB", 40), ("2 MiB", 2)):
+    for name, mib in (("automatic", 0), ("22 MiB", 22), ("40 MiB", 40), ("2 MiB", 2)):
         with patched(node, plan_run=spy):
             ended = run(prompt("square", steps=2, memory_budget=mib / 1024))
         found[name] = {key: ended[key] for key in ("end", "message", "type")} | {"report": TAKEN.get("report")}
         if ended["end"] == "success":
             found[name] |= {"peak": seen[-1].peak_bytes, "group": seen[-1].group, "chunk": seen[-1].chunk}
             found.setdefault("pictures", []).append(TAKEN["value"])
+    typed = float(found["2 MiB"]["message"].partition("type ")[2].split()[0])
+    found["as it was told to type"] = {"end": run(prompt("square", steps=1, memory_budget=typed))["end"]}
     pictures = found.pop("pictures")
     found["difference"] = max((pictures[0] - other).abs().max().item() for other in pictures[1:])
     memory, small = pack("nodes.comfy_memory"), 28 * MIB
@@ -244,6 +246,58 @@ def card() -> dict:
         }
     found["budget bytes"] = [memory.budget_bytes(x) for x in (0.0, 0.5)]
     return found
+
+
+@case
+def chosen_dtypes() -> dict:
+    """What auto means on a card, by what ComfyUI knows of it and by its flags."""
+    memory, found = pack("nodes.comfy_memory"), {}
+    for name, bf16, fp16, flags in (
+        ("Ampere", True, True, ()),
+        ("Turing", False, True, ()),
+        ("old", False, False, ()),
+        ("force_fp32", True, True, ("force_fp32",)),
+        ("force_fp16", True, True, ("force_fp16", "fp16_unet")),  # the one sets the other
+        ("bf16_unet", False, False, ("bf16_unet",)),
+        ("fp32_unet", True, True, ("force_fp16", "fp32_unet")),
+    ):
+        known = {"should_use_bf16": lambda device, b=bf16: b, "should_use_fp16": lambda device, f=fp16: f}
+        with patched(mm, **known), patched(mm.args, **dict.fromkeys(flags, True)):
+            found[name] = str(memory.comfy_dtype(CARD)).removeprefix("torch.")
+    with patched(mm.args, force_fp32=True):
+        found["forced on a CPU"] = str(memory.comfy_dtype(torch.device("cpu"))).removeprefix("torch.")
+    return found
+
+
+@case
+def pins() -> dict:
+    """What of main memory may be pinned by ComfyUI's count, and what a plan then says; -1: --disable-pinned-memory."""
+    memory, planner, gib = pack("nodes.comfy_memory"), pack("infdit.memory.planner"), 2**30
+    patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
+    network = Network(pack("infdit.config").InfDiTConfig(), [])
+    model, found = memory.ManagedModel("published", network, patcher), {}
+    for name, most in (("plenty", 64 * gib), ("little", 4 * gib), ("disabled", -1)):
+        with (
+            patched(mm, MAX_PINNED_MEMORY=most, TOTAL_PINNED_MEMORY=gib, get_free_memory=lambda device: gib),
+            patched(planner, free_bytes=lambda device: 64 * gib),
+        ):
+            workload = model.workload((1, 1024, 1024, 3), (4096, 4096), "heun")
+            plan = memory.plan_run(workload, gib // 2).plan
+            lines = pack("nodes.report").plan_lines(workload, plan)
+        found[name] = {"pinnable": workload.pinnable / gib, "pinned": plan.pinned, "lines": lines}
+    return found
+
+
+@case
+def not_finite() -> dict:
+    """A network whose numbers outgrow fp16: one sentence, and a good run after it."""
+    layer = pack("infdit.model").Layer
+    original = layer.forward
+    with patched(layer, forward=lambda *args: original(*args) * float("inf")):
+        ended = run(prompt("small", {"dtype": "fp16"}, steps=3, seed=81))
+    return {key: ended[key] for key in ("end", "message", "type")} | {
+        "after": run(prompt("small", {"dtype": "fp16"}, steps=1, seed=82))["end"]
+    }
 
 
 @case

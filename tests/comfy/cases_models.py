@@ -84,6 +84,11 @@ def files() -> dict:
     found["outside"] = outcome(run(linked))
     (MODELS / "x.clip.safetensors").write_bytes(mini)  # a CLIP model to ComfyUI's eyes, and so no choice
     found["clip"] = run(load_prompt(model_name="x.clip.safetensors"))
+    for name in ("", ".", "..", None):
+        found[f"named {name!r}"] = {
+            kind: outcome(run(asked))
+            for kind, asked in (("model", load_prompt(model_name=name)), ("clip", clip_prompt(clip_name=name)))
+        }
     found["left"] = sorted(path.name for path in MODELS.glob("noise*"))
     return found
 

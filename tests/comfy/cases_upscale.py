@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import random
+import re
 import shutil
 import sys
 import time
@@ -17,16 +20,19 @@ import folder_paths
 import numpy as np
 import torch
 from harness import (
+    BAR,
     BASE,
     BUNDLED,
     NETWORK,
     NOISY,
+    ODD,
     PACK,
     PACK_DIR,
     PICTURES,
     TAKEN,
     case,
     facts,
+    give,
     library,
     load_pack,
     load_prompt,
@@ -138,7 +144,6 @@ def seeds() -> dict:
 @case
 def sizes() -> dict:
     """What each way to say a size makes of pictures, (height, width) in and out; the sentence where it cannot be."""
-    result_size = pack("nodes.size").result_size
     asked = [
         ("scale by", {"scale": 4.0}, (9, 12)),
         ("scale by", {"scale": 1.5}, (3, 5)),  # 4.5 and 7.5 are rounded up
@@ -150,6 +155,9 @@ def sizes() -> dict:
         ("megapixels", {"megapixels": 1.0}, (512, 512)),
         ("megapixels", {"megapixels": 0.25}, (200, 300)),
         ("scale by", {"scale": 1.01}, (10, 10)),
+        ("scale by", {"scale": 8.0}, (10, 10)),
+        ("longest side", {"longest_side": 4096}, (400, 300)),
+        ("megapixels", {"megapixels": 1.0}, (1, 1)),
         ("width and height", {"width": 0, "height": 0}, (30, 40)),
         ("width and height", {"width": 161, "height": 0}, (30, 40)),
         ("width and height", {"width": 80, "height": 29}, (30, 40)),
@@ -159,16 +167,60 @@ def sizes() -> dict:
     ]
     found: dict[str, Any] = {}
     for way, inputs, (height, width) in asked:
-        try:
-            outcome: object = result_size({"size": way, **inputs}, height, width)
-        except ValueError as error:
-            outcome = str(error)
-        found[f"{way} {inputs} of {height}x{width}"] = outcome
+        found[f"{way} {inputs} of {height}x{width}"] = result_or_reason({"size": way, **inputs}, height, width)
     shapes = []
     for said in ({"size": "longest side", "size.longest_side": 100}, {"size": "megapixels", "size.megapixels": 0.01}):
         ended = run(prompt("wide", steps=1, **said))
         shapes.append(list(TAKEN["value"].shape) if "value" in TAKEN else ended)
     return {"asked": found, "through the node": shapes}
+
+
+SDXL = ((1024, 1024), (1152, 896), (1216, 832), (1344, 768), (1536, 640))
+
+
+@case
+def size_defaults() -> dict:
+    """What each way to say a size makes of SDXL's pictures at its own default: (height, width), or why not."""
+    module, found = pack("nodes.size"), {}
+    for option, (long, short) in itertools.product(module.size_input().options, SDXL):
+        said = {"size": option.key} | {widget.id: widget.default for widget in option.inputs}
+        for height, width in ((long, short), (short, long)):
+            found[f"{option.key} of {height}x{width}"] = result_or_reason(said, height, width)
+    return found
+
+
+@case
+def size_numbers() -> dict:
+    """Sizes at random: of those that are refused, whether the number that the sentence says to type works."""
+    rng, found = random.Random(4), []
+    ranges = {"scale by": (1.0, 6.0), "longest side": (1, 9000), "megapixels": (0.01, 20)}
+    for _ in range(3000):
+        way = rng.choice([*ranges, "width and height"])
+        height, width = (rng.choice((1, 7, 100, 333, 640, 1000, 1536, 2048)) for _ in range(2))
+        said: dict[str, Any] = {"size": way}
+        if way == "width and height":
+            said |= {"width": rng.choice((0, rng.randint(1, 9000))), "height": rng.choice((0, rng.randint(1, 9000)))}
+        else:
+            name = {"scale by": "scale", "longest side": "longest_side"}.get(way, way)
+            low, high = ranges[way]
+            said[name] = rng.randint(low, high) if isinstance(low, int) else round(rng.uniform(low, high), 2)
+        outcome = result_or_reason(said, height, width)
+        told = []
+        while isinstance(outcome, str) and (typed := re.search(r"(\w+) \S+ is too \w+: type ([\d.]+) at", outcome)):
+            told.append(outcome)
+            said[typed[1]] = float(typed[2])
+            outcome = result_or_reason(said, height, width)
+            if len(told) > 2:
+                break
+        found.append({"told": told, "said": said, "of": [height, width], "outcome": outcome})
+    return {"tried": found}
+
+
+def result_or_reason(said: dict, height: int, width: int) -> object:
+    try:
+        return pack("nodes.size").result_size(said, height, width)
+    except ValueError as error:
+        return str(error)
 
 
 @case
@@ -222,6 +274,7 @@ def reports() -> dict:
     for name, picture, asked in (
         ("plain", "small", {"steps": 3, "sampler_name": "euler", "seed": 5}),
         ("budget", "batch", {"memory_budget": 0.02, "denoise": 0.5}),
+        ("one step", "small", {"steps": 1, "sampler_name": "euler", "seed": 5}),
         ("none", "small", {"denoise": 0.0}),
         ("bundled", "small", {"steps": 4, "sampler_name": "euler", "seed": 5}),
     ):
@@ -237,6 +290,48 @@ def bar() -> dict:
     with told_on_nodes() as told:
         ended = run(prompt("wide", steps=4, sampler_name="euler", seed=21))
     return ended | {"told": told}
+
+
+@case
+def several_told() -> dict:
+    """What is written on the node while three pictures are enlarged."""
+    PICTURES["three"] = PICTURES["wide"].repeat(3, 1, 1, 1)
+    with told_on_nodes() as told, patched(pack("nodes.comfy_page"), TEXT_INTERVAL=0, BAR_INTERVAL=0):
+        ended = run(prompt("three", steps=1, sampler_name="euler", seed=23))
+    return {"end": ended["end"], "told": told}
+
+
+@case
+def failed_after_success() -> dict:
+    """What is written on a node that has run, fails, and runs again; and on one that fails to load."""
+    found = []
+    with told_on_nodes() as told:
+        for seed, side in ((24, 100), (25, 9000), (26, 100)):
+            told.clear()
+            run(prompt("wide", steps=1, seed=seed, size="longest side", **{"size.longest_side": side}))
+            found.append(list(told))
+        told.clear()
+        (BASE / "models" / "infdit" / "damaged.safetensors").write_bytes(b"no such thing")
+        failed = run(load_prompt(model_name="damaged.safetensors"))
+    return {"told": found, "loader": list(told), "message": failed["message"]}
+
+
+@case
+def no_live_picture() -> dict:
+    """Live pictures with --preview-method none, with auto, and with auto where the page's setting says none."""
+    args, methods = pack("nodes.comfy_page").args, pack("nodes.comfy_page").LatentPreviewMethod
+    found = {}
+    for name, words, method in (
+        ("none", ["--preview-method", "none"], methods.NoPreviews),
+        ("auto", ["--preview-method=auto"], methods.Auto),
+        ("page", ["--preview-method", "auto"], methods.NoPreviews),
+    ):
+        previews, bar = pack("nodes.comfy_page").wants_pictures, pack("nodes.comfy_page").Bar()
+        with patched(sys, argv=["main.py", *words]), patched(args, preview_method=method):
+            BAR.clear()
+            bar.show(library().Report(), 1, 2, lambda: torch.zeros(4, 4, 3, dtype=torch.uint8))
+            found[name] = [previews(), [move[3] is not None for move in BAR]]
+    return found
 
 
 @contextmanager
@@ -313,7 +408,8 @@ def limits() -> dict:
         {"seed": -1},
         {"seed": 2**64},
         {"memory_budget": -0.1},
-        {"memory_budget": 64.1},
+        {"memory_budget": float("nan")},
+        {"memory_budget": 1024.1},
     ]
     within: list[dict] = [
         {"scale": 1.01},
@@ -346,11 +442,27 @@ def refusals() -> dict:
     """Inputs that only the run itself can refuse: how it ends, in which words, and whether it loads weights first."""
     PICTURES["empty"] = torch.zeros(0, 8, 8, 3)
     PICTURES["nan"] = torch.full((1, 8, 8, 3), math.nan)
-    PICTURES["grey"] = torch.rand(1, 8, 8, 1)
+    PICTURES["bytes"] = torch.full((1, 8, 8, 3), 200, dtype=torch.uint8)
+    PICTURES["to 255"] = PICTURES["small"] * 255
+    PICTURES["nan mask"] = torch.full((1, 8, 8), math.nan)
+    PICTURES["mask to 255"] = torch.full((1, 8, 8), 255.0)
+    PICTURES["nothing"], PICTURES["list"] = None, [PICTURES["small"]]  # pyright: ignore[reportArgumentType]
+    ODD.update(none=None, way="scale by", below=-1.0, text="4", half=2.5, list=[1])
     cases = {
         "empty batch": prompt("empty"),
         "not finite": prompt("nan"),
-        "one channel": prompt("grey"),
+        **{name: prompt(name) for name in ("bytes", "to 255", "nothing", "list")},
+        **{f"mask: {name}": masked(name) for name in ("nan mask", "mask to 255", "nothing", "list")},
+        "link into size": linked(size="way"),
+        "nothing into size": linked(size="none"),
+        "scale none": linked(**{"size.scale": "none"}),
+        "scale text": linked(**{"size.scale": "text"}),
+        "budget below": linked(memory_budget="below"),
+        "budget none": linked(memory_budget="none"),
+        "half steps": linked(steps="half"),
+        "denoise below": linked(denoise="below"),
+        "seed list": linked(seed="list"),
+        "no sampler": linked(sampler_name="text"),
         "pixel by 1.01": prompt("pixel", scale=1.01),
         "too large": prompt("small", size="longest side", **{"size.longest_side": 4096}),
         "no size": prompt("small", size="thrice"),
@@ -361,10 +473,54 @@ def refusals() -> dict:
         ended = run(asked)
         found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
         found[name]["loaded"] = len(mm.current_loaded_models)
-    unsaid = prompt("small")
-    for name in ("size", "size.scale"):
-        del unsaid["upscale"]["inputs"][name]
-    found["size unsaid"] = {key: run(unsaid).get(key) for key in ("end", "message", "type")} | {"loaded": 0}
+    for name, said in (("size unsaid", {}), ("size nested", {"size": {"size": "scale by", "scale": 2}})):
+        unsaid = prompt("small")
+        for key in ("size", "size.scale"):
+            del unsaid["upscale"]["inputs"][key]
+        unsaid["upscale"]["inputs"] |= said
+        found[name] = {key: run(unsaid).get(key) for key in ("end", "message", "type")} | {"loaded": 0}
+    return found
+
+
+def masked(name: str) -> dict:
+    """A prompt with a mask out of PICTURES."""
+    asked = prompt("small")
+    asked["mask"] = give(name)
+    asked["upscale"]["inputs"]["mask"] = ["mask", 1]
+    return asked
+
+
+def linked(**inputs: str) -> dict:
+    """A prompt in which inputs come by links, out of ODD."""
+    asked = prompt("small")
+    for name, odd in inputs.items():
+        asked[f"odd {name}"] = {"class_type": "GiveAny", "inputs": {"name": odd}}
+        asked["upscale"]["inputs"][name] = [f"odd {name}", 0]
+    return asked
+
+
+@case
+def taken_as_they_are_meant() -> dict:
+    """Pictures of one channel, values that overshoot, and links with numbers that fit: beside what they stand for."""
+    grey, over = PICTURES["small"][..., :1], PICTURES["small"] * 1.4 - 0.2
+    ODD.update(two=2, third=1 / 3)
+    PICTURES.update({"grey": grey, "three greys": grey.expand(-1, -1, -1, 3).contiguous()})
+    PICTURES.update({"over": over, "clipped": over.clamp(0, 1)})
+    pairs = {
+        "grey": (prompt("grey"), prompt("three greys")),
+        "over": (prompt("over"), prompt("clipped")),
+        "linked": (linked(steps="two", denoise="third", **{"size.scale": "two"}), prompt(denoise=1 / 3, scale=2)),
+    }
+    found = {}
+    for name, (odd, meant) in pairs.items():
+        ends, pictures, reports = [], [], []
+        for asked in (odd, meant):
+            ends.append(run(asked)["end"])
+            pictures.append(TAKEN.get("value"))
+            reports.append(TAKEN.get("report", ""))
+        found[name] = {"ends": ends, "reports": reports}
+        if ends == ["success", "success"]:
+            found[name] |= {"difference": (pictures[0] - pictures[1]).abs().max().item()}
     return found
 
 

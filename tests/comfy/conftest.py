@@ -26,7 +26,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = Path(__file__).absolute().parents[2]  # not resolved: the pack may be a link inside custom_nodes
-PACK = "comfyui-inf-dit"
+PACK = "inf-dit"  # the folder that the registry installs it in
 SERVER_PATIENCE = 120  # seconds
 
 

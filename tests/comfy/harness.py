@@ -45,11 +45,13 @@ import execution  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+torch.set_num_threads(1)  # on pictures this small threads only wait for each other
 nodes = importlib.import_module("nodes")  # ComfyUI's nodes.py; a plain import would read as this pack's nodes/
 
 # ---- what stands in for a picture's source and destination, and for the server
 
 PICTURES: dict[str, torch.Tensor] = {}
+ODD: dict[str, Any] = {}
 TAKEN: dict[str, Any] = {}
 
 
@@ -77,6 +79,28 @@ class Say:
 
     def say(self, text: str) -> tuple:
         return (text,)
+
+
+class AnyType(str):
+    """A type that fits every input, as those of packs that pass on whatever comes."""
+
+    __hash__ = str.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class GiveAny:
+    """A node that hands out ODD[name], whatever it is."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = (AnyType("*"),), "give", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:  # noqa: N802
+        return {"required": {"name": ("STRING", {})}}
+
+    def give(self, name: str) -> tuple:
+        return (ODD[name],)
 
 
 class Take:
@@ -131,7 +155,7 @@ async def load_core() -> None:
     await nodes.init_public_apis()
     samplers = COMFYUI / "comfy_extras" / "nodes_custom_sampler.py"
     await nodes.load_custom_node(str(samplers), module_parent="comfy_extras")
-    nodes.NODE_CLASS_MAPPINGS.update(Give=Give, Say=Say, **TAKERS)
+    nodes.NODE_CLASS_MAPPINGS.update(Give=Give, GiveAny=GiveAny, Say=Say, **TAKERS)
 
 
 def load_pack() -> bool:

@@ -20,7 +20,7 @@ def test_weights_are_in_comfyui_memory_management(inside: dict) -> None:
     assert found["difference"] == 0  # thrown out and brought back, the model is what it was
 
 
-@pytest.mark.parametrize(("name", "mib"), [("28 MiB", 28), ("40 MiB", 40)])
+@pytest.mark.parametrize(("name", "mib"), [("22 MiB", 22), ("40 MiB", 40)])
 def test_budget_is_kept(inside: dict, name: str, mib: int) -> None:
     found = inside["budgets"][name]
     assert found["end"] == "success"
@@ -31,7 +31,7 @@ def test_budget_is_kept(inside: dict, name: str, mib: int) -> None:
 
 def test_budgets_change_the_plan_and_not_the_picture(inside: dict) -> None:
     found = inside["budgets"]
-    plans = {(found[name]["group"], found[name]["chunk"]) for name in ("automatic", "28 MiB", "40 MiB")}
+    plans = {(found[name]["group"], found[name]["chunk"]) for name in ("automatic", "22 MiB", "40 MiB")}
     assert len(plans) == 3
     assert found["difference"] <= 1e-5
 
@@ -39,7 +39,8 @@ def test_budgets_change_the_plan_and_not_the_picture(inside: dict) -> None:
 def test_budget_that_is_too_small_names_the_least(inside: dict) -> None:
     found = inside["budgets"]["2 MiB"]
     assert (found["end"], found["type"].rpartition(".")[2]) == ("error", "BudgetTooSmall")
-    assert re.search(r"2 MiB is too little for 192×192: at least [\d.]+ MiB", found["message"])
+    assert re.search(r"memory_budget 0.00195 is too little: type 0.0\d at least for 192×192, or 0", found["message"])
+    assert inside["budgets"]["as it was told to type"]["end"] == "success"
 
 
 @pytest.mark.parametrize("name", ["little free", "less free than asked"])
@@ -68,6 +69,34 @@ def test_out_of_memory_is_one_clear_error(inside: dict, name: str, words: str) -
     assert found["unloaded"] == []  # other models stay where they are
     assert found["after"] == "success"
     assert found["alive"][1] <= found["alive after"][1] + MIB
+
+
+def test_auto_is_the_dtype_that_comfyui_would_choose(inside: dict) -> None:
+    assert inside["chosen_dtypes"] == {
+        "Ampere": "bfloat16",
+        "Turing": "float16",
+        "old": "float32",
+        "force_fp32": "float32",
+        "force_fp16": "float16",
+        "bf16_unet": "bfloat16",
+        "fp32_unet": "float32",
+        "forced on a CPU": "float32",
+    }
+
+
+@pytest.mark.parametrize(("name", "gib"), [("plenty", 63), ("little", 3), ("disabled", 0)])
+def test_no_more_is_pinned_than_comfyui_lets(inside: dict, name: str, gib: int) -> None:
+    found = inside["pins"][name]
+    assert found["pinnable"] == gib
+    assert found["pinned"] == (name == "plenty")
+    assert ("not pinned" in "".join(found["lines"])) == (name != "plenty")
+
+
+def test_nan_is_one_clear_error(inside: dict) -> None:
+    found = inside["not_finite"]
+    assert (found["end"], found["type"].rpartition(".")[2]) == ("error", "WrongNumbers")
+    assert "NaN or inf in step 1 in float16: choose bf16 or fp32" in found["message"]
+    assert found["after"] == "success"
 
 
 def test_run_goes_on_after_memory_ran_out(inside: dict) -> None:

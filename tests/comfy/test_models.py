@@ -51,6 +51,15 @@ def test_missing_file_gives_folder_readme_and_command(inside: dict, name: str, e
     assert f"`python -m infdit convert mp_rank_00_model_states.pt {said}`" in found["message"]
 
 
+@pytest.mark.parametrize("name", ["''", "'.'", "'..'", "None"])
+@pytest.mark.parametrize("kind", ["model", "clip"])
+def test_name_that_is_none_is_refused_with_what_to_choose(inside: dict, kind: str, name: str) -> None:
+    found = inside["files"][f"named {name}"][kind]
+    assert found["end"] in ("rejected", "error")
+    assert f"{kind}_name is {name}: choose " in found["message"]
+    assert "Traceback" not in found["message"]
+
+
 def test_name_may_come_by_a_link_and_stays_in_the_folder(inside: dict) -> None:
     assert (inside["files"]["linked"]["end"], inside["files"]["linked"]["message"]) == ("success", "")
     assert inside["files"]["outside"]["end"] == "error"

@@ -82,13 +82,16 @@ def test_largest_seeds_work(inside: dict) -> None:
         ("longest side {'longest_side': 160} of 40x1", [160, 4]),
         ("megapixels {'megapixels': 1.0} of 512x512", [1024, 1024]),
         ("megapixels {'megapixels': 0.25} of 200x300", [418, 627]),  # by √(2^18 / 60000) = 2.0902
-        ("scale by {'scale': 1.01} of 10x10", "10×10 is not larger"),
+        ("scale by {'scale': 1.01} of 10x10", "scale 1.01 is too small: type 1.05 at least"),
+        ("scale by {'scale': 8.0} of 10x10", "scale 8 is too large: type 4 at most, 4 times the picture's 10×10"),
+        ("longest side {'longest_side': 4096} of 400x300", "longest_side 4096 is too large: type 1600 at most"),
+        ("megapixels {'megapixels': 1.0} of 1x1", "megapixels cannot say what a picture of 1×1 becomes"),
         ("width and height {'width': 0, 'height': 0} of 30x40", "are both 0: give at least one"),
-        ("width and height {'width': 161, 'height': 0} of 30x40", "161×121 is more than 4 times the picture's 40×30"),
-        ("width and height {'width': 80, 'height': 29} of 30x40", "80×29 is not larger"),
-        ("longest side {'longest_side': 40} of 30x40", "40×30 is not larger"),
-        ("megapixels {'megapixels': 16.0} of 1000x1000", "ask for 4000×4000 at most, and use the node twice"),
-        ("twice {} of 30x40", "must be one of scale by, width and height, longest side, megapixels"),
+        ("width and height {'width': 161, 'height': 0} of 30x40", "width 161 is too large: type 160 at most"),
+        ("width and height {'width': 80, 'height': 29} of 30x40", "height 29 is too small: type 30 at least"),
+        ("longest side {'longest_side': 40} of 30x40", "longest_side 40 is too small: type 41 at least"),
+        ("megapixels {'megapixels': 16.0} of 1000x1000", "megapixels 16 is too large: type 15.25 at most"),
+        ("twice {} of 30x40", "as one of scale by, width and height, longest side, megapixels"),
     ],
 )
 def test_ways_to_say_a_size(inside: dict, asked: str, outcome: list[int] | str) -> None:
@@ -98,6 +101,31 @@ def test_ways_to_say_a_size(inside: dict, asked: str, outcome: list[int] | str) 
         assert "\n" not in found
     else:
         assert found == outcome
+
+
+def test_every_way_works_at_its_default_for_pictures_of_sdxl(inside: dict) -> None:
+    found = inside["size_defaults"]
+    assert len(found) == 4 * 9
+    for asked, outcome in found.items():
+        height, width = map(int, asked.split(" of ")[1].split("x"))
+        assert not isinstance(outcome, str), f"{asked}: {outcome}"
+        assert 1 < outcome[0] / height <= 4
+        assert outcome[1] / outcome[0] == pytest.approx(width / height, rel=2e-3)
+
+
+def test_number_that_a_refusal_says_to_type_works(inside: dict) -> None:
+    tried = inside["size_numbers"]["tried"]
+    told = [case for case in tried if case["told"]]
+    assert len(told) > 500
+    for case in told:
+        height, width = case["of"]
+        most = 2 if case["said"]["size"] == "width and height" else 1  # one for each side
+        assert len(case["told"]) <= most, case
+        if not isinstance(case["outcome"], str):  # else both sides are the picture's own, or another way is needed
+            assert height <= case["outcome"][0] <= 4 * height, case
+            assert width <= case["outcome"][1] <= 4 * width, case
+    worked = sum(not isinstance(case["outcome"], str) for case in told)
+    assert worked > 0.9 * len(told)
 
 
 def test_sizes_through_the_node(inside: dict) -> None:
@@ -139,28 +167,31 @@ def test_report_says_what_ran(inside: dict) -> None:
     found = inside["reports"]["plain"]
     lines = found["report"].splitlines()
     assert found["end"] == "success"
-    assert lines[:2] == ["10×12 to 40×48", "model: noisy.safetensors, float32 on cpu"]
-    assert lines[2].startswith("sampling: 3 steps of euler, noise ")
-    assert lines[2].endswith(", seed 5")
+    assert re.fullmatch(r"10×12 to 40×48 in [\d.]+ s \([\d.]+ s a step\)", lines[0])
+    assert lines[1] == "sampling: 3 steps of euler, noise 0.1 to 0.01, seed 5"
+    assert lines[2] == "model: noisy.safetensors, float32 on cpu"
     assert lines[3].startswith("plan: ")
-    assert re.fullmatch(r"peak: [\d.]+ MiB predicted", lines[5])
-    assert re.fullmatch(r"time: [\d.]+ s a step, [\d.]+ s in all", lines[6])
-    assert len(lines) == 7
+    assert re.fullmatch(r"peak: [\d.]+ MiB predicted; more memory would save less than 10% of the time", lines[4])
+    assert len(lines) == 5
     assert max(map(len, lines)) < 100
 
 
 def test_report_of_the_bundled_model(inside: dict) -> None:
     """It starts without noise and gains nothing from a second step: both are said."""
     lines = inside["reports"]["bundled"]["report"].splitlines()
-    assert lines[1].startswith("model: mini (bundled)")
-    assert lines[2] == "sampling: 1 step of euler; starts without noise: the seed changes nothing"
-    assert lines[-1] == "note: one step is all that this model gains from, so not the 4 asked for are taken"
+    assert lines[1] == "sampling: 1 step of euler; starts without noise: the seed changes nothing"
+    assert lines[2].startswith("model: mini (bundled)")
+    assert lines[3] == "note: one step is all that this model gains from, so not the 4 asked for are taken"
 
 
 def test_report_of_several_pictures_within_a_budget(inside: dict) -> None:
     lines = inside["reports"]["budget"]["report"].splitlines()
-    assert lines[0] == "12×9 to 48×36, 2 pictures"
-    assert "of 20.5 MiB" in lines[4]
+    assert lines[0].startswith("12×9 to 48×36, 2 pictures in ")
+    assert "(made for 0.1 to 0.01)" in lines[1]  # denoise is 0.5
+
+
+def test_report_of_one_step_names_its_one_noise_level(inside: dict) -> None:
+    assert "sampling: 1 step of euler, noise 0.1, seed 5" in inside["reports"]["one step"]["report"].splitlines()
 
 
 def test_report_without_steps(inside: dict) -> None:
@@ -174,10 +205,12 @@ def test_bar_and_live_pictures(inside: dict) -> None:
     values = [value for _, value, _, _ in found["bar"]]
     pictures = [picture for _, _, _, picture in found["bar"] if picture]
     blocks = math.ceil(4 * 24 / BLOCK) * math.ceil(4 * 60 / BLOCK)
-    assert {total for _, _, total, _ in found["bar"]} == {4 * LAYERS * blocks}  # euler: one evaluation a step
+    total = 96 + 4 * LAYERS * blocks  # rows that are prepared; euler: one evaluation a step
+    assert {whole for _, _, whole, _ in found["bar"]} == {total}
     assert values == sorted(values)
-    assert values[-1] == 4 * LAYERS * blocks
-    assert pictures == [["JPEG", "RGB", 240, 96, 512]] * 4  # one a step
+    assert values[-1] == total
+    assert len(pictures) >= 4  # one a step, and some within steps if those take long
+    assert all(picture == ["JPEG", "RGB", 240, 96, 512] for picture in pictures)
 
 
 def test_bar_is_not_moved_too_often(inside: dict) -> None:
@@ -186,10 +219,41 @@ def test_bar_is_not_moved_too_often(inside: dict) -> None:
 
 
 def test_time_left_is_told_on_the_node(inside: dict) -> None:
-    told = [text for text, node in inside["bar"]["told"] if node == "upscale"]
-    assert len(told) == len(inside["bar"]["told"]) >= 2
-    assert all(re.fullmatch(r"\d+%, .+ left", text) for text in told[:-1])
+    assert {node for _, node in inside["bar"]["told"]} == {"upscale"}
+    told = [text for text, _ in inside["bar"]["told"] if text]
+    assert len(told) >= 2
+    assert re.fullmatch(r"about [\d.]+ s", told[0])  # before the first block is done
+    assert all(re.fullmatch(r"preparing|\d+%, .+ left", text) for text in told[1:-1])
     assert re.fullmatch(r"240×96 in [\d.]+ s", told[-1])
+
+
+def test_picture_of_a_batch_is_told_on_the_node(inside: dict) -> None:
+    told = [text for text, _ in inside["several_told"]["told"] if text]
+    numbers = [int(text.split()[1]) for text in told[1:-1]]
+    assert re.fullmatch(r"picture 2 of 3, \d+%, .+ left", told[len(told) // 2])
+    assert numbers == sorted(numbers)
+    assert set(numbers) == {1, 2, 3}
+
+
+def test_reason_is_told_on_the_node_that_fails(inside: dict) -> None:
+    before, failed, after = ([text for text, _ in told] for told in inside["failed_after_success"]["told"])
+    assert before[-1].startswith("100×40 in ")
+    assert failed[0] == ""  # the line of the last run goes when a run begins
+    assert failed[1].startswith("longest_side 9000 is too large: type 240 at most, 4 times the picture's 60×24; ")
+    assert len(failed) == 2
+    assert after[0] == ""
+    assert after[-1].startswith("100×40 in ")
+
+
+def test_reason_is_told_on_a_loader(inside: dict) -> None:
+    found = inside["failed_after_success"]
+    assert found["loader"] == [[found["message"].strip(), "loader"]]
+    assert "damaged.safetensors: is not a complete" in found["message"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("none", False), ("auto", True), ("page", False)])
+def test_preview_method_none_is_obeyed(inside: dict, name: str, shown: bool) -> None:
+    assert inside["no_live_picture"][name] == [shown, [shown]]
 
 
 def test_interrupt_stops_at_once_and_the_next_run_is_whole(inside: dict) -> None:
@@ -204,7 +268,7 @@ def test_interrupt_stops_at_once_and_the_next_run_is_whole(inside: dict) -> None
 
 def test_values_beyond_the_limits_are_rejected(inside: dict) -> None:
     found = inside["limits"]["beyond"]
-    assert len(found) == 24
+    assert len(found) == 25
     assert [case for case, accepted in found.items() if accepted] == []
 
 
@@ -225,11 +289,28 @@ def test_least_denoise_and_scale(inside: dict) -> None:
     [
         ("empty batch", "is empty: give at least one picture"),
         ("not finite", "not finite"),
-        ("one channel", "must be (batch, height, width, 3 or 4)"),
-        ("pixel by 1.01", "1×1 is not larger than the picture's 1×1"),
-        ("too large", "ask for 40×48 at most, and use the node twice for more"),
-        ("no size", "size must be one of"),
-        ("size unsaid", "size must be one of"),
+        ("bytes", "torch.uint8 must be (batch, height, width, 3 or 4) of floating point in 0..1"),
+        ("to 255", "and must be of 0..1: divide values of 0..255 by 255"),
+        ("nothing", "image is of type NoneType: connect a node that gives an IMAGE"),
+        ("list", "image is of type list: connect a node that gives an IMAGE"),
+        ("mask: nan mask", "mask holds values that are not finite"),
+        ("mask: mask to 255", "mask holds values from 255 to 255 and must be of 0..1"),
+        ("mask: list", "mask of list must be of floating point in 0..1: connect a node that gives a MASK"),
+        ("pixel by 1.01", "scale 1.01 is too small: type 1.5 at least"),
+        ("too large", "longest_side 4096 is too large: type 48 at most"),
+        ("no size", "size must be chosen on the node, as one of scale by,"),
+        ("size unsaid", 'its keys are flat, as "size": "scale by", "size.scale": 4'),
+        ("size nested", 'its keys are flat, as "size": "scale by", "size.scale": 4'),
+        ("link into size", "links can give only its numbers"),
+        ("nothing into size", "links can give only its numbers"),
+        ("scale none", "size.scale is None and must be a number"),
+        ("scale text", "size.scale is '4' and must be a number"),
+        ("budget below", "memory_budget is -1.0 and must be a number from 0 to 1024"),
+        ("budget none", "memory_budget is None and must be a number from 0 to 1024"),
+        ("half steps", "steps is 2.5 and must be a whole number from 0 to 1000"),
+        ("denoise below", "denoise is -1.0 and must be a number from 0 to 1"),
+        ("seed list", "seed is [1] and must be a whole number from 0"),
+        ("no sampler", "sampler '4' is none of"),
     ],
 )
 def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> None:
@@ -238,3 +319,17 @@ def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> No
     assert words in found["message"]
     assert "\n" not in found["message"].strip()
     assert found["loaded"] == 0  # refused before weights are moved
+
+
+def test_no_mask_by_a_link_is_no_mask(inside: dict) -> None:
+    assert inside["refusals"]["mask: nothing"]["end"] == "success"
+
+
+@pytest.mark.parametrize("name", ["grey", "over", "linked"])
+def test_what_is_odd_but_plain_is_taken_as_it_is_meant(inside: dict, name: str) -> None:
+    found = inside["taken_as_they_are_meant"][name]
+    assert found["ends"] == ["success", "success"]
+    assert found["difference"] == 0
+    noted = [line for line in found["reports"][0].splitlines() if "clipped to 0..1" in line]
+    assert len(noted) == (name == "over")
+    assert "clipped" not in found["reports"][1]

@@ -36,6 +36,7 @@ INPUTS = {
         "memory_budget": "FLOAT",
         "conditioning": "INFDIT_CONDITIONING?",
         "mask": "MASK?",
+        "transparency": "MASK?",
     },
     "InfDiTMemoryPlan": {
         "model": "INFDIT_MODEL",
@@ -54,8 +55,16 @@ INPUTS = {
         "sigmas": "SIGMAS",
         "memory_budget": "FLOAT",
         "conditioning": "INFDIT_CONDITIONING?",
+        "transparency": "MASK?",
     },
-    "InfDiTScheduler": {"steps": "INT", "sigma_max": "FLOAT", "sigma_min": "FLOAT", "rho": "FLOAT", "denoise": "FLOAT"},
+    "InfDiTScheduler": {
+        "steps": "INT",
+        "sigma_max": "FLOAT",
+        "sigma_min": "FLOAT",
+        "rho": "FLOAT",
+        "denoise": "FLOAT",
+        "model": "INFDIT_MODEL?",
+    },
 }
 SIZES = {
     "scale by": {"scale": "FLOAT"},
@@ -88,28 +97,28 @@ RANGES = {
         "steps": [0, 0, 1000],
         "denoise": [1.0, 0.0, 1.0],
         "seed": [0, 0, 2**64 - 1],
-        "memory_budget": [0.0, 0.0, 64.0],
+        "memory_budget": [0.0, 0.0, 32.0],
     },
     "InfDiTMemoryPlan": {
         "width": [1024, 1, 65536],
         "height": [1024, 1, 65536],
-        "memory_budget": [0.0, 0.0, 64.0],
+        "memory_budget": [0.0, 0.0, 32.0],
     },
-    "InfDiTUpscaleAdvanced": {"memory_budget": [0.0, 0.0, 64.0]},
+    "InfDiTUpscaleAdvanced": {"memory_budget": [0.0, 0.0, 32.0]},
     "InfDiTScheduler": {
-        "steps": [20, 1, 1000],
-        "sigma_max": [40.0, 0.01, 5000.0],
-        "sigma_min": [0.002, 0.0001, 100.0],
+        "steps": [0, 0, 1000],
+        "sigma_max": [0.0, 0.0, 5000.0],
+        "sigma_min": [0.0, 0.0, 100.0],
         "rho": [7.0, 1.0, 100.0],
         "denoise": [1.0, 0.0, 1.0],
     },
 }
 SIZE_RANGES = {
     "scale": [4.0, 1.01, 4.0],
-    "width": [4096, 0, 65536],
+    "width": [2048, 0, 65536],
     "height": [0, 0, 65536],
-    "longest_side": [4096, 1, 65536],
-    "megapixels": [16.0, 0.01, 4096.0],
+    "longest_side": [2048, 1, 65536],
+    "megapixels": [4.0, 0.01, 4096.0],
 }
 VIRTUAL = {"MarkdownNote", "Note"}  # nodes of the frontend only
 
@@ -246,7 +255,7 @@ def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
     assert found["budget"]["end"] == "error"
-    assert "is too little for 256×192: at least " in found["budget"]["message"]
+    assert "memory_budget 0.001 is too little: type 0.0" in found["budget"]["message"]
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]

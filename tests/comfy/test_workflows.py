@@ -6,6 +6,7 @@ must say what its twin says. The one that was saved stays as it is for good: fil
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -133,9 +134,13 @@ def run(address: str, prompt: Prompt, picture: str) -> dict[str, dict]:
 
 
 def size(address: str, image: dict) -> tuple[int, int]:
+    return saved(address, image).size
+
+
+def saved(address: str, image: dict) -> Image.Image:
     query = urllib.parse.urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
     with urllib.request.urlopen(f"{address}/view?{query}", timeout=30) as answer:
-        return Image.open(answer).size
+        return Image.open(io.BytesIO(answer.read()))
 
 
 def node_id(prompt: Prompt, kind: str, title: str = "") -> str:
@@ -207,6 +212,9 @@ def test_workflow_saved_in_november_2026(server: tuple[str, Path], picture: str,
 def test_folder_of_pictures_through_the_api(server: tuple[str, Path], tmp_path: Path) -> None:
     folder, results = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
+    half = Image.new("RGBA", (8, 6), "teal")
+    half.paste((0, 0, 0, 0), (0, 0, 4, 6))
+    half.save(folder / "half.png")
     for name, shape in (("a.png", (10, 8)), ("b ä.jpg", (7, 12)), ("b ä.webp", (32, 20))):
         Image.new("RGB", shape, "teal").save(folder / name)
     (folder / "broken.png").write_bytes(b"no picture")
@@ -223,10 +231,16 @@ def test_folder_of_pictures_through_the_api(server: tuple[str, Path], tmp_path: 
         "a.png": (20, 16),
         "b ä.jpg.png": (14, 24),
         "b ä.webp.png": (64, 40),
+        "half.png": (16, 12),
     }
+    modes = {p.name: Image.open(p).mode for p in results.iterdir()}
+    assert modes.pop("half.png") == "RGBA"  # what is transparent stays so
+    alpha = Image.open(results / "half.png").getchannel("A")
+    assert (alpha.getpixel((1, 6)), alpha.getpixel((14, 6))) == (0, 255)
+    assert set(modes.values()) == {"RGB"}, "nothing is added to what is not"
     assert first.returncode == 1  # for the broken one, which does not keep the others from being done
-    assert "4 of 4  broken.png  failed: LoadImage: cannot identify image file" in first.stdout
+    assert "4 of 5  broken.png  failed: LoadImage: cannot identify image file" in first.stdout
     times = {p: p.stat().st_mtime_ns for p in results.iterdir()}
     again = upscale()
-    assert again.stdout.count("is there already") == 3
+    assert again.stdout.count("is there already") == 4
     assert {p: p.stat().st_mtime_ns for p in results.iterdir()} == times

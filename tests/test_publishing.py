@@ -1,0 +1,186 @@
+"""The pack as strangers get it: its name, its version, what is packed, the forms and workflows of its forge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FORGE = ROOT / ".github"
+FORMS = sorted((FORGE / "ISSUE_TEMPLATE").glob("*.yml"))
+OLD_ID = "comfyui-inf-dit"  # before the first publication; in workflows that were saved then
+
+
+def read(path: Path) -> dict:
+    yaml = pytest.importorskip("yaml", reason="no package of ours needs it, but one of theirs mostly brings it")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def jobs(name: str) -> dict:
+    return read(FORGE / "workflows" / name)["jobs"]
+
+
+def commands(job: dict) -> list[str]:
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+# ---- name and version
+
+
+def test_name_is_one_that_the_registry_takes() -> None:
+    """https://docs.comfy.org/registry/specifications; and never with the word that all of them could have."""
+    assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_.][A-Za-z0-9]+)*", PROJECT["name"])
+    assert len(PROJECT["name"]) < 100
+    assert "comfy" not in PROJECT["name"].lower()
+    assert {"Repository", "Documentation", "Bug Tracker"} <= PROJECT["urls"].keys()
+
+
+def pack_ids(drawn: dict) -> set[str]:
+    return {node["properties"].get("cnr_id") for node in drawn["nodes"] if node["type"].startswith("InfDiT")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_workflows_name_the_pack_that_is_to_be_installed(path: Path) -> None:
+    assert pack_ids(json.loads(path.read_text(encoding="utf-8"))) == {PROJECT["name"]}
+
+
+def test_a_workflow_of_the_old_name_is_kept_to_be_opened() -> None:
+    """tests/comfy opens it in ComfyUI's page and runs it, under the new name of the folder."""
+    saved = ROOT / "tests" / "comfy" / "data" / "saved_2026_11.json"
+    assert pack_ids(json.loads(saved.read_text(encoding="utf-8"))) == {OLD_ID}
+    assert f'PACK = "{PROJECT["name"]}"' in (ROOT / "tests" / "comfy" / "conftest.py").read_text(encoding="utf-8")
+
+
+def test_changelog_begins_with_the_version() -> None:
+    newest = re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == PROJECT["version"]
+
+
+# ---- what is packed
+
+
+def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
+    """`comfy node pack` takes tracked files less those of .comfyignore, whose patterns are git's."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+
+    def files(*options: str) -> set[str]:
+        return set(subprocess.check_output([git, "ls-files", *options], cwd=ROOT, text=True).splitlines())
+
+    packed = files() - files("--ignored", "--cached", "--exclude-from=.comfyignore")
+    assert {path.split("/")[0] for path in packed if "/" in path} == {
+        "api_client", "benchmarks", "docs", "infdit", "locales", "nodes", "pictures", "web", "workflows",
+    }  # fmt: skip
+    assert {path for path in packed if "/" not in path} == {
+        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",
+    }  # fmt: skip
+    assert not [path for path in packed if path.startswith("docs/") and path.endswith(".py")]
+
+
+# ---- the forge
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_form_asks_for_the_report_first(path: Path) -> None:
+    form = read(path)
+    assert form["name"]
+    assert form["description"]
+    first, ids = form["body"][0], [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    assert (first["id"], first["validations"]["required"]) == ("report", True)
+    assert '"report" output' in first["attributes"]["description"]
+    for field in form["body"]:
+        assert field["type"] in ("input", "textarea")
+        assert field["attributes"]["label"]
+
+
+def test_forms_are_there() -> None:
+    assert [path.stem for path in FORMS] == ["bug", "picture"]
+
+
+def test_forge_runs_what_must_hold_and_the_readmes_test_command_on_three_pythons_and_two_pytorches() -> None:
+    everything, suite = jobs("tests.yml")["everything"], jobs("tests.yml")["suite"]
+    assert commands(everything) == ["bash .ci/run"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (test,) = re.findall(r"\n## Tests\n\n```sh\n(.+)\n```", readme)
+    assert commands(suite)[-1] == test
+    matrix = suite["strategy"]["matrix"]
+    assert len(matrix["python"]) == 3
+    assert len(matrix["torch"]) == 2
+    assert PROJECT["requires-python"] == f">={matrix['python'][0]}"
+    assert f"torch>={matrix['torch'][0].removesuffix('.*')}" in PROJECT["dependencies"]
+
+
+@pytest.mark.parametrize(("torch", "held"), [("2.4.*", "torch==2.4.*"), (">=2.4", "torch>=2.4")])
+def test_a_pytorch_of_the_matrix_is_held(tmp_path: Path, torch: str, held: str) -> None:
+    hold = commands(jobs("tests.yml")["suite"])[0]
+    subprocess.run(["bash", "-ec", hold], cwd=tmp_path, env={**os.environ, "TORCH": torch}, check=True)
+    assert (tmp_path / "constraint.txt").read_text().strip() == held
+
+
+TAG, HEADING = f"v{PROJECT['version']}", f"## {PROJECT['version']}\n"
+
+
+def gate(folder: Path, tag: str = TAG, file: str = "", old: str = "", new: str = "") -> tuple[int, str]:
+    """What the first command of publish.yml says of the project's description made ready, then changed in one place."""
+    for name in ("pyproject.toml", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = text.replace("forge.example", "forge.test").replace("not yet published", "published")
+        if name == file:
+            assert old in text
+            text = text.replace(old, new)
+        (folder / name).write_text(text, encoding="utf-8")
+    script = commands(jobs("publish.yml")["publish"])[0]
+    command = ["bash", "-eo", "pipefail", "-c", script]
+    environment = {**os.environ, "GITHUB_REF_NAME": tag}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_gate_lets_a_version_pass_with_what_the_changelog_says_of_it(tmp_path: Path) -> None:
+    older = "\n## 0.0.1\n\nNothing of this.\n"
+    last = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines(keepends=True)[-1]
+    assert gate(tmp_path, file="CHANGELOG.md", old=last, new=last + older) == (0, "")
+    told = (tmp_path / "changes.md").read_text(encoding="utf-8")
+    assert last in told
+    assert "## " not in told
+    assert "Nothing of this" not in told
+
+
+@pytest.mark.parametrize(
+    ("says", "file", "old", "new"),
+    [
+        ("CHANGELOG.md has nothing under", "CHANGELOG.md", HEADING, "## 0.0.1\n"),
+        ("CHANGELOG.md has nothing under", "CHANGELOG.md", HEADING, f"{HEADING}\n## 0.0.1\n"),
+        ("say what is true from now on", "CHANGELOG.md", HEADING, f"{HEADING}not yet published\n"),
+        ("write the repository's address", "pyproject.toml", "[project]\n", "# forge.example\n"),
+    ],
+)
+def test_gate_stops_what_is_not_ready(tmp_path: Path, says: str, file: str, old: str, new: str) -> None:
+    status, said = gate(tmp_path, file=file, old=old, new=new)
+    assert status != 0
+    assert says in said
+
+
+def test_gate_stops_another_tag(tmp_path: Path) -> None:
+    status, said = gate(tmp_path, tag="v99.0.0")
+    assert status != 0
+    assert "the tag is v99.0.0" in said
+
+
+def test_publishing_waits_for_the_suite_and_needs_one_secret() -> None:
+    text = (FORGE / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert jobs("publish.yml")["publish"]["needs"] == "tests"
+    assert set(re.findall(r"secrets\.(\w+)", text)) == {"REGISTRY_ACCESS_TOKEN"}
+    assert read(FORGE / "workflows" / "publish.yml")[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` so

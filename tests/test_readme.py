@@ -1,0 +1,147 @@
+"""README, CONTRIBUTING and docs/ are held to the truth: links, commands, tables, code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main as benchmarks_main
+from docs.cards import table
+from infdit.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "training" / "README.md"]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+MEMORY = ROOT / "docs" / "memory.md"
+Print = Callable[[list[str]], str]
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(path), re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path, language: str = "sh") -> list[str]:
+    """One by one, without the remarks behind them."""
+    lines = [line for block in blocks(path, language) for line in block.splitlines()]
+    return [re.sub(r"\s+#.*", "", part).strip() for line in lines for part in line.split("&&")]
+
+
+def anchors(path: Path) -> set[str]:
+    """Of headings, as forges make them."""
+    found = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=by_name)
+def test_links_lead_somewhere(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", read(path), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_pages_are_found_from_the_readme() -> None:
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s]+)\)", read(README))}
+    assert {path.resolve() for path in PAGES} - {README.resolve()} <= linked
+
+
+@pytest.mark.parametrize("path", PAGES, ids=by_name)
+def test_options_in_commands_exist(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command is asked for its help, in which its options must be."""
+    for command in commands(path):
+        words = [re.sub(r".*[\\/]", "", word) for word in shlex.split(command)]
+        if words[1:3] not in (["-m", "infdit"], ["-m", "benchmarks"]):
+            continue
+        run = main if words[2] == "infdit" else benchmarks_main
+        with pytest.raises(SystemExit) as ended:
+            run([*words[3:4], "--help"] if words[2] == "infdit" else ["--help"])
+        assert ended.value.code == 0, command
+        said = capsys.readouterr().out
+        options = [word for word in words[3:] if word.startswith("-")]
+        assert [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", said)] == [], command
+
+
+# ---- figures
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Print:
+    def run(arguments: list[str]) -> str:
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_table_of_cards_is_what_its_command_prints() -> None:
+    assert f"\n\n{table()}\n\n" in read(README)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\$ python -m infdit (plan .+)$", read(MEMORY), re.MULTILINE))
+def test_plans_are_what_the_command_prints(command: str, printed: Print) -> None:
+    assert f"$ python -m infdit {command}\n{printed(command.split())}" in read(MEMORY)
+
+
+def test_settings_of_the_models_are_those_of_their_files(printed: Print) -> None:
+    rows = dict(re.findall(r"^\| (published|bundled) \| (.+) \|$", read(ROOT / "docs" / "sampling.md"), re.MULTILINE))
+    assert rows["bundled"].startswith("1, and never more | euler | 0.03 | ")
+    assert "1 steps (at most 1) of euler, σ 0.03 to" in printed(["info", "mini"])
+    assert rows["published"].startswith("20 | heun | 40 to 0.002 | ")
+    published = ROOT / "tests" / "data" / "tiny.mp_rank_00_model_states.pt"
+    assert "20 steps of heun, σ 40 to 0.002" in printed(["info", str(published)])
+
+
+# ---- code
+
+
+def test_python_of_the_api_page_runs() -> None:
+    names: dict[str, object] = {}
+    code = blocks(ROOT / "docs" / "api.md", "python")
+    assert len(code) > 3
+    for block in code:
+        exec(block, names)  # noqa: S102 - each goes on where the one before it ended
+
+
+# ---- CONTRIBUTING
+
+
+def test_contributors_type_what_the_readme_and_the_forge_run() -> None:
+    """Or pytest on files that are there."""
+    forge = ROOT / ".github" / "workflows" / "tests.yml"
+    known = "\n".join(read(path) for path in (README, ROOT / ".ci" / "run", forge))
+    assert len(commands(CONTRIBUTING)) > 5
+    for command in commands(CONTRIBUTING):
+        pytest_on = re.fullmatch(r"\.venv/bin/python -m pytest -n 0 -x (tests/\w+\.py)", command)
+        assert (ROOT / pytest_on[1]).is_file() if pytest_on else command in known, command
+
+
+def test_setting_up_is_two_commands_and_the_style_ten_lines() -> None:
+    assert len(blocks(CONTRIBUTING, "sh")[0].splitlines()) == 2
+    style = read(CONTRIBUTING).partition("\n## House style\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^(\d+)\. ", style, re.MULTILINE) == [str(number) for number in range(1, 11)]
+
+
+@pytest.mark.parametrize("heading", ["Quick start", "Tests"])
+def test_ci_runs_the_readmes_first_command_after_a_heading(heading: str) -> None:
+    section = read(README).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    first = re.search(r"^```(\w+)\n(.+)\n```$", section, re.MULTILINE)
+    assert first is not None
+    assert first[1] == "sh"
+    assert first[2].startswith("python3 -m venv .venv && .venv/bin/pip install -q ")
+    assert f'readme "{heading}"' in read(ROOT / ".ci" / "run")
