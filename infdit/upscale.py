@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import Canvas
 from .conditioning import conditioning_pictures, upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
@@ -23,31 +21,21 @@ from .device import same_device
 from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
+from .progress import PictureState, Progress, Watcher
 from .run import Report, Run
-from .samplers import Callback, Denoise, SamplerInfo, State, evaluations, get_sampler, karras_sigmas
+from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler, karras_sigmas
 from .selfcheck import check_device
 
 log = logging.getLogger(__name__)
 
 MAX_SCALE = 4  # what Inf-DiT was trained for
 OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, and is clipped
-PREVIEW_SIDE = 512  # pixels
-PREVIEW_SHARE = 0.02  # of the time at most, for pictures of what is not whole yet
-PREVIEW_DELAY = 0.5  # seconds before the first of them: short runs need none
 DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many together, and all are as in one draw
 STRIP = 256  # rows of a result that are finished at a time
 GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
-Preview = Callable[[], Tensor]
-Progress = Callable[[int, int, "Preview | None"], None]
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
-
-
-class PictureState(State):
-    """Where the sampler stands, and in which picture of the batch."""
-
-    picture: int
 
 
 _warned: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
@@ -80,7 +68,7 @@ def upscale(
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
         noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
-        progress: called as progress(done, total, preview) at least a few times a second, see `_Progress`; while a
+        progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`; while a
             picture is prepared, between the layers of a chunk, while it is finished. An exception that it raises ends
             the run at once.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
@@ -108,7 +96,7 @@ def upscale(
     report = report or Report()
     grid = plan.workload.grid
     each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks
-    shown = _Progress(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
+    shown = Watcher(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
     run = Run(model, plan, shown.advance, report, shown.painted)
     shape = (len(image), 3, grid.height, grid.width)
     noises = _noise_per_image(seed, noise, model.defaults.start_noise, shape, partial(run.advance, 0))
@@ -300,86 +288,6 @@ def schedule(
     if denoise in (0, 1):
         return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho)[0 if denoise else -1 :]
     return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** rho, rho)
-
-
-class _Progress:
-    """Turns "so much is done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds.
-
-    done and total count rows of pictures that are prepared, and layers × blocks × evaluations; done falls back when
-    memory ran out and an evaluation is repeated. preview is None, or a function that makes a picture of what is there
-    as (h, w, 3) uint8, at most 512 pixels a side: after each step what is denoised, and within a step, as often as
-    takes little time, its blocks that are done over what was there before.
-    """
-
-    def __init__(
-        self, progress: Progress | None, total: int, size: tuple[int, int], steps: int,
-        callback: Callable[[PictureState], None] | None, seconds: list[float],
-    ) -> None:
-        self._progress, self._total, self._size, self._steps, self._callback = progress, total, size, steps, callback
-        self._done, self._seconds, self._began = 0, seconds, time.monotonic()
-        self._due = self._began + PREVIEW_DELAY  # when a picture of what is not whole may be shown again
-        self._under: Tensor | None = None  # what was shown whole of this picture
-
-    def advance(self, done: int) -> None:
-        """Say how much is done."""
-        self._done = done
-        if self._progress is not None:
-            self._progress(self._done, self._total, None)
-
-    def step(self, state: PictureState) -> None:
-        """Say that the first evaluation of a step is done, and note how long the last one took."""
-        now = time.monotonic()
-        self._seconds.append(now - self._began)
-        self._began = now
-        if self._callback is not None:
-            self._callback(state)
-        denoised, more = state["denoised"], state["i"] < self._steps - 1
-        self._under = None
-
-        def whole() -> Tensor:
-            shown = _preview(denoised, self._size)
-            self._under = shown if more else None  # the next evaluation may be of another picture
-            return shown
-
-        self._show(whole)
-
-    def painted(self, canvas: Canvas, up: Tensor) -> None:
-        """Show what is not whole yet, if that is due."""
-        if time.monotonic() < self._due:
-            return
-
-        def partly() -> Tensor:
-            if self._under is None:
-                self._under = _preview(up, self._size)
-            return _preview(canvas.image, self._size, canvas.there, self._under)
-
-        self._show(partly)
-
-    def _show(self, preview: Preview) -> None:
-        if self._progress is not None:
-            began = time.monotonic()
-            self._progress(self._done, self._total, preview)
-            now = time.monotonic()
-            self._due = max(self._due, now + (now - began) / PREVIEW_SHARE)
-
-
-def _preview(
-    picture: Tensor, size: tuple[int, int], there: Callable[[int], Tensor] | None = None, under: Tensor | None = None
-) -> Tensor:
-    """A picture in [-1, 1] (B, 3, ≥ height, ≥ width), the first of B, as (h, w, 3) uint8; what is not there from under.
-
-    there: see `Canvas.there`; under: another preview.
-    """
-    height, width = size
-    shrink = min(1.0, PREVIEW_SIDE / max(size))
-    small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    stride = max(1, int(0.5 / shrink))  # twice the preview's size is enough to leave the device
-    seen = picture[:1, :, :height:stride, :width:stride].cpu().float()
-    if there is not None and under is not None:
-        beneath = F.interpolate(under.movedim(-1, 0)[None] / 127.5 - 1, seen.shape[-2:])
-        seen = torch.where(there(stride)[: seen.shape[-2], : seen.shape[-1]], seen, beneath)
-    seen = F.interpolate(seen, size=small, mode="bilinear", antialias=True)
-    return ((seen[0].clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).movedim(0, -1)
 
 
 def check_image(image: Tensor) -> None:

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit import SamplingDefaults
-from ..infdit.upscale import PictureState, schedule
+from ..infdit.progress import PictureState
+from ..infdit.upscale import schedule
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..infdit import Report
-from ..infdit.upscale import PREVIEW_SIDE, Preview, check_image
+from ..infdit.progress import PREVIEW_SIDE, Preview
+from ..infdit.upscale import check_image
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it

@@ -133,7 +133,7 @@ ROOMS = (  # architecture.md draws them
     ("config", "grid", "rotary", "samplers", "device", "names"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
-    ("run", "selfcheck", "upscale"),
+    ("run", "selfcheck", "progress", "upscale"),
     ("tensorfile", "clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )

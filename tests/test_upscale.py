@@ -17,7 +17,8 @@ import infdit
 from infdit import MemoryPlan, Report, upscale
 from infdit.conditioning import fill_transparent, visible_colour
 from infdit.model import InfDiT
-from infdit.upscale import Preview, schedule
+from infdit.progress import Preview
+from infdit.upscale import schedule
 
 FAST = {"steps": 1, "sampler": "euler", "sigma_max": 0.1}
 
@@ -272,8 +273,8 @@ def test_the_live_picture_fills_up_block_by_block(
     bundled: InfDiT, h: int, w: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the only step: blocks as they will be, over the plain enlargement, each once and for all."""
-    monkeypatch.setattr(import_module("infdit.upscale"), "PREVIEW_DELAY", 0)
-    monkeypatch.setattr(import_module("infdit.upscale"), "PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr(import_module("infdit.progress"), "PREVIEW_DELAY", 0)
+    monkeypatch.setattr(import_module("infdit.progress"), "PREVIEW_SHARE", 1e9)
     image, seen = picture(h, w), []
 
     def progress(done: int, total: int, preview: Preview | None) -> None:

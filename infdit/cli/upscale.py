@@ -34,8 +34,9 @@ from ..picture import (
     sweep,
     write_picture,
 )
+from ..progress import Preview
 from ..samplers import SAMPLERS
-from ..upscale import MAX_SCALE, Preview, target_size, upscale
+from ..upscale import MAX_SCALE, target_size, upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"

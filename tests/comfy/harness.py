@@ -34,7 +34,7 @@ def watch_network(event: str, arguments: tuple) -> None:
 sys.addaudithook(watch_network)
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
 sys.path[0] = str(COMFYUI)
-sys.path.append(str(Path(__file__).parent))
+sys.path.extend(map(str, Path(__file__).parents[:2]))  # the cases, and what they share with other tests
 os.chdir(COMFYUI)
 
 import comfy.options  # noqa: E402 - flags first: ComfyUI reads them while it is imported
