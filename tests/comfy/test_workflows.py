@@ -191,7 +191,7 @@ def test_advanced_sampling(server: tuple[str, Path], picture: str) -> None:
     prompt = read(TWINS["advanced_sampling"])
     found = run(server[0], prompt, picture)
     assert found[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
-    assert "1 step of euler, noise 0.03 to 0.03" in found[node_id(prompt, "PreviewAny")]["text"]
+    assert "1 step of euler, noise 0.03, seed" in found[node_id(prompt, "PreviewAny")]["text"]
 
 
 def test_workflow_saved_in_november_2026(server: tuple[str, Path], picture: str, clip_file: str) -> None:
