@@ -303,7 +303,7 @@ def test_live_pictures_within_a_step_take_little_of_the_time(mini: InfDiT, monke
         now += 1 if preview is None else 10
         within += preview is not None
 
-    monkeypatch.setattr(import_module("infdit.upscale").time, "monotonic", lambda: now)
+    monkeypatch.setattr(import_module("infdit.progress").time, "monotonic", lambda: now)
     upscale(mini, picture(100, 100), progress=progress, plan=MemoryPlan(6, 1), **FAST)
     within -= 1  # the whole one, after the step
     assert 0 < 10 * within <= 0.02 * now
