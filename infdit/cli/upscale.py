@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     with place_for(jobs[0][1]):
         pass  # that nothing can be written is told before the work
     vectors = _vectors(encoder, options, [source for source, _ in jobs])
+    del encoder  # its memory is free while pictures are enlarged
     failed = 0
     with logging_redirect_tqdm():
         for source, target in jobs:
