@@ -2,11 +2,11 @@
 
     python upscale_folder.py photos/ -o photos_x4/ [--server http://127.0.0.1:8188]
 
-For each picture: upload it, queue `workflows/api/upscale_a_picture.json` with its name in Load Image, wait until the
-history has it, download what was saved. Any other workflow in API format with one Load Image and a Save Image will do
-(--workflow). Pictures whose result is there already are left out, so a run that was stopped goes on where it was; the
-settings that made a result are read from the PNG. Needs nothing but Python: copy the file and the workflow wherever you
-like.
+For each picture: upload it, queue `workflows/api/Upscale a picture with Inf-DiT.json` with its name in Load Image, wait
+until the history has it, download what was saved. Any other workflow in API format with one Load Image and a Save
+Image will do (--workflow). Pictures whose result is there already are left out, so a run that was stopped goes on where
+it was; the settings that made a result are read from the PNG. Needs nothing but Python: copy the file and the workflow
+wherever you like.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows, which deletes no file that somebody holds open
     fcntl = None
 
-WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "upscale_a_picture.json"
+WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "Upscale a picture with Inf-DiT.json"
 PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 UPLOADS = "upscale_folder"  # folder for the uploaded pictures in ComfyUI's input folder
 PORT = 8188

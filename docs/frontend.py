@@ -33,13 +33,15 @@ from playwright.sync_api import Browser
 
 from api_client.upscale_folder import Prompt, Server
 from infdit import InfDiTConfig
-from tests.comfy.browser import Frontend, chromium
+from tests.comfy.browser import AFTER_SDXL, EVERYDAY, Frontend, chromium
 from tests.dense import weight_shapes
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS, HELP, FLOWERS = ROOT / "workflows", ROOT / "web" / "docs", ROOT / "pictures" / "flowers.png"
 PUBLISHED = "infdit.safetensors"  # a model of the published size
 NAMED = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")  # in workflows
+STEPS, PLAN = "Upscale step by step with Inf-DiT", "What Inf-DiT would hold in memory"
+SIXTEEN = "Upscale sixteen times with Inf-DiT"
 SIDE = 512  # of a thumbnail
 CROP = SIDE // 4  # of the source, enlarged by 4
 DARK = "#171923"  # as the plots
@@ -165,22 +167,20 @@ def strips(pictures: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def before_and_after(server: Server) -> Image.Image:
-    """Left as bicubic enlarges it, right as the model does."""
+def before_and_after(server: Server, name: str, times: int) -> Image.Image:
+    """Left as bicubic enlarges it, right as a workflow does."""
     source = crop(71, 86)
-    after = result(server, twin("upscale_a_picture", LoadImage=upload(server, source)))
+    source = source.crop((0, 0, SIDE // times, SIDE // times))
+    after = result(server, twin(name, LoadImage=upload(server, source)))
     return strips([source.resize((SIDE, SIDE), Image.Resampling.BICUBIC), *after])
 
 
 def noise_levels(server: Server) -> Image.Image:
-    """The noisy start, what is left of the noise after one step and after two, and the end."""
-    prompt = twin("advanced_sampling", LoadImage=upload(server, crop(128, 64)))
-    keys = {node["class_type"]: key for key, node in prompt.items()}
-    scheduler, upscale = keys["InfDiTScheduler"], prompt[keys["InfDiTUpscaleAdvanced"]]
+    """The plain enlargement, and what the model makes of it from lower and higher on in its noise levels."""
+    prompt = twin(STEPS, LoadImage=upload(server, crop(128, 64)))
+    scheduler = next(node["inputs"] for node in prompt.values() if node["class_type"] == "InfDiTScheduler")
     states = []
-    for step in (0, 1, 2, prompt[scheduler]["inputs"]["steps"]):
-        prompt["cut"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": [scheduler, 0], "step": step}}
-        upscale["inputs"]["sigmas"] = ["cut", 0]
+    for scheduler["denoise"] in (0, 1 / 3, 2 / 3, 1):
         states += result(server, prompt)
     return strips(states)
 
@@ -190,7 +190,7 @@ def plans(server: Server) -> Image.Image:
     whole = Image.new("RGB", (SIDE, SIDE), DARK)
     for budget, top in ((8, 0), (5, SIDE // 2)):
         asked = {"width": 1024, "height": 1024, "memory_budget": budget}
-        prompt = twin("memory_plan_16k", InfDiTModelLoader={"model_name": PUBLISHED}, InfDiTMemoryPlan=asked)
+        prompt = twin(PLAN, InfDiTModelLoader={"model_name": PUBLISHED}, InfDiTMemoryPlan=asked)
         plot = result(server, prompt)[0].convert("RGB")
         plot.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         whole.paste(plot, (0, top + (SIDE // 2 - plot.height) // 2))
@@ -204,7 +204,7 @@ def detail(server: Server, path: str, x: int, y: int) -> Image.Image:
     wide = picture.resize((SIDE, SIDE * picture.height // picture.width), Image.Resampling.LANCZOS)
     width, height = CROP // 2, (SIDE - wide.height) // 4
     seen = picture.crop((x, y, x + CROP, y + CROP))  # by the model; of which the corner is shown
-    (after,) = result(server, twin("upscale_a_picture", LoadImage=upload(server, seen)))
+    (after,) = result(server, twin(EVERYDAY, LoadImage=upload(server, seen)))
     before = seen.resize(after.size, Image.Resampling.NEAREST)
     whole = Image.new("RGB", (SIDE, SIDE), DARK)
     whole.paste(wide, (0, 0))
@@ -241,13 +241,13 @@ class Shot:
 LARGE = {"InfDiTModelLoader": [PUBLISHED, "auto"], "InfDiTMemoryPlan": [1024, 1024, "scale by", 4, 8]}
 DEFAULTS = {"InfDiTScheduler": [20, 40, 0.002, 7, 1]}
 SHOTS = {
-    "InfDiTModelLoader.png": Shot("advanced_sampling", (320, 90), unfolded=True),
-    "InfDiTCLIPLoader.png": Shot("sdxl_then_inf_dit", (340, 60)),
-    "InfDiTCLIPEncode.png": Shot("sdxl_then_inf_dit", (340, 330)),
-    "InfDiTUpscale.jpg": Shot("upscale_a_picture", (340, 330), run=True),
-    "InfDiTMemoryPlan.png": Shot("memory_plan_16k", (400, 450), LARGE, run=True),
-    "InfDiTUpscaleAdvanced.jpg": Shot("advanced_sampling", (340, 240), run=True),
-    "InfDiTScheduler.png": Shot("advanced_sampling", (320, 170), DEFAULTS, unfolded=True),
+    "InfDiTModelLoader.png": Shot(STEPS, (320, 90), unfolded=True),
+    "InfDiTCLIPLoader.png": Shot(AFTER_SDXL, (340, 60)),
+    "InfDiTCLIPEncode.png": Shot(AFTER_SDXL, (340, 330)),
+    "InfDiTUpscale.jpg": Shot(EVERYDAY, (340, 330), run=True),
+    "InfDiTMemoryPlan.png": Shot(PLAN, (400, 450), LARGE, run=True),
+    "InfDiTUpscaleAdvanced.jpg": Shot(STEPS, (340, 240), run=True),
+    "InfDiTScheduler.png": Shot(STEPS, (320, 170), DEFAULTS, unfolded=True),
 }
 SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
@@ -289,6 +289,7 @@ def photograph(frontend: Frontend, kind: str, shot: Shot) -> Image.Image:
     workflow = drawn(shot.workflow)
     for node in workflow["nodes"]:
         node["widgets_values"] = shot.values.get(node["type"], node.get("widgets_values", []))
+        node["mode"] = 0  # not bypassed
         if node["type"] == kind:
             node["size"] = shot.size
             node.pop("title", None)
@@ -315,8 +316,8 @@ def in_comfyui(browser: Browser, address: str) -> Image.Image:
     """The first workflow after a run, as a user sees it."""
     window = {"width": 1100, "height": 850}
     frontend = Frontend(browser, address, SETTINGS, viewport=window, device_scale_factor=1.6)
-    workflow = drawn("upscale_a_picture")
-    frontend.open(workflow, "upscale_a_picture")
+    workflow = drawn(EVERYDAY)
+    frontend.open(workflow, EVERYDAY)
     frontend.page.evaluate(CLOSE_OTHERS)
     frontend.run()
     frontend.page.wait_for_timeout(NOTICE)
@@ -339,11 +340,12 @@ def main() -> None:
         sys.exit("COMFYUI_PATH must name a checkout of ComfyUI")
     with serving(Path(checkout)) as address, chromium() as browser:
         server = Server(address)
-        write(WORKFLOWS / "upscale_a_picture.jpg", before_and_after(server), 100)
-        write(WORKFLOWS / "advanced_sampling.jpg", noise_levels(server), 100)
-        write(WORKFLOWS / "memory_plan_16k.jpg", plans(server), 100)
+        write(WORKFLOWS / f"{EVERYDAY}.jpg", before_and_after(server, EVERYDAY, 4), 100)
+        write(WORKFLOWS / f"{SIXTEEN}.jpg", before_and_after(server, SIXTEEN, 16), 100)
+        write(WORKFLOWS / f"{STEPS}.jpg", noise_levels(server), 100)
+        write(WORKFLOWS / f"{PLAN}.jpg", plans(server), 100)
         if sdxl:
-            write(WORKFLOWS / "sdxl_then_inf_dit.jpg", detail(server, sdxl[0], int(sdxl[1]), int(sdxl[2])), 100)
+            write(WORKFLOWS / f"{AFTER_SDXL}.jpg", detail(server, sdxl[0], int(sdxl[1]), int(sdxl[2])), 100)
         frontend = Frontend(browser, address, SETTINGS, device_scale_factor=2)
         for name, shot in SHOTS.items():
             write(HELP / name, photograph(frontend, Path(name).stem, shot), 200)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -17,6 +18,7 @@ InfDiTCLIP = io.Custom("INFDIT_CLIP")
 InfDiTConditioning = io.Custom("INFDIT_CONDITIONING")
 
 SLIDER = io.NumberDisplay.slider
+FIXED: Any = getattr(io, "ControlAfterGenerate", {"fixed": True})["fixed"]  # a seed after a run; 0.8.0 has on and off
 ADVANCED = {"advanced": True}  # as extra_dict: io's own keyword for it exists only since 0.10
 
 

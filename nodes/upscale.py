@@ -103,13 +103,13 @@ def _sampling_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "denoise", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=schema.SLIDER,
-            tooltip="How freely the model invents detail. 1: as it was trained to; lower values stay closer "
-            "to the plain enlargement; 0 is the plain enlargement.",
+            tooltip="How far the model may go from the plain enlargement, and how much it may invent if it is one that "
+            "invents. 1: as far as it was trained to; 0: the plain enlargement.",
         ),
         io.Int.Input(
-            "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=True,
-            tooltip="The noise that detail grows from: the same seed gives the same picture. The bundled model "
-            "starts without noise: there the seed changes nothing.",
+            "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=schema.FIXED,
+            tooltip="The noise that detail grows from, with models that start from noise. The bundled model starts "
+            "without: there the seed changes nothing.",
         ),
     ]
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from infdit.clip.loader import KNOWN
+
 ROOT = Path(__file__).parents[1]
 HELP, WORKFLOWS = ROOT / "web" / "docs", ROOT / "workflows"
 NODES = (
@@ -74,16 +76,31 @@ def rows(page: str, heading: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
 
 
-def help_page(node: str) -> str:
-    return (HELP / f"{node}.md").read_text(encoding="utf-8")
+def help_page(node: str, language: str = "en") -> str:
+    """As the page finds it: its language's first, then the one without a language."""
+    path = HELP / f"{node}.md" if language == "en" else HELP / node / f"{language}.md"
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_page_lists_every_input_and_output_in_order(node: str) -> None:
-    entry, page = locale("en")[node], help_page(node)
-    inputs = [text["name"] for key, text in entry["inputs"].items() if key != "control_after_generate"]
-    assert rows(page, "Inputs") == inputs
-    assert rows(page, "Outputs") == [text["name"] for text in entry["outputs"].values()]
+@pytest.mark.parametrize(("language", "inputs", "outputs"), [("en", "Inputs", "Outputs"), ("zh", "输入", "输出")])
+def test_help_page_lists_every_input_and_output_in_order(node: str, language: str, inputs: str, outputs: str) -> None:
+    entry, page = locale(language)[node], help_page(node, language)
+    asked = [text["name"] for key, text in entry["inputs"].items() if key != "control_after_generate"]
+    assert rows(page, inputs) == asked
+    assert rows(page, outputs) == [text["name"] for text in entry["outputs"].values()]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_chinese_help_page_has_all_that_the_english_one_has(node: str) -> None:
+    """Title, sections, lines, the picture, and what no language changes: refusals, templates, files, sizes."""
+    english, chinese = help_page(node), help_page(node, "zh")
+    assert chinese.startswith(f"# {locale('zh')[node]['display_name']}\n")
+    for line in (r"^## ", r"^- ", r"^\| "):
+        assert len(re.findall(line, chinese, re.MULTILINE)) == len(re.findall(line, english, re.MULTILINE)), line
+    refusals, templates = r"(?<=\*\*)[^*\n]*…[^*\n]*(?=\*\*)", r"\*\*([^*\n]+ Inf-DiT[^*\n]*)\*\*"
+    for same in (r"\]\(([^)]+)\)", refusals, templates, r"\b[\w-]+\.\w{2,}\b", r"\d+×\d+"):
+        assert sorted(re.findall(same, chinese)) == sorted(re.findall(same, english)), same
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -105,6 +122,70 @@ def test_help_pages_are_of_nodes() -> None:
 
 
 # ---- workflows
+
+EVERYDAY = "Upscale a picture with Inf-DiT"
+SCREEN, FILLED = (1600, 900), 0.75  # pixels of a small desktop's page; how much of it a workflow fills that is opened
+LEAST_ZOOM = 8 / 14  # below it the page draws no text on nodes
+
+
+def workflow(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_everyday_template_comes_first_and_file_names_are_titles() -> None:
+    names = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+    assert names[0] == EVERYDAY
+    assert all("_" not in name and "Inf-DiT" in name and name[0].isupper() for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_workflow_can_be_read_at_the_zoom_at_which_it_opens(path: Path) -> None:
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    boxes = [box(*node["pos"], *node["size"], title=30) for node in drawn["nodes"]]
+    lefts, tops, rights, bottoms = zip(*boxes, *(box(*group["bounding"]) for group in drawn["groups"]), strict=True)
+    zoom = FILLED * min(SCREEN[0] / (max(rights) - min(lefts)), SCREEN[1] / (max(bottoms) - min(tops)))
+    assert zoom > LEAST_ZOOM
+    for node in drawn["nodes"]:
+        if node["type"] == "MarkdownNote":
+            assert node["widgets_values"][0].startswith("#"), "a note's plain text is too small to read from there"
+
+
+def test_models_named_by_workflows_have_addresses_and_digests() -> None:
+    """So the page can offer them; the digests are those that the library and the world know."""
+    nodes = workflow("Upscale after SDXL with Inf-DiT")["nodes"]
+    models = {node["type"]: node["properties"]["models"][0] for node in nodes if "models" in node["properties"]}
+    for kind, model in models.items():
+        assert [model["name"]] == next(node["widgets_values"] for node in nodes if node["type"] == kind)
+        assert model["url"].startswith("https://huggingface.co/")
+        assert model["url"].endswith(f"/{model['name']}")
+        assert model["hash_type"] == "SHA256"
+    assert models["CheckpointLoaderSimple"]["hash"].startswith("31e35c80fc")  # as Civitai and others shorten it
+    assert models["InfDiTCLIPLoader"]["hash"] in KNOWN
+    bypassed = {node["type"] for node in nodes if node["mode"] == 4}
+    assert bypassed == {"InfDiTCLIPLoader", "InfDiTCLIPEncode"}
+
+
+def test_everyday_template_keeps_transparency_and_shows_before_and_after() -> None:
+    drawn = workflow(EVERYDAY)
+    kinds = {node["id"]: node["type"] for node in drawn["nodes"]}
+    slots = {node["id"]: [entry["name"] for entry in node["inputs"]] for node in drawn["nodes"]}
+    links = {(kinds[a], kinds[b], slots[b][slot]) for _, a, _, b, slot, _ in drawn["links"]}
+    assert ("LoadImage", "InfDiTUpscale", "transparency") in links
+    assert ("LoadImage", "ImageStitch", "image2") in links
+    assert ("InfDiTUpscale", "ImageStitch", "image1") in links
+    assert ("ImageStitch", "PreviewImage", "images") in links
+    assert ("InfDiTUpscale", "PreviewAny", "source") in links
+
+
+def test_blueprint_is_one_node_around_the_two() -> None:
+    """Where ComfyUI looks for them: subgraphs/*.json, one node of the type of the one subgraph defined in it."""
+    (path,) = (ROOT / "subgraphs").glob("*.json")
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    (inside,), (outside,) = blueprint["definitions"]["subgraphs"], blueprint["nodes"]
+    assert inside["name"] == path.stem == "Upscale with Inf-DiT"
+    assert outside["type"] == inside["id"]
+    assert [node["type"] for node in inside["nodes"]] == ["InfDiTModelLoader", "InfDiTUpscale"]
+    assert [entry["name"] for entry in outside["inputs"]] == [entry["name"] for entry in inside["inputs"]]
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

@@ -80,7 +80,7 @@ def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
 
     packed = files() - files("--ignored", "--cached", "--exclude-from=.comfyignore")
     assert {path.split("/")[0] for path in packed if "/" in path} == {
-        "api_client", "benchmarks", "docs", "infdit", "locales", "nodes", "pictures", "web", "workflows",
+        "api_client", "benchmarks", "docs", "infdit", "locales", "nodes", "pictures", "subgraphs", "web", "workflows",
     }  # fmt: skip
     assert {path for path in packed if "/" not in path} == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",

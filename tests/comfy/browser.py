@@ -9,6 +9,7 @@ decide what is right. docs/frontend.py takes its pictures with the same page.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # imported late, so that its absence can be told
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
+EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale after SDXL with Inf-DiT"
+BLUEPRINT = "Upscale with Inf-DiT"
 LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
 WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
 RENDERERS = {"canvas": False, "vue": True}
@@ -193,15 +196,24 @@ def broken(frontend: Frontend, path: Path) -> dict:
     return {"unknown": unknown, "invalid": frontend.seen()}
 
 
+def absent(frontend: Frontend, path: Path) -> dict:
+    """The workflow with files of names that nobody has: the page says which of them it misses."""
+    text = re.sub(r"\b(sd_xl_base_1.0|open_clip_pytorch_model)\b", "absent", path.read_text(encoding="utf-8"))
+    frontend.open(json.loads(text), "absent")
+    return frontend.seen()
+
+
 def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]:
     drawn = sorted((pack / "workflows").glob("*.json"))
-    for path in (*drawn, pack / "tests" / "comfy" / "data" / "saved_2026_11.json"):
+    saved = pack / "tests" / "comfy" / "data" / "saved_2026_11.json"
+    for path in (*drawn, saved, pack / "subgraphs" / f"{BLUEPRINT}.json"):
         yield opened, path
+    yield absent, pack / "workflows" / f"{AFTER_SDXL}.json"
     for path in drawn:
-        if "sdxl" not in path.name:  # whose models are not here
+        if path.stem != AFTER_SDXL:  # whose models are not here
             yield run, path
     for case in (core, broken):
-        yield case, pack / "workflows" / "upscale_a_picture.json"
+        yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 
 def main(address: str, pack: Path, out: Path) -> None:

@@ -150,7 +150,7 @@ class Browser:
 
 def workflow(**changes: object) -> dict:
     """The API twin as shipped, with changes to the inputs of nodes: upscale={"steps": 2}."""
-    prompt = json.loads((PACK / "workflows" / "api" / "upscale_a_picture.json").read_text())
+    prompt = json.loads((PACK / "workflows" / "api" / "Upscale a picture with Inf-DiT.json").read_text())
     kinds = {"upscale": "InfDiTUpscale", "loader": "InfDiTModelLoader", "image": "LoadImage"}
     for name, inputs in changes.items():
         next(n for n in prompt.values() if n["class_type"] == kinds[name])["inputs"].update(inputs)

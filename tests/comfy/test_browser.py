@@ -15,13 +15,11 @@ pytestmark = pytest.mark.comfy
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
-RUN = [name for name in SHIPPED if name != "sdxl_then_inf_dit"]  # that one's models are not here
-# named by workflows: empty files do, for nothing reads them
-MODELS = (
-    "checkpoints/sd_xl_base_1.0.safetensors",
-    "clip_vision/open_clip_pytorch_model.bin",
-    "infdit/infdit.safetensors",
-)
+RUN = [name for name in SHIPPED if name != "Upscale after SDXL with Inf-DiT"]  # SDXL is not here
+# named by workflows: empty files do, for nothing reads them; CLIP by the one that was saved
+MODELS = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")
+PAGE_ONLY = ("ImageStitch", "PreviewImage")  # what a script has no use for
+EVERYDAY, STEPS = "Upscale a picture with Inf-DiT", "Upscale step by step with Inf-DiT"
 PICTURE, RESULT, PREVIEW = [64, 48], [256, 192], [512, 384]
 
 renderers = pytest.mark.parametrize("renderer", ["canvas", "vue"])
@@ -87,7 +85,7 @@ def complaints(seen: dict, renderer: str, found: dict) -> list[str]:
 
     A frontend that is newer than its server asks it for more than it knows.
     """
-    core = seen[f"{renderer} core upscale_a_picture"]
+    core = seen[f"{renderer} core {EVERYDAY}"]
     assert core["end"] == "success"
     return [text for text in (*found["dialogs"], *found["complaints"]) if text not in core["complaints"]]
 
@@ -117,21 +115,24 @@ def test_run_from_the_page(seen: dict, renderer: str, name: str) -> None:
 
 
 @renderers
-@pytest.mark.parametrize("name", ["upscale_a_picture", "advanced_sampling"])
+@pytest.mark.parametrize("name", [EVERYDAY, STEPS])
 def test_picture_on_each_node_after_a_run(seen: dict, renderer: str, name: str) -> None:
     shown = {node["type"]: node for node in seen[f"{renderer} run {name}"]["nodes"]}
     (upscale,) = (node for kind, node in shown.items() if kind.startswith("InfDiTUpscale"))
     assert shown["LoadImage"]["pictures"] == [PICTURE]
     assert upscale["pictures"] == [PREVIEW]
     assert shown["SaveImage"]["pictures"] == [RESULT]
+    if name == EVERYDAY:
+        assert shown["PreviewImage"]["pictures"] == [[2 * RESULT[0] + 8, RESULT[1]]]  # before, a line, after
     assert re.fullmatch(r"256×192 in [\d.]+ s", *upscale["texts"])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_api_twin_is_what_the_page_exports(seen: dict, name: str) -> None:
-    """Word for word, but for what older versions of core nodes ask for beyond it."""
+    """Word for word, but for what only a page shows, and what older versions of core nodes ask for beyond it."""
     path = ROOT / "workflows" / "api" / f"{name}.json"
     twin, exported = read(path), json.loads(seen[f"canvas opened {name}"]["exported"])
+    exported = {key: node for key, node in exported.items() if node["class_type"] not in PAGE_ONLY}
     for key, node in exported.items():
         node["inputs"] = {name: value for name, value in node["inputs"].items() if name in twin[key]["inputs"]}
     assert json.dumps(exported, indent=2, ensure_ascii=False) + "\n" == path.read_text(encoding="utf-8")
@@ -140,8 +141,25 @@ def test_api_twin_is_what_the_page_exports(seen: dict, name: str) -> None:
 @renderers
 def test_what_the_page_complains_of_is_seen(seen: dict, renderer: str) -> None:
     """The page does check what it opens, and this test's eyes are open."""
-    found = seen[f"{renderer} broken upscale_a_picture"]
+    found = seen[f"{renderer} broken {EVERYDAY}"]
     assert [node["type"] for node in found["unknown"]["nodes"] if not node["known"]] == ["NoSuchNode"]
     assert "NoSuchNode" in "".join(found["unknown"]["dialogs"])
     assert "Invalid workflow" in "".join(found["invalid"]["dialogs"])
     assert found["invalid"]["complaints"]
+
+
+@renderers
+def test_blueprint_is_a_node_with_the_model_in_it(seen: dict, renderer: str) -> None:
+    found = seen[f"{renderer} opened Upscale with Inf-DiT"]
+    assert complaints(seen, renderer, found) == []
+    assert [node["known"] for node in found["nodes"]] == [True]
+    inside = {node["class_type"]: node["inputs"] for node in json.loads(found["exported"]).values()}
+    assert inside["InfDiTModelLoader"]["model_name"] == "mini (bundled)"
+    assert inside["InfDiTUpscale"]["size.scale"] == 4
+
+
+@renderers
+def test_only_sdxl_is_missing_where_no_model_is(seen: dict, renderer: str) -> None:
+    (said,) = seen[f"{renderer} absent Upscale after SDXL with Inf-DiT"]["dialogs"]
+    assert "absent.safetensors" in said
+    assert not re.search("clip|infdit", said, re.IGNORECASE)

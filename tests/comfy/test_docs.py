@@ -60,6 +60,7 @@ def test_help_page_and_its_picture_reach_the_frontend(server: tuple[str, Path], 
     address, base = server
     (pack,) = (base / "custom_nodes").iterdir()
     folder = f"{address}/extensions/{pack.name}/docs"
+    assert get(f"{folder}/{node}/zh.md").decode().startswith("# ")
     page = get(f"{folder}/{node}.md").decode()
     (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
     assert len(get(f"{folder}/{picture}")) == (ROOT / "web" / "docs" / picture).stat().st_size

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -183,7 +181,7 @@ def test_choices(online: dict) -> None:
     assert options(loader["dtype"]) == ["auto", "bf16", "fp16", "fp32"]
     upscale = inputs_of(online["describe"]["InfDiTUpscale"])
     assert options(upscale["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m"]
-    assert upscale["seed"][1]["control_after_generate"]
+    assert upscale["seed"][1]["control_after_generate"] in ("fixed", True)  # a bool is all that older ones take
     assert options(inputs_of(online["describe"]["InfDiTCLIPEncode"])["view"]) == ["crop", "pad"]
     assert options(inputs_of(online["describe"]["InfDiTCLIPLoader"])["clip_name"]) == ["broken.safetensors"]
 
@@ -259,32 +257,3 @@ def test_what_is_refused(online: dict) -> None:
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
-
-
-@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
-def test_workflow_and_its_api_twin_say_the_same(online: dict, path: Path) -> None:
-    drawn = json.loads(path.read_text())
-    twin = json.loads((WORKFLOWS / "api" / path.name).read_text())
-    drawn_nodes = {str(node["id"]): node for node in drawn["nodes"] if node["type"] not in VIRTUAL}
-    assert {key: node["class_type"] for key, node in twin.items()} == {k: n["type"] for k, n in drawn_nodes.items()}
-    links = {link[0]: [str(link[1]), link[2]] for link in drawn["links"]}
-    for key, node in drawn_nodes.items():
-        linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link")}
-        said = twin[key]["inputs"]
-        assert {name: value for name, value in said.items() if isinstance(value, list)} == linked
-        schema = online["describe"].get(node["type"])
-        if schema is not None:
-            assert node["widgets_values"] == list(widgets(schema, said, linked))
-            assert [output["type"] for output in node["outputs"]] == OUTPUTS[node["type"]]
-
-
-def widgets(schema: dict, said: dict, linked: dict) -> Iterator[object]:
-    """What the frontend keeps of a node's widgets, in its order, from the inputs of the API twin."""
-    for name, entry in inputs_of(schema).items():
-        if name in linked or kind(entry) not in ("COMBO", "INT", "FLOAT", "STRING", SIZE):
-            continue
-        yield said[name]
-        if entry[1].get("control_after_generate"):
-            yield "fixed"
-        if entry[0] == SIZE:
-            yield from (said[f"{name}.{nested}"] for nested in SIZES[said[name]])

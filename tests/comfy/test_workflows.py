@@ -32,7 +32,8 @@ TWINS = {name: WORKFLOWS / "api" / f"{name}.json" for name in DRAWN}
 DRAWN["saved_2026_11"], TWINS["saved_2026_11"] = SAVED / "saved_2026_11.json", SAVED / "saved_2026_11_api.json"
 CLIP = "open_clip_pytorch_model.bin"
 PICTURE, SIZE = "small picture.png", (24, 16)
-VIRTUAL = {"MarkdownNote", "Note"}  # nodes of the frontend only
+PAGE_ONLY = {"MarkdownNote", "Note", "ImageStitch", "PreviewImage"}  # what a script has no use for
+BYPASSED = 4
 WIDGETS = {"COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"}
 
 
@@ -74,13 +75,13 @@ def widget_values(schema: dict, values: list, prefix: str = "") -> dict:
 def in_api_format(drawn: dict, schemas: dict) -> Prompt:
     links = {link[0]: [str(link[1]), link[2]] for link in drawn["links"]}
     prompt = {}
-    for node in drawn["nodes"]:
-        if node["type"] in VIRTUAL:
-            continue
+    kept = [node for node in drawn["nodes"] if node["type"] not in PAGE_ONLY and node["mode"] != BYPASSED]
+    links = {key: link for key, link in links.items() if link[0] in {str(node["id"]) for node in kept}}
+    for node in kept:
         values = list(node.get("widgets_values", []))
         inputs = widget_values(schemas[node["type"]]["input"], values)
         assert not values, f"{node['type']} has no widgets for {values}"
-        inputs |= {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link")}
+        inputs |= {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link") in links}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
@@ -149,46 +150,49 @@ def node_id(prompt: Prompt, kind: str, title: str = "") -> str:
 
 
 def without_sdxl(prompt: Prompt) -> Prompt:
-    """From the decoded picture on, with Load Image in its place and the mini as the model."""
+    """From the decoded picture on, with Load Image in its place."""
     decode = node_id(prompt, "VAEDecode")
     kept = {k: n for k, n in prompt.items() if n["class_type"].startswith(("InfDiT", "Save", "Preview"))}
     kept[decode] = {"class_type": "LoadImage", "inputs": {"image": ""}, "_meta": {"title": ""}}
-    for node in kept.values():
-        if node["class_type"] == "InfDiTModelLoader":
-            node["inputs"]["model_name"] = "mini (bundled)"
     return kept
 
 
 def test_upscale_a_picture(server: tuple[str, Path], picture: str) -> None:
-    prompt = read(TWINS["upscale_a_picture"])
-    assert run(server[0], prompt, picture)[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
+    prompt = read(TWINS["Upscale a picture with Inf-DiT"])
+    found = run(server[0], prompt, picture)
+    assert found[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
+    assert "24×16 to 96×64" in found[node_id(prompt, "PreviewAny")]["text"]
 
 
-def test_sdxl_then_inf_dit_from_the_decoded_picture_on(
-    server: tuple[str, Path], picture: str, clip_file: str
-) -> None:
-    prompt = without_sdxl(read(TWINS["sdxl_then_inf_dit"]))
-    assert prompt[node_id(prompt, "InfDiTCLIPLoader")]["inputs"]["clip_name"] == clip_file
+def test_upscale_after_sdxl_from_the_decoded_picture_on(server: tuple[str, Path], picture: str) -> None:
+    """The bundled model is all that it takes: nothing of CLIP is there."""
+    prompt = without_sdxl(read(TWINS["Upscale after SDXL with Inf-DiT"]))
     found = run(server[0], prompt, picture)
     assert found[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
     report = found[node_id(prompt, "PreviewAny")]["text"]
     assert "24×16 to 96×64" in report
-    assert "ignored" in report  # what CLIP says, by a model without an input for it
-    assert "no CLIP input" in report
+    assert "conditioning" not in report
 
 
-def test_memory_plan_16k(server: tuple[str, Path], picture: str) -> None:
-    prompt = read(TWINS["memory_plan_16k"])
+def test_upscale_sixteen_times(server: tuple[str, Path], picture: str) -> None:
+    prompt = read(TWINS["Upscale sixteen times with Inf-DiT"])
+    assert run(server[0], prompt, picture)[node_id(prompt, "SaveImage")]["sizes"] == [(384, 256)]
+
+
+def test_memory_plan(server: tuple[str, Path], picture: str) -> None:
+    prompt = read(TWINS["What Inf-DiT would hold in memory"])
     found = run(server[0], prompt, picture)
-    for plan, report in (("Plan: automatic", "Report: automatic"), ("Plan: 1 GiB", "Report: 1 GiB")):
-        assert "4096×4096 to 16384×16384" in found[node_id(prompt, "PreviewAny", report)]["text"]
+    for plan, report in (("Plan: automatic", "Report: automatic"), ("Plan: 5 GiB", "Report: 5 GiB")):
+        text = found[node_id(prompt, "PreviewAny", report)]["text"]
+        assert "2048×2048 to 8192×8192" in text
+        assert "\nfits\n" in text
         ((width, height),) = found[node_id(prompt, "InfDiTMemoryPlan", plan)]["sizes"]
         assert width > 500
         assert height > 200
 
 
 def test_advanced_sampling(server: tuple[str, Path], picture: str) -> None:
-    prompt = read(TWINS["advanced_sampling"])
+    prompt = read(TWINS["Upscale step by step with Inf-DiT"])
     found = run(server[0], prompt, picture)
     assert found[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
     assert "1 step of euler, noise 0.03, seed" in found[node_id(prompt, "PreviewAny")]["text"]
