@@ -188,7 +188,7 @@ def noise_levels(server: Server) -> Image.Image:
 def plans(server: Server) -> Image.Image:
     """A plan of the published model that fits, and below it one that does not."""
     whole = Image.new("RGB", (SIDE, SIDE), DARK)
-    for budget, top in ((8, 0), (5, SIDE // 2)):
+    for budget, top in ((12, 0), (5, SIDE // 2)):
         asked = {"width": 1024, "height": 1024, "memory_budget": budget}
         prompt = twin(PLAN, InfDiTModelLoader={"model_name": PUBLISHED}, InfDiTMemoryPlan=asked)
         plot = result(server, prompt)[0].convert("RGB")
