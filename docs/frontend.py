@@ -33,7 +33,7 @@ from playwright.sync_api import Browser
 
 from api_client.upscale_folder import Prompt, Server
 from infdit import InfDiTConfig
-from tests.comfy.browser import AFTER_SDXL, EVERYDAY, Frontend, chromium
+from tests.comfy.browser import AFTER_SDXL, EVERYDAY, SIXTEEN, Frontend, chromium
 from tests.dense import weight_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,6 @@ WORKFLOWS, HELP, FLOWERS = ROOT / "workflows", ROOT / "web" / "docs", ROOT / "pi
 PUBLISHED = "infdit.safetensors"  # a model of the published size
 NAMED = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")  # in workflows
 STEPS, PLAN = "Upscale step by step with Inf-DiT", "What Inf-DiT would hold in memory"
-SIXTEEN = "Upscale sixteen times with Inf-DiT"
 SIDE = 512  # of a thumbnail
 CROP = SIDE // 4  # of the source, enlarged by 4
 DARK = "#171923"  # as the plots
