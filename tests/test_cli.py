@@ -146,7 +146,7 @@ BAD = {
     "no picture": (["text.png", "-o", "out.png"], "text.png"),
     "no output folder": (["in.png", "-o", "no/such/out.png"], "folder"),
     "unknown ending": (["in.png", "-o", "out.xyz"], ".png"),
-    "scale": (["in.png", "-o", "out.png", "--scale", "5"], "at most 4"),
+    "scale": (["in.png", "-o", "out.png", "--scale", "17"], "at most 16"),
     "size": (["in.png", "-o", "out.png", "--size", "10"], "WIDTHxHEIGHT"),
     "size too small": (["in.png", "-o", "out.png", "--size", "5x5"], "height 5"),
     "both": (["in.png", "-o", "out.png", "--size", "24x18", "--scale", "2"], "not allowed"),

@@ -230,7 +230,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
                 return original(layer, *inputs)
 
             monkeypatch.setattr(Layer, "forward", forward)
-            image, noises = torch.empty(1, 128, 128, 3), iter([torch.empty(1, 3, 512, 512)])
+            image, noises = torch.empty(1, 128, 128, 3), [iter([torch.empty(1, 3, 512, 512)])]
             upscale_batch(run, image, None, get_sampler("euler"), sigmas, noises, lambda state: None)
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1
