@@ -56,7 +56,7 @@ def upscale(
     Args:
         model: see `load_model`.
         image: (B, h, w, 3 or 4) floats in 0..1, from 1×1; slight overshoot is clipped. A fourth is straight alpha.
-        scale: from 1, which adds detail only, to 16; above 4 in passes. The sides of the result are rounded half up.
+        scale: from 1, which redraws detail, to 16; above 4 in passes. The sides of the result are rounded half up.
         steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
             as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.

@@ -44,7 +44,7 @@ def _scale_input() -> io.Input:
         "scale", display_name=f"scale (up to ×{MOST_SCALE})", default=4.0, min=1.0, max=float(MOST_SCALE), step=0.01,
         display_mode=SLIDER,
         tooltip="How many times larger each side becomes. The model is trained for up to 4: more is done in passes, "
-        "first 4, then the rest. 1 keeps the size and adds detail only.",
+        "first 4, then the rest. 1 keeps the size and draws the finest detail anew.",
     )
 
 

@@ -51,10 +51,10 @@ def test_plans_foretell_all_passes() -> None:
     assert whole.way == "2 passes, by way of 2048×2048"
 
 
-@pytest.mark.parametrize("source", [(48, 96, 4), (500, 384, 3), (768, 380, 3)], ids=str)
+@pytest.mark.parametrize("source", [(12, 24, 4), (125, 96, 3), (192, 95, 3)], ids=str)
 def test_what_an_accelerator_and_its_host_hold_is_foretold(source: tuple[int, int, int]) -> None:
     """In two passes, in one, and where only detail is added; made faithful."""
-    workload = Workload(TINY, 768, 384, source=source, device=torch.device("cuda"), sampler="euler", fitted=True)
+    workload = Workload(TINY, 192, 96, source=source, device=torch.device("cuda"), sampler="euler", fitted=True)
     plan = fastest_plan(workload, 2**30, 2**40)
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device <= 1.25 * counted["device"] + SLACK
@@ -109,7 +109,7 @@ def assert_any_run_works(seed: int, cases: int, most: int) -> None:
 
 
 def test_runs_of_any_size_work_within_the_budget_foretold() -> None:
-    assert_any_run_works(seed=0, cases=12, most=20_000)
+    assert_any_run_works(seed=0, cases=10, most=6000)
 
 
 @pytest.mark.slow
