@@ -51,10 +51,10 @@ def test_plans_foretell_all_passes() -> None:
     assert whole.way == "2 passes, by way of 2048×2048"
 
 
-@pytest.mark.parametrize("source", [(12, 24, 4), (125, 96, 3), (192, 95, 3)], ids=str)
+@pytest.mark.parametrize("source", [(6, 12, 4), (63, 48, 3), (96, 47, 3)], ids=str)
 def test_what_an_accelerator_and_its_host_hold_is_foretold(source: tuple[int, int, int]) -> None:
     """In two passes, in one, and where only detail is added; made faithful."""
-    workload = Workload(TINY, 192, 96, source=source, device=torch.device("cuda"), sampler="euler", fitted=True)
+    workload = Workload(TINY, 96, 48, source=source, device=torch.device("cuda"), sampler="euler", fitted=True)
     plan = fastest_plan(workload, 2**30, 2**40)
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device <= 1.25 * counted["device"] + SLACK
@@ -114,4 +114,4 @@ def test_runs_of_any_size_work_within_the_budget_foretold() -> None:
 
 @pytest.mark.slow
 def test_many_runs_of_any_size_work_within_the_budget_foretold() -> None:
-    assert_any_run_works(seed=1, cases=300, most=200_000)
+    assert_any_run_works(seed=1, cases=300, most=60_000)
