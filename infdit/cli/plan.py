@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _table(workload: Workload, count: int, start: str, budget: int | None, own_row: bool) -> Iterator[str]:
     config, grid = workload.config, workload.grid
-    if way := workload.way:
-        yield way
     weights = format_bytes(Weights.of(config, workload.dtype).total)
     yield f"{workload.width}×{workload.height}: {grid.blocks} blocks of {grid.block} px, {config.num_layers} layers"
+    if workload.way:
+        yield workload.way
     yield f"weights {weights} as {str(workload.dtype).removeprefix('torch.')}; {count} evaluations ({workload.sampler})"
     if start:
         yield start
