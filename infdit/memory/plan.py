@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -103,7 +104,7 @@ class Workload:
     pinnable: int | None = None
     fitted: bool = False
 
-    @property
+    @cached_property
     def passes(self) -> tuple[Workload, ...]:
         """What is computed one after another until the size is reached, for each picture; itself if that is enough."""
         if self.source is None:
