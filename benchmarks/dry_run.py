@@ -28,7 +28,7 @@ from infdit.memory.planner import PlannedRun
 from infdit.model import GatherNeighbours, InfDiT, Layer
 from infdit.run import Report, Run
 from infdit.samplers import get_sampler, karras_sigmas
-from infdit.upscale import upscale_batch
+from infdit.upscale import finish_result, upscale_batch
 
 from .peak_meter import PeakMeter
 
@@ -58,7 +58,7 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
     """Bytes that `upscale` holds at most, on the device and on the host; `Workload.footprint` predicts them.
 
     Args:
-        workload: of pictures of a quarter of the result's sides.
+        workload: of any pictures.
         plan: its schedule.
         whole: compute every chunk; only slower.
     """
@@ -73,8 +73,9 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
         with PeakMeter(model.parameters(), device, workload.unified_memory) as meter:
             run = Run(model, planned, lambda done: None, Report())
-            noises = (torch.empty(1, 3, workload.grid.height, workload.grid.width) for _ in image)
-            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None)
+            noises = [map(torch.empty, [(1, 3, p.grid.height, p.grid.width)] * len(image)) for p in workload.passes]
+            finish = partial(finish_result, float(workload.fitted), False)
+            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None, finish)
     return meter.peak
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import LR_FACTOR
 
+GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 PIECE = 128  # of the larger picture's pixels each way: small for fast memory and a quick stop, large for products
 
 
@@ -92,10 +93,10 @@ def resample(
     """
     result = image.new_empty((*image.shape[:2], len(rows), len(columns)))
     height, width = (max(8, int(PIECE / max(ratio, 1))) for ratio in ratios)  # of a piece
-    across = [_matrix(image.shape[-1], ratios[1], piece, kernel) for piece in _pieces(columns, width)]
+    across = [kernel_matrix(image.shape[-1], ratios[1], piece, kernel) for piece in _pieces(columns, width)]
     left, right = min(taps.start for taps, _ in across), max(taps.stop for taps, _ in across)
     for piece, strip in zip(_pieces(rows, height), result.split(height, -2), strict=True):
-        taps, weights = _matrix(image.shape[-2], ratios[0], piece, kernel)
+        taps, weights = kernel_matrix(image.shape[-2], ratios[0], piece, kernel)
         source = weights @ image[..., taps.start : taps.stop, left:right].to("cpu", torch.float64)
         for (taps, weights), part in zip(across, strip.split(width, -1), strict=True):
             part.copy_(source[..., taps.start - left : taps.stop - left] @ weights.mT)
@@ -108,7 +109,7 @@ def _pieces(pixels: range, size: int) -> list[range]:
     return [pixels[i : i + size] for i in range(0, len(pixels), size)]
 
 
-def _matrix(source: int, ratio: float, pixels: range, kernel: Kernel) -> tuple[range, Tensor]:
+def kernel_matrix(source: int, ratio: float, pixels: range, kernel: Kernel) -> tuple[range, Tensor]:
     """The source pixels that these are made of, and the weights (pixels, source pixels), float64."""
     stretch = max(ratio, 1.0)  # antialiasing: when shrinking, the kernel is as wide as the output pixels are far apart
     reach = kernel.reach * stretch
@@ -150,6 +151,28 @@ def fill_transparent(rgb: Tensor, alpha: Tensor) -> Tensor:
         colour = torch.where(weight > 0, mean / weight, coarse)
     visible = alpha.amax((-2, -1), keepdim=True) > 0  # else there is nothing around, and 0/0 everywhere
     return torch.where((alpha > 0) | ~visible, rgb, colour)
+
+
+def without_colour(colour: Tensor) -> Tensor | None:
+    """(1, 3, h, w) → (1, 1, h, w), true where R = G = B as far as GREY_REACH pixels around; None if that is nowhere."""
+    coloured = (colour.amax(1, keepdim=True) != colour.amin(1, keepdim=True)).float()
+    grey = F.max_pool2d(coloured, 2 * GREY_REACH + 1, 1, GREY_REACH) == 0
+    return grey if grey.any() else None
+
+
+def take_colour(strip: Tensor, grey: Tensor, top: int, height: int) -> None:
+    """Make what should be grey exactly so, in place, which a network is only nearly.
+
+    Args:
+        strip: (1, 3, n, W), rows of a result of this height from `top` on.
+        grey: (1, 1, h, w), see `without_colour`.
+    """
+    rows = torch.arange(top, top + strip.shape[-2], device="cpu") * grey.shape[-2] // height
+    columns = torch.arange(strip.shape[-1], device="cpu") * grey.shape[-1] // strip.shape[-1]
+    where = grey[:, 0, rows][..., columns]
+    mean = strip.mean(1)
+    for channel in strip.unbind(1):
+        channel.copy_(torch.where(where, mean, channel))
 
 
 def upscale_alpha(alpha: Tensor, size: tuple[int, int], told: Callable[[int], None] = lambda rows: None) -> Tensor:

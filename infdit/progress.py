@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from .blocks import Canvas
 from .samplers import State
+
+if TYPE_CHECKING:
+    from .run import Report
 
 PREVIEW_SIDE = 512  # pixels
 PREVIEW_SHARE = 0.02  # of the time at most, for pictures of what is not whole yet
@@ -21,26 +25,27 @@ Progress = Callable[[int, int, "Preview | None"], None]
 
 
 class PictureState(State):
-    """Where the sampler stands, and in which picture of the batch."""
+    """Where the sampler stands, in which picture of the batch, and how many passes over it are still to come."""
 
     picture: int
+    left: int
 
 
 class Watcher:
     """Turns "so much is done" and "a step is done" into progress(done, total, preview), and notes the steps' seconds.
 
-    done and total count rows of pictures that are prepared, and layers × blocks × evaluations; done falls back when
-    memory ran out and an evaluation is repeated. preview is None, or a function that makes a picture of what is there
-    as (h, w, 3) uint8, at most 512 pixels a side: after each step what is denoised, and within a step, as often as
-    takes little time, its blocks that are done over what was there before.
+    done and total count rows of pictures that are prepared, layers × blocks × evaluations, and strips that are made
+    faithful; done falls back when memory ran out and an evaluation is repeated. preview is None, or a function that
+    makes a picture of what is there as (h, w, 3) uint8, at most 512 pixels a side: after each step what is denoised,
+    and within a step, as often as takes little time, its blocks that are done over what was there before.
     """
 
     def __init__(
-        self, progress: Progress | None, total: int, size: tuple[int, int], steps: int,
-        callback: Callable[[PictureState], None] | None, seconds: list[float],
+        self, progress: Progress | None, total: int, steps: int, callback: Callable[[PictureState], None] | None,
+        report: Report,
     ) -> None:
-        self._progress, self._total, self._size, self._steps, self._callback = progress, total, size, steps, callback
-        self._done, self._seconds, self._began = 0, seconds, time.monotonic()
+        self._progress, self._total, self._steps, self._callback = progress, total, steps, callback
+        self._done, self._report, self._began = 0, report, time.monotonic()
         self._due = self._began + PREVIEW_DELAY  # when a picture of what is not whole may be shown again
         self._under: Tensor | None = None  # what was shown whole of this picture
 
@@ -53,7 +58,7 @@ class Watcher:
     def step(self, state: PictureState) -> None:
         """Say that the first evaluation of a step is done, and note how long the last one took."""
         now = time.monotonic()
-        self._seconds.append(now - self._began)
+        self._report.seconds.append(now - self._began)
         self._began = now
         if self._callback is not None:
             self._callback(state)
@@ -61,7 +66,7 @@ class Watcher:
         self._under = None
 
         def whole() -> Tensor:
-            shown = _preview(denoised, self._size)
+            shown = _preview(denoised, self._report.size)
             self._under = shown if more else None  # the next evaluation may be of another picture
             return shown
 
@@ -74,8 +79,8 @@ class Watcher:
 
         def partly() -> Tensor:
             if self._under is None:
-                self._under = _preview(up, self._size)
-            return _preview(canvas.image, self._size, canvas.there, self._under)
+                self._under = _preview(up, self._report.size)
+            return _preview(canvas.image, self._report.size, canvas.there, self._under)
 
         self._show(partly)
 

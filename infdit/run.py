@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, Painted
 from .device import PinFailed, WrongNumbers, empty_caches, out_of_host_memory, out_of_memory, same_device
+from .fidelity import Likeness
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Weights, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
@@ -42,14 +43,18 @@ class Report:
         plan: the first, and after `replanned` the last.
         replanned: a sentence for each time that memory ran out or could not be pinned.
         doing: what it does now: "preparing" a picture, "sampling" it, or "finishing" it.
+        size: (height, width) of what it makes now: of several passes each has its own.
         seconds: of each step.
+        faithful: of each picture, how alike it and the one given are, see `fidelity`.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
     """
 
     plan: MemoryPlan | None = None
     replanned: list[str] = field(default_factory=list)
     doing: str = ""
+    size: tuple[int, int] = (0, 0)
     seconds: list[float] = field(default_factory=list)
+    faithful: list[Likeness] = field(default_factory=list)
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
 
@@ -77,6 +82,11 @@ class Run:
         report.plan = planned.plan
 
     @property
+    def report(self) -> Report:
+        """What was done."""
+        return self._report
+
+    @property
     def workload(self) -> Workload:
         """What is computed."""
         return self._planned.workload
@@ -91,9 +101,9 @@ class Run:
         """Where the pictures are while they are sampled."""
         return self.workload.device if self._planned.plan.images == "device" else CPU
 
-    def begin(self, doing: str) -> None:
-        """Say what is done from now on."""
-        self._report.doing = doing
+    def begin(self, doing: str, size: tuple[int, int] | None = None) -> None:
+        """Say what is done from now on, and to a picture of which size if that is another."""
+        self._report.doing, self._report.size = doing, size or self._report.size
         self.advance(0)
 
     def advance(self, done: int) -> None:

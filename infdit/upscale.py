@@ -11,13 +11,13 @@ from itertools import pairwise
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .conditioning import conditioning_pictures, upscale_alpha, visible_colour
+from .conditioning import conditioning_pictures, take_colour, upscale_alpha, visible_colour, without_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
 from .device import same_device
+from .fidelity import make_faithful, strips
 from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
@@ -25,17 +25,17 @@ from .progress import PictureState, Progress, Watcher
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler, karras_sigmas
 from .selfcheck import check_device
+from .sizes import target_size
 
 log = logging.getLogger(__name__)
 
-MAX_SCALE = 4  # what Inf-DiT was trained for
 OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, and is clipped
 DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many together, and all are as in one draw
 STRIP = 256  # rows of a result that are finished at a time
-GREY_REACH = 4  # pixels of the picture given, within which any colour lets a bridge have some
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
+Finish = Callable[[Run, Tensor, Tensor], None]
 
 
 _warned: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
@@ -47,30 +47,30 @@ def upscale(
     sampler: str | SamplerInfo | None = None, sigma_max: float | None = None, seed: int = 0, budget: int | None = None,
     plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
-    progress: Progress | None = None, callback: Callable[[PictureState], None] | None = None,
-    device: torch.device | str | None = None, report: Report | None = None,
+    fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
+    callback: Callable[[PictureState], None] | None = None, device: torch.device | str | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
     Args:
         model: see `load_model`.
-        image: (B, h, w, 3 or 4) in 0..1, floating point, from 1×1; slight overshoot is clipped. A fourth channel is
-            straight alpha.
-        scale: above 1, at most 4. The sides of the result are rounded half up.
+        image: (B, h, w, 3 or 4) floats in 0..1, from 1×1; slight overshoot is clipped. A fourth is straight alpha.
+        scale: from 1, which redraws detail, to 16; above 4 in passes. The sides of the result are rounded half up.
         steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
             as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
         budget: bytes on the device that the run may hold; None: what is free there, less a margin.
-        plan: how evaluations are cut, in place of a budget; the picture does not depend on it beyond rounding. A
-            `PlannedRun` also says on which device.
-        size: (height, width) of the result in place of `scale`; from once to 4 times each side.
+        plan: how evaluations are cut, in place of a budget, or a `PlannedRun`, which also says on which device.
+        size: (height, width) of the result in place of `scale`; from once to 16 times each side.
         denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
         noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
         clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
-        progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`; while a
-            picture is prepared, between the layers of a chunk, while it is finished. An exception that it raises ends
-            the run at once.
+        fidelity: 0..1, how far the result is made to say what the picture given says once it is made small again.
+        colour_match: whether its colours get the mean and covariance of those given; before fidelity.
+        progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`. An exception
+            that it raises ends the run at once.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
         device: what computes; None: where the model is. A model that is on the device stays there.
         report: is filled in with what was done.
@@ -89,30 +89,38 @@ def upscale(
     sampler = get_sampler(sampler or model.defaults.sampler)
     vectors = _clip_vectors(model, clip_embedding, len(image))
     sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
-    seed = _check_seed(seed)
+    seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
-        plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
     check_device(plan.workload)
-    report = report or Report()
-    grid = plan.workload.grid
-    each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks
-    shown = Watcher(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
+    finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
+    report, parts = report or Report(), plan.workload.passes
+    total = len(image) * _moves(parts, evaluations(sampler, sigmas) * model.config.num_layers, fitted)
+    shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
     run = Run(model, plan, shown.advance, report, shown.painted)
-    shape = (len(image), 3, grid.height, grid.width)
-    noises = _noise_per_image(seed, noise, model.defaults.start_noise, shape, partial(run.advance, 0))
+    draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
+    noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in parts]
     with run.measured():
-        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step)
+        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish)
+
+
+def _moves(parts: Sequence[Workload], each: int, fitted: bool) -> int:
+    """How far the bar goes for one picture; each: times that a block is computed, of one layer at a time."""
+    height = parts[-1].height
+    return sum(part.grid.height + each * part.grid.blocks for part in parts) + (strips(height) if fitted else 0)
 
 
 def _planned(
-    model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device,
-    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False,
+    model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device | str | None,
+    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
+    device = torch.device(device or model.device)
     there = device.type != "cpu" and same_device(model.device, device)
-    workload = workload_of(model, image.shape, target, sampler, device, noise_given, "resident" if there else None)
+    weights = "resident" if there else None
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted)
     held = Weights.of(model.config, model.dtype).total if there else 0
 
     def free() -> int:
@@ -124,7 +132,7 @@ def _planned(
 
 def workload_of(
     model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
-    noise_given: bool = False, weights: WeightsKept | None = None,
+    noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -138,6 +146,7 @@ def workload_of(
         weights=weights,
         source=(height, width, channels),
         noise_given=noise_given,
+        fitted=fitted,
     )
 
 
@@ -146,6 +155,12 @@ def _check_seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must be between 0 and 2^64 − 1")
     return seed
+
+
+def _check_fidelity(fidelity: float) -> float:
+    if not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity {fidelity} must be between 0 (as the model makes it) and 1 (as the input says)")
+    return fidelity
 
 
 def _check_sigmas(sigmas: Tensor) -> Tensor:
@@ -185,29 +200,41 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, told: Callable[[],
 
 def upscale_batch(
     run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
-    noises: Iterator[Tensor | None], callback: Callable[[PictureState], None],
+    noises: Sequence[Iterator[Tensor | None]], callback: Callable[[PictureState], None], finish: Finish | None = None,
 ) -> Tensor:
-    """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
-    size = run.workload.height, run.workload.width
-    results = torch.empty((len(image), *size, image.shape[-1]), dtype=torch.float32, device="cpu")
-    for i, picture in enumerate(image.split(1)):
-        step: Callback = lambda state, i=i: callback({**state, "picture": i})  # noqa: E731 - as short as it is
-        vector = None if vectors is None else vectors[i]
-        _upscale_one(run, picture, vector, sampler, sigmas, noises, step, results[i : i + 1])
+    """`upscale` after all is checked and decided: pass after pass over one picture at a time.
+
+    Args:
+        noises: of each pass, that of one picture after the other.
+        finish: is called with the run, the picture given and the result.
+    """
+    size, channels = (run.workload.height, run.workload.width), image.shape[-1]
+    results = torch.empty((len(image), *size, channels), dtype=torch.float32, device="cpu")
+    passes = run.workload.passes
+    for i, given in enumerate(image.split(1)):
+        picture = given
+        for left, part, noise in zip(range(len(passes))[::-1], passes, noises, strict=True):
+            step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
+            vector = None if vectors is None else vectors[i]
+            result = results[i : i + 1] if not left else results.new_empty((1, part.height, part.width, channels))
+            _upscale_one(run, part, picture, vector, sampler, sigmas, noise, step, result)
+            picture = result
+        if finish is not None:
+            finish(run, given, picture)
     return results
 
 
 def _upscale_one(
-    run: Run, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
+    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
     noises: Iterator[Tensor | None], callback: Callback, result: Tensor,
 ) -> None:
-    """(1, h, w, c) → (1, height, width, c), into `result`."""
-    run.begin("preparing")
-    denoise, start, grey = _prepare(run, picture, vector, sigmas[0], noises)
+    """(1, h, w, c) → (1, height, width, c), into `result`: one pass."""
+    height, width = result.shape[1:3]
+    run.begin("preparing", (height, width))
+    denoise, start, grey = _prepare(run, part, picture, vector, sigmas[0], noises)
     run.begin("sampling")
     y = sampler.sample(denoise, start.pop(), sigmas, callback)
     run.begin("finishing")
-    height, width = result.shape[1:3]
     for top in range(0, height, STRIP):
         rows = slice(top, top + STRIP)
         pixels = result[:, rows, :, :3].movedim(-1, 1)
@@ -222,40 +249,31 @@ def _upscale_one(
 
 
 def _prepare(
-    run: Run, picture: Tensor, vector: Tensor | None, sigma: Tensor, noises: Iterator[Tensor | None]
+    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sigma: Tensor, noises: Iterator[Tensor | None]
 ) -> tuple[Denoise, list[Tensor], Tensor | None]:
     """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
-    grid, target = run.workload.grid, (run.workload.height, run.workload.width)
-    colour = visible_colour(picture.detach().float().cpu().clamp(0, 1)) * 2 - 1
+    colour = _colour(picture) * 2 - 1
     run.advance(0)
     grey = without_colour(colour) if run.keeps_grey else None
-    pictures = conditioning_pictures(colour, target, (grid.height, grid.width), run.advance)
+    padded = part.grid.height, part.grid.width
+    pictures = conditioning_pictures(colour, (part.height, part.width), padded, run.advance)
     lr, up = (x.to(run.images) for x in pictures)
     del colour, pictures
     start = [_noisy_start(up, sigma, next(noises))]
     return run.denoiser(Conditioning(lr, up, vector)), start, grey
 
 
-def without_colour(colour: Tensor) -> Tensor | None:
-    """(1, 3, h, w) → (1, 1, h, w), true where R = G = B as far as GREY_REACH pixels around; None if that is nowhere."""
-    coloured = (colour.amax(1, keepdim=True) != colour.amin(1, keepdim=True)).float()
-    grey = F.max_pool2d(coloured, 2 * GREY_REACH + 1, 1, GREY_REACH) == 0
-    return grey if grey.any() else None
+def finish_result(fidelity: float, colour_match: bool, run: Run, given: Tensor, result: Tensor) -> None:
+    """Make a result (1, H, W, c) as faithful to a picture (1, h, w, c) as is asked for, and note how much it is."""
+    colour = _colour(given)
+    grey = without_colour(colour) if run.keeps_grey else None
+    pixels = result[0, ..., :3].movedim(-1, 0)
+    run.report.faithful.append(make_faithful(pixels, colour[0], fidelity, colour_match, grey, run.advance))
 
 
-def take_colour(strip: Tensor, grey: Tensor, top: int, height: int) -> None:
-    """Make what should be grey exactly so, in place, which a network is only nearly.
-
-    Args:
-        strip: (1, 3, n, W), rows of a result of this height from `top` on.
-        grey: (1, 1, h, w), see `without_colour`.
-    """
-    rows = torch.arange(top, top + strip.shape[-2], device="cpu") * grey.shape[-2] // height
-    columns = torch.arange(strip.shape[-1], device="cpu") * grey.shape[-1] // strip.shape[-1]
-    where = grey[:, 0, rows][..., columns]
-    mean = strip.mean(1)
-    for channel in strip.unbind(1):
-        channel.copy_(torch.where(where, mean, channel))
+def _colour(picture: Tensor) -> Tensor:
+    """(1, h, w, 3 or 4) → (1, 3, h, w) in 0..1 on the CPU: what is seen of it."""
+    return visible_colour(picture.detach().float().cpu().clamp(0, 1))
 
 
 def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
@@ -320,28 +338,6 @@ def check_values(values: Tensor, name: str) -> None:
             f"{name} holds values from {low:.3g} to {high:.3g} and must be of 0..1: divide values of 0..255 by 255, "
             "or clamp them"
         )
-
-
-def target_size(height: int, width: int, scale: float, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) that a picture of height × width becomes; sides are rounded half up.
-
-    Raises:
-        ValueError: a scale or size outside what the model can do.
-    """
-    if size is None:
-        if not 1 < scale <= MAX_SCALE:
-            raise ValueError(f"scale {scale} must be above 1 and at most {MAX_SCALE}: for more, upscale twice")
-        return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
-    size = operator.index(size[0]), operator.index(size[1])
-    for name, side, target in (("height", height, size[0]), ("width", width, size[1])):
-        if not side <= target <= MAX_SCALE * side:
-            raise ValueError(
-                f"{name} {target} must be between the picture's {side} and {MAX_SCALE} times it, {MAX_SCALE * side}: "
-                "for more, upscale twice"
-            )
-    if size == (height, width):
-        raise ValueError(f"size {width}×{height} is what the picture already has: at least one side must grow")
-    return size
 
 
 def _clip_vectors(model: InfDiT, embedding: Tensor | None, batch: int) -> tuple[Tensor, ...] | None:

@@ -89,7 +89,7 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
             return given
 
         def keep(state: PictureState) -> None:
-            if state["i"] == len(sigmas) - 2:
+            if state["i"] == len(sigmas) - 2 and not state["left"]:
                 denoised = state["denoised"][..., : target[0], : target[1]].cpu()
                 last.append(denoised.mul(0.5).add_(0.5).clamp_(0, 1).movedim(1, -1))
 

@@ -15,7 +15,7 @@ from ..infdit.upscale import schedule
 from .comfy_memory import ManagedModel, budget_bytes, obtainable, plan_run
 from .comfy_page import duration, from_image, to_image
 from .plot import MemoryBar, draw
-from .report import model_line, plan_lines, seconds_foretold, size_line
+from .report import model_line, plan_lines, seconds_foretold, size_line, way_lines
 from .schema import CATEGORY, BudgetedNode, memory_budget_input, model_input, number, search_aliases
 from .size import MAX_SIDE, Size, result_size, size_input
 
@@ -73,6 +73,7 @@ class InfDiTMemoryPlan(BudgetedNode):
         workload = model.workload(source, result_size(size, *source[1:3]))
         preview = preview_plan(workload, budget_bytes(memory_budget))
         lines = [*plan_lines(workload, preview.plan), *preview.alternatives()] if preview.fits else []
+        lines = [*way_lines(workload), *lines]
         sigmas = schedule(model.defaults)
         taken = duration(seconds_foretold(workload, preview.plan, sigmas))
         way = f"{len(sigmas) - 1} {'step' if len(sigmas) == 2 else 'steps'} of {model.defaults.sampler}"

@@ -23,10 +23,12 @@ def run_report(
     return "\n".join(
         [
             f"{size_line(workload)} in {duration(seconds)}{each}",
+            *way_lines(workload),
             sampling,
             model_line(name, workload),
             *notes,
             *(f"note: {note}" for note in done.replanned),
+            *faithful_lines(done),
             *plan_lines(workload, plan),
             memory_line(plan, done),
         ]
@@ -49,6 +51,20 @@ def size_line(workload: Workload) -> str:
     height, width, _ = workload.source or (0, 0, 0)
     count = f", {workload.batch} pictures" if workload.batch > 1 else ""
     return f"{width}×{height} to {workload.width}×{workload.height}{count}"
+
+
+def way_lines(workload: Workload) -> list[str]:
+    """By way of which sizes, if there is more than one pass."""
+    return [workload.way] if workload.way else []
+
+
+def faithful_lines(done: Report) -> list[str]:
+    """How alike the input and the result made small again are, of several pictures the least alike."""
+    if not done.faithful:
+        return []
+    least = min(done.faithful, key=lambda likeness: likeness.consistency)
+    which = ", the least of all pictures" if len(done.faithful) > 1 else ""
+    return [f"made small again, against the input: {least}{which}"]
 
 
 def model_line(name: str, workload: Workload) -> str:

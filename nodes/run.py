@@ -60,7 +60,7 @@ def run_upscale(
     seconds = time.monotonic() - began
     bar.fill()
     bar.tell(f"{workload.width}×{workload.height} in {duration(seconds)}")
-    steps = (len(sigmas) - 1) * workload.batch
+    steps = (len(sigmas) - 1) * workload.batch * len(workload.passes)
     lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
     return result, run_report(model.name, sampling, steps, planned, done, seconds, lines)
 

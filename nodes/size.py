@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..infdit.upscale import MAX_SCALE
+from ..infdit.sizes import MAX_SCALE, MOST_SCALE
 from .schema import SLIDER, number
 
 MAX_SIDE = 65536  # pixels
@@ -34,15 +34,17 @@ def size_input() -> io.Input:
             io.DynamicCombo.Option(LONGEST, [_longest_side_input()]),
             io.DynamicCombo.Option(MEGAPIXELS, [_megapixels_input()]),
         ],
-        tooltip="How to say how large the result becomes. Each side grows by at most 4: for more, use the node twice.",
+        tooltip=f"How to say how large the result becomes. Each side grows by at most {MOST_SCALE}; what is beyond "
+        f"{MAX_SCALE} is done in passes, as one run.",
     )
 
 
 def _scale_input() -> io.Input:
     return io.Float.Input(
-        "scale", display_name="scale (at most ×4)", default=4.0, min=1.01, max=float(MAX_SCALE), step=0.01,
+        "scale", display_name=f"scale (up to ×{MOST_SCALE})", default=4.0, min=1.0, max=float(MOST_SCALE), step=0.01,
         display_mode=SLIDER,
-        tooltip="How many times larger each side becomes. The model is trained for up to 4.",
+        tooltip="How many times larger each side becomes. The model is trained for up to 4: more is done in passes, "
+        "first 4, then the rest. 1 keeps the size and draws the finest detail anew.",
     )
 
 
@@ -74,7 +76,7 @@ def result_size(size: Size | None, height: int, width: int) -> tuple[int, int]:
     """(height, width) that a picture of height × width becomes; rounded half up, as `infdit` does.
 
     Raises:
-        ValueError: smaller than the picture, or more than 4 times it; with the number that works, by its widget's name.
+        ValueError: smaller than the picture, or too large; with the number that works, by its widget's name.
     """
     way = size.get("size") if isinstance(size, Mapping) else None
     if not isinstance(size, Mapping) or not isinstance(way, str) or way not in WAYS:
@@ -84,10 +86,8 @@ def result_size(size: Size | None, height: int, width: int) -> tuple[int, int]:
         given = {name: value for name, value in given.items() if value}
         if not given:
             raise ValueError("width and height of the result are both 0: give at least one of them")
-        if given == {"width": width, "height": height}:
-            raise ValueError(f"{width}×{height} is what the picture has already: type more in width or height")
     for name, value in given.items():
-        _check(name, value, height, width, several=len(given) > 1)
+        _check(name, value, height, width)
     down, across = _factors(way, given, height, width)
     return math.floor(height * down + 0.5), math.floor(width * across + 0.5)
 
@@ -105,16 +105,15 @@ def _factors(way: str, given: Mapping[str, float], height: int, width: int) -> t
     return value, value
 
 
-def _check(name: str, value: float, height: int, width: int, several: bool) -> None:
-    """Whether a widget's value is within what the picture can become; several: both sides are given."""
-    least, most = _limits(name, height, width, several)
+def _check(name: str, value: float, height: int, width: int) -> None:
+    """Whether a widget's value is within what the picture can become."""
+    least, most = _limits(name, height, width)
     picture = f"{width}×{height}"  # the number to type comes early: the line on the node is short
     if least > most:
         raise ValueError(f"{name} cannot say what a picture of {picture} becomes: choose another way to say its size")
     if value > most:
         raise ValueError(
-            f"{name} {value:.10g} is too large: type {most:.10g} at most, {MAX_SCALE} times the picture's {picture}; "
-            "for more use the node twice"
+            f"{name} {value:.10g} is too large: type {most:.10g} at most, {MOST_SCALE} times the picture's {picture}"
         )
     if value < least:
         raise ValueError(
@@ -123,17 +122,15 @@ def _check(name: str, value: float, height: int, width: int, several: bool) -> N
         )
 
 
-def _limits(name: str, height: int, width: int, several: bool) -> tuple[float, float]:
+def _limits(name: str, height: int, width: int) -> tuple[float, float]:
     """The least and the most that a widget may say, to the digits that it shows."""
-    longer = max(height, width)
-    grown = (longer + 0.5) / longer  # what makes a picture larger, if by one pixel only
     if name == "scale":
-        return _up(grown), MAX_SCALE
+        return 1, MOST_SCALE
     if name == "megapixels":
         area = height * width / MEGAPIXEL
-        return _up(grown**2 * area), min(math.floor(MAX_SCALE**2 * area * 100) / 100, MAX_MEGAPIXELS)
-    side = {"width": width, "height": height, "longest_side": longer}[name]
-    return side + (not several), min(MAX_SCALE * side, MAX_SIDE)
+        return _up(area), min(math.floor(MOST_SCALE**2 * area * 100) / 100, MAX_MEGAPIXELS)
+    side = {"width": width, "height": height, "longest_side": max(height, width)}[name]
+    return side, min(MOST_SCALE * side, MAX_SIDE)
 
 
 def _up(value: float) -> float:

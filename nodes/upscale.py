@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -31,8 +33,8 @@ class InfDiTUpscale(schema.BudgetedNode):
             node_id="InfDiTUpscale",
             display_name="Inf-DiT Upscale",
             category=schema.CATEGORY,
-            description="Enlarges pictures up to four times with an Inf-DiT model: a diffusion transformer that works "
-            "on the whole picture at once, without tiles or seams. It needs no prompt.",
+            description="Enlarges pictures up to sixteen times with an Inf-DiT model: a diffusion transformer that "
+            "works on the whole picture at once, without tiles or seams. It needs no prompt.",
             inputs=[
                 schema.model_input(),
                 schema.image_input(" Transparency (a fourth channel) is enlarged along."),
@@ -42,6 +44,7 @@ class InfDiTUpscale(schema.BudgetedNode):
                 schema.conditioning_input(),
                 _mask_input(),
                 schema.transparency_input(),
+                *_faithful_inputs(),
             ],
             outputs=[
                 schema.image_output(),
@@ -60,20 +63,22 @@ class InfDiTUpscale(schema.BudgetedNode):
     def execute(
         cls, model: ManagedModel, image: Tensor, steps: int, sampler_name: str, denoise: float, seed: int,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
-        mask: Tensor | None = None, transparency: Tensor | None = None,
+        mask: Tensor | None = None, transparency: Tensor | None = None, fidelity: float = 0.0,
+        colour_match: bool = False,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         steps, seed = (
             int(schema.number(value, name, 0, most, whole=True))
             for name, value, most in (("steps", steps, MAX_STEPS), ("seed", seed, schema.MAX_SEED))
         )
-        denoise = schema.number(denoise, "denoise", 0, 1)
+        denoise, fidelity = schema.number(denoise, "denoise", 0, 1), schema.number(fidelity, "fidelity", 0, 1)
         pictures = with_transparency(pictures, transparency)
         defaults, target = model.defaults, result_size(size, *pictures.shape[1:3])
         sampler = defaults.sampler if sampler_name == AUTO else sampler_name
         sigmas = schedule(defaults, steps or None, denoise=denoise)
         masks = None if mask is None else enlarged_mask(mask, target)
-        planned = plan_run(model.workload(pictures.shape, target, sampler), budget_bytes(memory_budget))
+        workload = replace(model.workload(pictures.shape, target, sampler), fitted=fidelity > 0)
+        planned = plan_run(workload, budget_bytes(memory_budget))
         result, report = run_upscale(
             model,
             planned,
@@ -84,6 +89,8 @@ class InfDiTUpscale(schema.BudgetedNode):
             sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
             steps_note(steps, defaults),
             seed=seed,
+            fidelity=fidelity,
+            colour_match=bool(colour_match),
         )
         masks = unseen(result) if masks is None else masks
         return io.NodeOutput(to_image(result), to_image(masks), report)
@@ -110,6 +117,22 @@ def _sampling_inputs() -> list[io.Input]:
             "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=schema.FIXED,
             tooltip="The noise that detail grows from, with models that start from noise. The bundled model starts "
             "without: there the seed changes nothing.",
+        ),
+    ]
+
+
+def _faithful_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "fidelity", default=0.0, min=0.0, max=1.0, step=0.01, display_mode=schema.SLIDER, optional=True,
+            extra_dict=schema.ADVANCED,
+            tooltip="How far the result is held to the picture given. 0: as the model makes it; 1: made small again, "
+            "it is that picture, and only what is finer than its pixels is the model's.",
+        ),
+        io.Boolean.Input(
+            "colour_match", default=False, optional=True, extra_dict=schema.ADVANCED,
+            tooltip="Give the result the mean and the spread of colours of the picture given, over the whole of it. "
+            "For models that shift colours, which the bundled one does not.",
         ),
     ]
 

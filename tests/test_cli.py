@@ -1,6 +1,7 @@
 """python -m infdit as a person types it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,19 @@ def test_options(tmp_path: Path, noisy_file: Path) -> None:
         assert run("upscale", source, "-o", tmp_path / f"{name}.png", "--model", noisy_file, *options) == 0
     first, other, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("1", "2", "again"))
     assert first == again != other
+
+
+def test_a_faithful_result_beyond_4_says_how_alike_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "in.png", tmp_path / "out.png"
+    with Image.open(Path(__file__).parents[1] / "pictures" / "flowers.png") as flowers:
+        flowers.crop((80, 60, 112, 92)).save(source)
+    assert run("upscale", source, "-o", target, "--scale", 6, "--fidelity", 1, "--colour-match") == 0
+    said = capsys.readouterr().out
+    with Image.open(source) as given, Image.open(target) as result:
+        assert result.size == (given.width * 6, given.height * 6)
+    assert float(re.search(r"LR consistency ([\d.]+) dB, ΔE2000 [\d.]+\n", said)[1]) > 60
+    assert run("plan", "512x512", "--scale", 16, "--device", "cuda", "--budget", "2GiB") == 0
+    assert "2 passes, by way of 128×128" in capsys.readouterr().out
 
 
 def test_folder_with_one_broken_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +160,7 @@ BAD = {
     "no picture": (["text.png", "-o", "out.png"], "text.png"),
     "no output folder": (["in.png", "-o", "no/such/out.png"], "folder"),
     "unknown ending": (["in.png", "-o", "out.xyz"], ".png"),
-    "scale": (["in.png", "-o", "out.png", "--scale", "5"], "at most 4"),
+    "scale": (["in.png", "-o", "out.png", "--scale", "17"], "at most 16"),
     "size": (["in.png", "-o", "out.png", "--size", "10"], "WIDTHxHEIGHT"),
     "size too small": (["in.png", "-o", "out.png", "--size", "5x5"], "height 5"),
     "both": (["in.png", "-o", "out.png", "--size", "24x18", "--scale", "2"], "not allowed"),

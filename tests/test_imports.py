@@ -130,10 +130,10 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 
 ROOMS = (  # architecture.md draws them
-    ("config", "grid", "rotary", "samplers", "device", "names"),
+    ("config", "grid", "rotary", "samplers", "device", "names", "sizes"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
-    ("run", "selfcheck", "progress", "upscale"),
+    ("run", "selfcheck", "progress", "fidelity", "upscale"),
     ("tensorfile", "clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )

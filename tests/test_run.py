@@ -83,6 +83,21 @@ def test_the_step_is_repeated_with_a_smaller_plan_and_the_picture_is_the_same(
     assert len(report.seconds) == STEPS
 
 
+@pytest.mark.parametrize("when", [0.5, 0.95], ids=["in the first pass", "in the last pass"])
+def test_memory_that_runs_out_in_any_pass(mini: InfDiT, when: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.rand((1, 9, 7, 3), generator=torch.Generator().manual_seed(0))
+    plan, options, each = MemoryPlan(6, 4), {"scale": 7.0, "steps": 1, "sampler": "euler"}, mini.config.num_layers
+    expected = upscale(mini, image, plan=plan, **options)
+    first, last = (-(-36 // 32) * -(-28 // 32) // 4 + 1) * each, (-(-63 // 32) * -(-49 // 32) // 4) * each
+    FullDevice(monkeypatch, {int(first * when) if when < 0.9 else first + last - 1})
+    report, done = Report(), []
+    progress = lambda n, total, preview: done.append((n, total))  # noqa: E731
+    result = upscale(mini, image, plan=plan, report=report, progress=progress, **options)
+    assert (result - expected).abs().max() < 1e-4
+    assert len(report.replanned) == 1
+    assert done[-1][0] == done[-1][1]
+
+
 def test_what_the_failed_attempt_held_is_free_before_the_next_begins(
     mini: InfDiT, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +245,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
                 return original(layer, *inputs)
 
             monkeypatch.setattr(Layer, "forward", forward)
-            image, noises = torch.empty(1, 128, 128, 3), iter([torch.empty(1, 3, 512, 512)])
+            image, noises = torch.empty(1, 128, 128, 3), [iter([torch.empty(1, 3, 512, 512)])]
             upscale_batch(run, image, None, get_sampler("euler"), sigmas, noises, lambda state: None)
     picture = 3 * 4 * 512 * 512
     assert len(report.replanned) == 1

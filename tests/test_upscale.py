@@ -4,6 +4,7 @@ import gc
 import math
 import time
 import weakref
+from collections.abc import Iterator
 from importlib import import_module
 
 import numpy as np
@@ -143,6 +144,60 @@ def test_denoise_0_is_bicubic(mini: InfDiT) -> None:
     image = picture(9, 11)
     bicubic = F.interpolate(image.movedim(-1, 1), scale_factor=4.0, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(upscale(mini, image, denoise=0.0), bicubic.movedim(1, -1), atol=1e-5, rtol=0)
+
+
+# ---- sizes beyond one pass
+
+
+@pytest.mark.parametrize(("h", "w", "scale"), [(3, 5, 16.0), (9, 7, 5.3), (1, 2, 4.6)])
+def test_beyond_4_a_run_is_its_passes(mini: InfDiT, h: int, w: int, scale: float) -> None:
+    """Bit by bit what upscaling by 4 and then by the rest gives, each with the same seed; with a batch and alpha."""
+    image, size = picture(h, w, channels=4, batch=2), tuple(math.floor(side * scale + 0.5) for side in (h, w))
+    by_hand = upscale(mini, upscale(mini, image, 4.0, seed=3, **FAST), size=size, seed=3, **FAST)
+    report, states = Report(), []
+    result = upscale(mini, image, scale, seed=3, report=report, callback=states.append, **FAST)
+    assert result.shape == (2, *size, 4)
+    assert torch.equal(result, by_hand)
+    assert [(state["picture"], state["left"]) for state in states] == [(0, 1), (0, 0), (1, 1), (1, 0)]
+    assert len(report.seconds) == 4
+
+
+def test_one_bar_goes_over_all_passes_and_a_stop_in_any_ends_the_run(mini: InfDiT) -> None:
+    class StopError(Exception):
+        pass
+
+    moves: list[tuple[int, int]] = []
+    shapes: set[tuple[int, ...]] = set()
+
+    def progress(done: int, total: int, preview: Preview | None) -> None:
+        moves.append((done, total))
+        if preview is not None:
+            shapes.add(tuple(preview().shape))
+
+    given = {"scale": 16.0, "fidelity": 1.0, "plan": MemoryPlan(6, 8), **FAST}
+    upscale(mini, picture(6, 14), progress=progress, **given)
+    assert {total for _, total in moves} == {moves[-1][0]}
+    assert moves == sorted(moves)
+    assert shapes == {(24, 56, 3), (96, 224, 3)}
+    for at in range(0, len(moves), max(1, len(moves) // 15)):
+        calls = iter(range(len(moves)))
+
+        def stop(done: int, total: int, preview: Preview | None, at: int = at, calls: Iterator[int] = calls) -> None:
+            if next(calls) == at:
+                raise StopError
+
+        with pytest.raises(StopError):
+            upscale(mini, picture(6, 14), progress=stop, **given)
+        assert next(calls) == at + 1, "nothing comes after it"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_scale_1_and_little_more_draw_the_finest_detail_anew(bundled: InfDiT, scale: float) -> None:
+    image = F.avg_pool2d(picture(32, 43).movedim(-1, 1), 3, 1).movedim(1, -1)
+    result = upscale(bundled, image, scale)
+    assert result.shape[1:3] == (math.floor(30 * scale + 0.5), math.floor(41 * scale + 0.5))
+    small = F.interpolate(result.movedim(-1, 1), (30, 41), mode="bicubic", antialias=True).movedim(1, -1)
+    assert (small - image).abs().mean() < 0.05, "the same picture"
 
 
 # ---- alpha
@@ -333,12 +388,13 @@ def test_a_large_picture_can_be_stopped_at_any_time(mini: InfDiT) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": 1.0}, "above 1 and at most 4"),
-        ({"scale": 4.01}, "upscale twice"),
-        ({"scale": float("nan")}, "above 1"),
-        ({"size": (33, 8)}, "height 33"),
+        ({"scale": 0.99}, "at least 1 and at most 16"),
+        ({"scale": 16.01}, "at most 16"),
+        ({"scale": float("nan")}, "at least 1"),
+        ({"size": (129, 8)}, "height 129"),
         ({"size": (32, 7)}, "width 7"),
-        ({"size": (8, 8)}, "already has"),
+        ({"fidelity": 1.01}, "fidelity 1.01 must be between 0"),
+        ({"fidelity": float("nan")}, "fidelity nan"),
         ({"sampler": "ddim"}, "heun, euler, dpmpp_2m"),
         ({"steps": 0}, "at least 1"),
         ({"sigma_max": -1.0}, "sigma_max"),

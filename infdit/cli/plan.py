@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from ..device import default_device, default_dtype
 from ..memory.plan import Weights, Workload
 from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, seconds_per_evaluation
 from ..samplers import SAMPLERS, evaluations
+from ..sizes import MOST_SCALE
 from ..upscale import schedule
 from . import DTYPES, add_memory, duration, known_device, size_of
 
@@ -25,6 +27,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("plan", help="what a run would hold and how long it would take", description=run.__doc__)
     p.set_defaults(command=run)
     p.add_argument("size", type=size_of, metavar="WxH", help="size of the result in pixels")
+    smaller = "how many times smaller the input is (default 4)"
+    p.add_argument("--scale", type=float, default=4.0, metavar="X", help=smaller)
     p.add_argument("--model", metavar="FILE", help="default: the published size")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
@@ -37,10 +41,13 @@ def run(options: argparse.Namespace) -> int:
     config = checkpoint.config if checkpoint else InfDiTConfig()
     defaults = checkpoint.defaults if checkpoint else SamplingDefaults()
     height, width = options.size
+    if not 1 <= options.scale <= MOST_SCALE:
+        raise ValueError(f"--scale {options.scale:g} must be from 1 to {MOST_SCALE}")
+    source = *(math.ceil(side / options.scale) for side in (height, width)), 3
     device = known_device(options.device) if options.device else default_device()
     dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
     sampler = options.sampler or defaults.sampler
-    workload = Workload(config, height, width, 1, dtype, device, sampler)
+    workload = Workload(config, height, width, 1, dtype, device, sampler, source=source)
     count = evaluations(sampler, schedule(defaults, options.steps))
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     for line in _table(workload, count, defaults.start, options.budget, not elsewhere):
@@ -54,6 +61,8 @@ def _table(workload: Workload, count: int, start: str, budget: int | None, own_r
     config, grid = workload.config, workload.grid
     weights = format_bytes(Weights.of(config, workload.dtype).total)
     yield f"{workload.width}×{workload.height}: {grid.blocks} blocks of {grid.block} px, {config.num_layers} layers"
+    if workload.way:
+        yield workload.way
     yield f"weights {weights} as {str(workload.dtype).removeprefix('torch.')}; {count} evaluations ({workload.sampler})"
     if start:
         yield start

@@ -35,8 +35,10 @@ from ..picture import (
     write_picture,
 )
 from ..progress import Preview
+from ..run import Report
 from ..samplers import SAMPLERS
-from ..upscale import MAX_SCALE, target_size, upscale
+from ..sizes import MAX_SCALE, MOST_SCALE, target_size
+from ..upscale import upscale
 from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
@@ -46,17 +48,21 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    p = commands.add_parser("upscale", help="upscale pictures", description="Upscale pictures by up to 4.")
+    p = commands.add_parser("upscale", help="upscale pictures", description=f"Upscale pictures by up to {MOST_SCALE}.")
     p.set_defaults(command=run)
     p.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture, or folder of pictures")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="picture, or folder; FOLDER/ makes one")
     p.add_argument("--model", default="mini", metavar="FILE", help="published .pt, .safetensors, or mini (default)")
     size = p.add_mutually_exclusive_group()
-    size.add_argument("--scale", type=float, default=4.0, metavar="X", help=f"above 1, at most {MAX_SCALE} (default 4)")
+    scales = f"1 to {MOST_SCALE}, in passes above {MAX_SCALE} (default 4)"
+    size.add_argument("--scale", type=float, default=4.0, metavar="X", help=scales)
     size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
+    faithful = "0 (default) to 1: how far the result, made small again, is what the input is"
+    p.add_argument("--fidelity", type=float, default=0.0, metavar="X", help=faithful)
+    p.add_argument("--colour-match", action="store_true", help="give the result the input's mean and spread of colours")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
     p.add_argument("--positive", default="", metavar="TEXT", help=f'what to lead the picture to, like "{POSITIVE}"')
@@ -117,11 +123,14 @@ def _upscale_one(
         def progress(done: int, total: int, preview: Preview | None) -> None:
             bar(total).update(done - bar(total).n)
 
-        given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise")}
-        result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, device=device, **given)
+        names = ("steps", "sampler", "seed", "budget", "denoise", "fidelity", "colour_match")
+        report = Report() if options.fidelity or options.colour_match else None
+        given = {name: getattr(options, name) for name in names} | {"device": device, "report": report}
+        result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, **given)
         shown.close()
         _write(write, target, replace(picture, pixels=result[0]))
-    print(f"{target}: {size[1]}×{size[0]}")
+    alike = f", LR consistency {report.faithful[0]}" if report else ""
+    print(f"{target}: {size[1]}×{size[0]}{alike}")
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:

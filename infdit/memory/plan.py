@@ -6,7 +6,9 @@ The bytes are closed forms, counted as they are when most is held, tensor by ten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -15,12 +17,14 @@ from ..config import LR_FACTOR, InfDiTConfig
 from ..device import one_memory, slab_bytes
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
+from ..sizes import passes
 
 Tier = Literal["device", "host"]
 WeightsKept = Literal["resident", "streamed"]
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
+STRIP_BYTES = 2**13  # for each pixel along a side, of what is worked on in strips: pixels in float64 and weights
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Workload:
         sampler: name, or what it holds.
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
     """
@@ -97,6 +102,26 @@ class Workload:
     source: tuple[int, int, int] | None = None
     noise_given: bool = False
     pinnable: int | None = None
+    fitted: bool = False
+
+    @cached_property
+    def passes(self) -> tuple[Workload, ...]:
+        """What is computed one after another until the size is reached, for each picture; itself if that is enough."""
+        if self.source is None:
+            return (self,)
+        height, width, channels = self.source
+        sizes = passes((height, width), (self.height, self.width))
+        sources = [self.source, *((*size, channels) for size in sizes)]
+        return tuple(
+            replace(self, height=size[0], width=size[1], source=source)
+            for size, source in zip(sizes, sources, strict=False)
+        )
+
+    @property
+    def way(self) -> str:
+        """By way of which sizes it is computed, for people; empty where one pass is enough."""
+        *between, _ = (f"{part.width}×{part.height}" for part in self.passes)
+        return f"{len(between) + 1} passes, by way of {', '.join(between)}" if between else ""
 
     @property
     def unified_memory(self) -> bool:
@@ -110,6 +135,18 @@ class Workload:
 
     def footprint(self, plan: MemoryPlan) -> Footprint:
         """What the whole of `upscale()` holds under a plan when it holds most."""
+        parts = self.passes
+        always = self._always(parts)
+        phases = [held for part in parts for held in part._phases(plan, always + part._passing(parts))]
+        device = max(phases, key=lambda held: held.device)
+        host = max(phases, key=lambda held: held.host)
+        return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+
+    def _phases(self, plan: MemoryPlan, given: int) -> list[Footprint]:
+        """What one pass holds while an evaluation runs, between two of them, and when it is finished.
+
+        given: bytes of pictures that are beside the sampler's.
+        """
         config, method = self.config, get_sampler(self.sampler)
         grid = BlockGrid.covering(self.height, self.width, config.block_size, plan.sweep)
         weights = Weights.of(config, self.dtype)
@@ -118,17 +155,15 @@ class Workload:
         ring = 0 if chunk == grid.blocks else 2 * group * min(grid.line + 1 + chunk, grid.blocks) * unit
         kept = grid.blocks * unit if group < config.num_layers else 0
         picture = 3 * FLOAT32 * grid.height * grid.width
-        given = self._given() + (self.batch * picture if self.noise_given else 0)
         streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
         # copies to or from the device; beside a host of its own they are never the most that the device holds
         on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
         one, always = self.unified_memory and not images_away, 0 if self.unified_memory else on_the_way
 
-        def phase(pictures: int, on_the_way: int = always, **parts: int) -> Footprint:
-            """What is held while the sampler holds so many pictures, beside up and lr."""
+        def phase(held: int, on_the_way: int = always, **parts: int) -> Footprint:
+            """What is held beside so many bytes of pictures."""
             beside = given + on_the_way
             around = beside if one else 0
-            held = picture + picture // LR_FACTOR**2 + pictures * picture
             return Footprint(
                 **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
                 images=around + (0 if images_away else held),
@@ -136,8 +171,9 @@ class Workload:
                 host_images=beside - around + (held + chunk * _pixels(config) if images_away else 0),
             )
 
+        conditioning = picture + picture // LR_FACTOR**2
         evaluating = phase(
-            method.evaluating,
+            conditioning + method.evaluating * picture,
             weights=weights.resident + weights.streamed(group) if streamed else weights.total,
             ring=ring,
             hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
@@ -145,17 +181,34 @@ class Workload:
             host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
         at_rest = weights.resident if streamed else weights.total
-        phases = evaluating, phase(method.pictures, weights=at_rest), phase(1, on_the_way, weights=at_rest)
-        device = max(phases, key=lambda held: held.device)
-        host = max(phases, key=lambda held: held.host)
-        return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+        return [
+            evaluating,
+            phase(conditioning + method.pictures * picture, weights=at_rest),
+            phase(conditioning + picture, on_the_way, weights=at_rest),
+            phase(0, self._fitting(), weights=at_rest),
+        ]
 
-    def _given(self) -> int:
-        """Bytes of what goes in and comes out: all pictures given, one of them as it is read, and all results."""
-        height, width, channels = self.source or (-(-self.height // LR_FACTOR), -(-self.width // LR_FACTOR), 3)
-        result = self.height * self.width
-        alpha = 2 * (channels - 3) * result  # on its way
-        return FLOAT32 * (channels * (self.batch * result + (self.batch + 2) * height * width) + alpha)
+    def _always(self, parts: Sequence[Workload]) -> int:
+        """Bytes of what goes in and comes out: all pictures given and all results, and noise that is given."""
+        (height, width, channels), result = parts[0]._read, self.height * self.width
+        noise = sum(part.grid.height * part.grid.width for part in parts) if self.noise_given else 0
+        return FLOAT32 * self.batch * (channels * (result + height * width) + 3 * noise)
+
+    def _passing(self, parts: Sequence[Workload]) -> int:
+        """Bytes of one picture in this pass of all: as it is read, what the pass before made of it, and this one."""
+        (height, width, channels), result = self._read, self.height * self.width
+        pictures = (2 + (self is not parts[0])) * height * width + (self is not parts[-1]) * result
+        return FLOAT32 * (channels * pictures + 2 * (channels - 3) * result)  # alpha is on its way
+
+    def _fitting(self) -> int:
+        """Bytes that `fidelity` holds: small pictures of the sizes given, strips and weights of both sides."""
+        height, width, _ = self._read
+        return 3 * FLOAT32 * (6 if self.fitted else 2) * height * width + STRIP_BYTES * (self.height + self.width)
+
+    @property
+    def _read(self) -> tuple[int, int, int]:
+        """Height, width and channels of the pictures that are read."""
+        return self.source or (-(-self.height // LR_FACTOR), -(-self.width // LR_FACTOR), 3)
 
     def _slabs(self, plan: MemoryPlan, size: int, piece: int) -> int:
         """Bytes of host memory that tensors of together `size` take, each a `piece` at most, cut from slabs."""

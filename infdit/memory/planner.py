@@ -213,8 +213,8 @@ def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: flo
 
 def candidates(workload: Workload) -> list[Candidate]:
     """What `schedules` lists, with its cost."""
-    config, grid, dtype = workload.config, workload.grid, workload.dtype
-    costs = CostModel.of(workload.device, dtype)
+    config, grid = workload.config, workload.grid
+    costs = CostModel.of(workload.device, workload.dtype)
     found: list[Candidate] = []
     for plan in schedules(config, grid, workload.unified_memory, costs.longest_chunk(config)):
         if workload.weights in (None, plan.weights):
@@ -222,7 +222,7 @@ def candidates(workload: Workload) -> list[Candidate]:
             if workload.pinnable is not None and held.host_weights + held.host_hidden > workload.pinnable:
                 plan = replace(plan, pinned=False)
                 held = workload.footprint(plan)
-            found.append(Candidate(costs.evaluation(config, grid, plan, dtype), held.device, plan, held))
+            found.append(Candidate(seconds_per_evaluation(workload, plan), held.device, plan, held))
     return found
 
 
@@ -263,9 +263,9 @@ def schedules(config: InfDiTConfig, grid: BlockGrid, unified_memory: bool, most:
 
 
 def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
-    """Predicted time of one evaluation of one picture, by the cost model of the device's family."""
+    """Predicted time of one evaluation of one picture, in all its passes, by the cost model of the device's family."""
     costs = CostModel.of(workload.device, workload.dtype)
-    return costs.evaluation(workload.config, workload.grid, plan, workload.dtype)
+    return sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -156,13 +156,15 @@ def sizes() -> dict:
         ("megapixels", {"megapixels": 0.25}, (200, 300)),
         ("scale by", {"scale": 1.01}, (10, 10)),
         ("scale by", {"scale": 8.0}, (10, 10)),
-        ("longest side", {"longest_side": 4096}, (400, 300)),
+        ("scale by", {"scale": 18.0}, (10, 10)),
+        ("longest side", {"longest_side": 8192}, (400, 300)),
         ("megapixels", {"megapixels": 1.0}, (1, 1)),
         ("width and height", {"width": 0, "height": 0}, (30, 40)),
-        ("width and height", {"width": 161, "height": 0}, (30, 40)),
+        ("width and height", {"width": 641, "height": 0}, (30, 40)),
         ("width and height", {"width": 80, "height": 29}, (30, 40)),
         ("longest side", {"longest_side": 40}, (30, 40)),
-        ("megapixels", {"megapixels": 16.0}, (1000, 1000)),
+        ("longest side", {"longest_side": 39}, (30, 40)),
+        ("megapixels", {"megapixels": 250.0}, (1000, 1000)),
         ("twice", {}, (30, 40)),
     ]
     found: dict[str, Any] = {}
@@ -193,13 +195,13 @@ def size_defaults() -> dict:
 def size_numbers() -> dict:
     """Sizes at random: of those that are refused, whether the number that the sentence says to type works."""
     rng, found = random.Random(4), []
-    ranges = {"scale by": (1.0, 6.0), "longest side": (1, 9000), "megapixels": (0.01, 20)}
+    ranges = {"scale by": (0.5, 24.0), "longest side": (1, 36000), "megapixels": (0.01, 320)}
     for _ in range(3000):
         way = rng.choice([*ranges, "width and height"])
         height, width = (rng.choice((1, 7, 100, 333, 640, 1000, 1536, 2048)) for _ in range(2))
         said: dict[str, Any] = {"size": way}
         if way == "width and height":
-            said |= {"width": rng.choice((0, rng.randint(1, 9000))), "height": rng.choice((0, rng.randint(1, 9000)))}
+            said |= {"width": rng.choice((0, rng.randint(1, 36000))), "height": rng.choice((0, rng.randint(1, 36000)))}
         else:
             name = {"scale by": "scale", "longest side": "longest_side"}.get(way, way)
             low, high = ranges[way]

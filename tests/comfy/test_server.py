@@ -35,6 +35,8 @@ INPUTS = {
         "conditioning": "INFDIT_CONDITIONING?",
         "mask": "MASK?",
         "transparency": "MASK?",
+        "fidelity": "FLOAT?",
+        "colour_match": "BOOLEAN?",
     },
     "InfDiTMemoryPlan": {
         "model": "INFDIT_MODEL",
@@ -96,6 +98,7 @@ RANGES = {
         "denoise": [1.0, 0.0, 1.0],
         "seed": [0, 0, 2**64 - 1],
         "memory_budget": [0.0, 0.0, 32.0],
+        "fidelity": [0.0, 0.0, 1.0],
     },
     "InfDiTMemoryPlan": {
         "width": [1024, 1, 65536],
@@ -112,7 +115,7 @@ RANGES = {
     },
 }
 SIZE_RANGES = {
-    "scale": [4.0, 1.01, 4.0],
+    "scale": [4.0, 1.0, 16.0],
     "width": [2048, 0, 65536],
     "height": [0, 0, 65536],
     "longest_side": [2048, 1, 65536],
@@ -194,11 +197,14 @@ def test_sliders_and_folded_inputs(online: dict) -> None:
             folded |= {(name, key)} if entry[1].get("advanced") else set()
     budgets = {(name, "memory_budget") for name in ("InfDiTUpscale", "InfDiTMemoryPlan", "InfDiTUpscaleAdvanced")}
     others = {("InfDiTUpscale", "denoise"), ("InfDiTScheduler", "denoise"), ("InfDiTCLIPEncode", "strength")}
+    others |= {("InfDiTUpscale", "fidelity")}
     assert sliders == budgets | others
     assert folded == {
         ("InfDiTModelLoader", "dtype"),
         ("InfDiTUpscale", "steps"),
         ("InfDiTUpscale", "sampler_name"),
+        ("InfDiTUpscale", "fidelity"),
+        ("InfDiTUpscale", "colour_match"),
         ("InfDiTScheduler", "sigma_min"),
         ("InfDiTScheduler", "rho"),
     }

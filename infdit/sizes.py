@@ -1,0 +1,43 @@
+"""How large a result is, and by way of which sizes a picture comes there. Integers only.
+
+A pass enlarges each side by at most 4, which is what the network was made for. More takes several passes, one run all
+the same: the first ones grow by 4, for there the network invents most, and the last one by what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+MAX_SCALE = 4  # of a pass
+MOST_SCALE = 16  # of a run
+
+Size = tuple[int, int]  # height, width
+
+
+def target_size(height: int, width: int, scale: float, size: Size | None = None) -> Size:
+    """(height, width) that a picture of height × width becomes; sides are rounded half up.
+
+    Raises:
+        ValueError: a scale or size outside what can be done.
+    """
+    if size is None:
+        if not 1 <= scale <= MOST_SCALE:
+            raise ValueError(f"scale {scale} must be at least 1 and at most {MOST_SCALE}")
+        return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
+    size = operator.index(size[0]), operator.index(size[1])
+    for name, side, target in (("height", height, size[0]), ("width", width, size[1])):
+        if not side <= target <= MOST_SCALE * side:
+            raise ValueError(
+                f"{name} {target} must be between the picture's {side} and {MOST_SCALE} times it, {MOST_SCALE * side}"
+            )
+    return size
+
+
+def passes(source: Size, target: Size) -> list[Size]:
+    """The sizes that a picture takes one after another, `target` the last of them; one where that is enough."""
+    sizes = [target]
+    while any(last > MAX_SCALE * side for last, side in zip(target, source, strict=True)):
+        source = min(MAX_SCALE * source[0], target[0]), min(MAX_SCALE * source[1], target[1])
+        sizes.insert(-1, source)
+    return sizes
