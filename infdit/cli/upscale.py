@@ -34,14 +34,14 @@ from ..picture import (
     sweep,
     write_picture,
 )
+from ..presets import PRESETS, sampling
 from ..progress import Preview
 from ..samplers import SAMPLERS
 from ..upscale import MAX_SCALE, target_size, upscale
-from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
+from . import BAD_INPUT, BAR, DTYPES, add_memory, device_of, size_of
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
-_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +56,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--preset", choices=list(PRESETS), help="39, 13 or 8 evaluations; default: the model's own")
     p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
@@ -112,16 +113,18 @@ def _upscale_one(
 
         @cache
         def bar(total: int) -> tqdm:  # made when it first moves: nothing is shown of what is refused at once
-            return shown.enter_context(tqdm(desc=source.name, total=total, bar_format=_BAR))
+            return shown.enter_context(tqdm(desc=source.name, total=total, bar_format=BAR))
 
         def progress(done: int, total: int, preview: Preview | None) -> None:
             bar(total).update(done - bar(total).n)
 
-        given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise")}
+        given = {name: getattr(options, name) for name in ("steps", "sampler", "seed", "budget", "denoise", "preset")}
         result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, device=device, **given)
         shown.close()
         _write(write, target, replace(picture, pixels=result[0]))
-    print(f"{target}: {size[1]}×{size[0]}")
+    asked = options.preset, options.steps, options.sampler
+    words = sampling(model.defaults, *asked, denoise=options.denoise).words
+    print(f"{target}: {size[1]}×{size[0]}{words and f'; {words}'}")
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:
