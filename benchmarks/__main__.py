@@ -18,7 +18,7 @@ from infdit.memory.planner import fastest_plan, format_bytes
 from infdit.picture import PictureError, find_pictures
 from infdit.samplers import SAMPLERS
 
-from . import lines, quality, speed
+from . import lines, quality, solvers, speed
 from .dry_run import counted_peak
 
 
@@ -28,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quality", **folder, help="pictures to be shrunk to a quarter, enlarged again and compared")
     p.add_argument("--without-original", **folder, help="pictures to be enlarged, with nothing to compare with")
     p.add_argument("--lines", action="store_true", help="how straight a model draws edges and lines of every angle")
+    p.add_argument("--solvers", action="store_true", help="presets and samplers on posteriors that are known")
+    p.add_argument("--fit", type=_steps, metavar="N,…", help="fit noise levels of N evaluations to such posteriors")
     p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
     p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
     p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
@@ -66,6 +68,10 @@ def run(options: argparse.Namespace) -> int:
     """Time plans; or hold a model's pictures against limits, say how straight its lines are, count what a run holds."""
     if options.memory:
         return _memory(options)
+    if options.solvers or options.fit:
+        for text in solvers.fit(options.fit) if options.fit else solvers.report():
+            print(text, flush=True)
+        return 0
     if not options.quality and not options.without_original and not options.lines:
         return _speed(options)
     if folders := [*options.quality, *options.without_original]:

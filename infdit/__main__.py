@@ -1,4 +1,4 @@
-"""The shell: `python -m infdit upscale | plan | convert | info`."""
+"""The shell: `python -m infdit upscale | plan | convert | info | tune`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from .cli import BAD_INPUT, Parser, models, plan, upscale
+from .cli import BAD_INPUT, Parser, models, plan, tune, upscale
 from .clip import OpenCLIPMissingError
 from .device import WrongNumbers, out_of_memory
 from .memory.planner import OutOfMemory
@@ -70,7 +70,7 @@ def _let_go_of(stream: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="infdit", description="Upscale pictures to any resolution with Inf-DiT.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for command in (upscale, plan, models):
+    for command in (upscale, plan, models, tune):
         command.add(commands)
     return parser
 

@@ -30,6 +30,7 @@ from .grid import SLOTS
 from .model import InfDiT
 from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
+from .sidecar import checked_levels, tuned_levels
 from .tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest, why
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
@@ -106,7 +107,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             unknown.append(name)
     if unknown:
         raise CheckpointError(path, f"holds keys that no Inf-DiT has: {some(unknown)}", _WRONG_FILE)
-    checkpoint = Checkpoint(path, _config(path, file), _defaults(path, file), tensors, clip, dropped, file.metadata)
+    tuned = tuned_levels(path, file.metadata.get("sha256"))
+    defaults = _defaults(path, file, {"tuned": tuned} if tuned else {})
+    checkpoint = Checkpoint(path, _config(path, file), defaults, tensors, clip, dropped, file.metadata)
     _check(checkpoint)
     return checkpoint
 
@@ -182,7 +185,7 @@ def convert(
         written.append(clip)
     metadata = checkpoint.metadata | {
         "config": json.dumps(asdict(checkpoint.config)),
-        "defaults": json.dumps(asdict(checkpoint.defaults)),
+        "defaults": json.dumps(checkpoint.defaults.stated()),
     }
     _save(target, checkpoint.tensors, metadata | dict(note or {}), tell)
     if not checkpoint.clip and checkpoint.path.absolute() != target.absolute():
@@ -243,10 +246,11 @@ def _config(path: Path, file: TensorFile) -> InfDiTConfig:
         raise CheckpointError(path, f"has sizes that make no Inf-DiT ({error})", _WRONG_FILE) from error
 
 
-def _defaults(path: Path, file: TensorFile) -> SamplingDefaults:
-    stated = _json(path, file, "defaults")
+def _defaults(path: Path, file: TensorFile, beside: Mapping[str, Any]) -> SamplingDefaults:
+    stated = {**_json(path, file, "defaults"), **beside}
     known = {field.name for field in fields(SamplingDefaults)}
     try:
+        stated["tuned"] = tuple(map(checked_levels, stated.get("tuned", ())))
         defaults = SamplingDefaults(**{name: value for name, value in stated.items() if name in known})
         if defaults.sampler not in SAMPLERS:
             raise ValueError(f"sampler {defaults.sampler!r} is none of {', '.join(SAMPLERS)}")

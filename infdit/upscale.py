@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from .conditioning import conditioning_pictures, take_colour, upscale_alpha, visible_colour, without_colour
-from .config import SamplingDefaults
 from .denoiser import Conditioning
 from .device import same_device
 from .fidelity import make_faithful, strips
 from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
+from .presets import sampling
+from .presets import schedule as schedule  # where it was
 from .progress import PictureState, Progress, Watcher
 from .run import Report, Run
-from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler, karras_sigmas
+from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler
 from .selfcheck import check_device
 from .sizes import target_size
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, and is clipped
 DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many together, and all are as in one draw
 STRIP = 256  # rows of a result that are finished at a time
-RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
 Finish = Callable[[Run, Tensor, Tensor], None]
@@ -49,7 +49,7 @@ def upscale(
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
     callback: Callable[[PictureState], None] | None = None, device: torch.device | str | None = None,
-    report: Report | None = None,
+    report: Report | None = None, preset: str | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -57,7 +57,8 @@ def upscale(
         model: see `load_model`.
         image: (B, h, w, 3 or 4) floats in 0..1, from 1×1; slight overshoot is clipped. A fourth is straight alpha.
         scale: from 1, which redraws detail, to 16; above 4 in passes. The sides of the result are rounded half up.
-        steps, sampler, sigma_max: None takes the model's defaults; sampler is a name of `SAMPLERS` or a `SamplerInfo`.
+        steps, sampler, sigma_max, preset: None takes the model's own; sampler is of `SAMPLERS`, or a `SamplerInfo`;
+            preset is of `PRESETS`, and what else is given goes before what it says.
         seed: 0..2^64 − 1, of one float32 draw of `torch.randn` on the CPU for all pictures at the size of whole blocks,
             as ComfyUI's RandomNoise. The start carries the model's `start_noise` of it, maybe none.
         budget: bytes on the device that the run may hold; None: what is free there, less a margin.
@@ -86,10 +87,10 @@ def upscale(
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)
-    sampler = get_sampler(sampler or model.defaults.sampler)
-    vectors = _clip_vectors(model, clip_embedding, len(image))
-    sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
-    seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
+    chosen = sampling(model.defaults, preset, steps, sampler, sigma_max, denoise, sigmas)
+    sampler, sigmas = get_sampler(chosen.sampler), _check_sigmas(chosen.sigmas)
+    vectors, seed = _clip_vectors(model, clip_embedding, len(image)), _check_seed(seed)
+    fitted = _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
     check_device(plan.workload)
@@ -279,33 +280,6 @@ def _colour(picture: Tensor) -> Tensor:
 def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
     """x = up + σ·ε, not σ·ε alone: that keeps the colours, as the authors do. x = up for a bridge."""
     return up.clone() if noise is None else noise.mul_(sigma.cpu()).to(up.device).add_(up)
-
-
-def schedule(
-    defaults: SamplingDefaults, steps: int | None = None, sigma_max: float | None = None, denoise: float = 1.0,
-    rho: float = RHO,
-) -> Tensor:
-    """Noise levels of a run: a Karras schedule that begins a fraction `denoise` of the way from sigma_min to sigma_max.
-
-    The way is measured as the schedule itself is spaced, in σ^(1/ρ). denoise = 0 has no step at all. A bridge always
-    begins at sigma_max, where the enlarged picture is: it goes a fraction `denoise` of the way down to 0, and the
-    result of one step is that fraction of the way from the enlarged picture to the model's.
-
-    Returns:
-        (steps + 1,) float32, the last 0, or (1 − denoise)·sigma_max for a bridge. At most `defaults.most_steps` steps.
-    """
-    if not 0 <= denoise <= 1:
-        raise ValueError(f"denoise {denoise} must be between 0 (bicubic) and 1 (full strength)")
-    sigma_max = defaults.sigma_max if sigma_max is None else sigma_max
-    steps = defaults.steps if steps is None else operator.index(steps)
-    steps = min(steps, defaults.most_steps or steps)
-    low, high = defaults.sigma_min ** (1 / rho), max(sigma_max, 0) ** (1 / rho)
-    if denoise not in (0, 1) and defaults.start_noise == 0:
-        end = (1 - denoise) * sigma_max
-        return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho) * (1 - end / sigma_max) + end
-    if denoise in (0, 1):
-        return karras_sigmas(steps, defaults.sigma_min, sigma_max, rho)[0 if denoise else -1 :]
-    return karras_sigmas(steps, defaults.sigma_min, (low + denoise * (high - low)) ** rho, rho)
 
 
 def check_image(image: Tensor) -> None:

@@ -83,7 +83,7 @@ def test_heun_by_hand() -> None:
     assert calls == [4.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("name", "per_20"), [("heun", 39), ("euler", 20), ("dpmpp_2m", 20)])
+@pytest.mark.parametrize(("name", "per_20"), [("heun", 39), ("euler", 20), ("dpmpp_2m", 20), ("dpmpp_3m", 20)])
 def test_evaluations_and_callback(name: str, per_20: int) -> None:
     for n in (1, 2, 20):
         calls: list[float] = []

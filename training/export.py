@@ -67,7 +67,7 @@ def bridge_defaults(sigma_max: float) -> SamplingDefaults:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], defaults: SamplingDefaults) -> None:
-    metadata = metadata | {"defaults": json.dumps(asdict(defaults))}
+    metadata = metadata | {"defaults": json.dumps(defaults.stated())}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}.{os.getpid()}.draft.safetensors")
     try:
@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.export", description="State how a model is sampled.")
     parser.add_argument("model", type=Path)
     parser.add_argument("target", type=Path)
-    for name, default in asdict(DEFAULTS).items():
+    for name, default in DEFAULTS.stated().items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=KINDS[name], default=default, help=f"default {default}")
     parser.add_argument("--provenance", help="in place of the model's own")
     args = parser.parse_args(argv)
-    defaults = SamplingDefaults(**{name: getattr(args, name) for name in asdict(DEFAULTS)})
+    defaults = SamplingDefaults(**{name: getattr(args, name) for name in DEFAULTS.stated()})
     restate(args.model, args.target, defaults, args.provenance)
 
 

@@ -11,6 +11,7 @@ import torch
 from ..device import default_device
 
 BAD_INPUT = 2  # exit status
+BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -14,9 +14,9 @@ from ..config import InfDiTConfig, SamplingDefaults
 from ..device import default_device, default_dtype
 from ..memory.plan import Weights, Workload
 from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, seconds_per_evaluation
+from ..presets import PRESETS, sampling
 from ..samplers import SAMPLERS, evaluations
 from ..sizes import MOST_SCALE
-from ..upscale import schedule
 from . import DTYPES, add_memory, duration, known_device, size_of
 
 BUDGETS = (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80)  # GiB, of the table
@@ -31,6 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--scale", type=float, default=4.0, metavar="X", help=smaller)
     p.add_argument("--model", metavar="FILE", help="default: the published size")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--preset", choices=list(PRESETS), help="default: the model's own")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     add_memory(p)
 
@@ -46,11 +47,12 @@ def run(options: argparse.Namespace) -> int:
     source = *(math.ceil(side / options.scale) for side in (height, width)), 3
     device = known_device(options.device) if options.device else default_device()
     dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
-    sampler = options.sampler or defaults.sampler
-    workload = Workload(config, height, width, 1, dtype, device, sampler, source=source)
-    count = evaluations(sampler, schedule(defaults, options.steps))
+    chosen = sampling(defaults, options.preset, options.steps, options.sampler)
+    workload = Workload(config, height, width, 1, dtype, device, chosen.sampler, source=source)
+    count = evaluations(chosen.sampler, chosen.sigmas)
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
-    for line in _table(workload, count, defaults.start, options.budget, not elsewhere):
+    told = "; ".join(filter(None, (defaults.start, chosen.words)))
+    for line in _table(workload, count, told, options.budget, not elsewhere):
         print(line)
     if not elsewhere:
         print(f"\nthe first row: {fastest_plan(workload, options.budget, sys.maxsize).reason}")

@@ -34,16 +34,16 @@ from ..picture import (
     sweep,
     write_picture,
 )
+from ..presets import PRESETS, sampling
 from ..progress import Preview
 from ..run import Report
 from ..samplers import SAMPLERS
 from ..sizes import MAX_SCALE, MOST_SCALE, target_size
 from ..upscale import upscale
-from . import BAD_INPUT, DTYPES, add_memory, device_of, size_of
+from . import BAD_INPUT, BAR, DTYPES, add_memory, device_of, size_of
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
-_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,6 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
+    p.add_argument("--preset", choices=list(PRESETS), help="39, 13 or 8 evaluations; default: the model's own")
     p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
     faithful = "0 (default) to 1: how far the result, made small again, is what the input is"
     p.add_argument("--fidelity", type=float, default=0.0, metavar="X", help=faithful)
@@ -118,19 +119,21 @@ def _upscale_one(
 
         @cache
         def bar(total: int) -> tqdm:  # made when it first moves: nothing is shown of what is refused at once
-            return shown.enter_context(tqdm(desc=source.name, total=total, bar_format=_BAR))
+            return shown.enter_context(tqdm(desc=source.name, total=total, bar_format=BAR))
 
         def progress(done: int, total: int, preview: Preview | None) -> None:
             bar(total).update(done - bar(total).n)
 
-        names = ("steps", "sampler", "seed", "budget", "denoise", "fidelity", "colour_match")
+        names = ("steps", "sampler", "seed", "budget", "denoise", "preset", "fidelity", "colour_match")
         report = Report() if options.fidelity or options.colour_match else None
         given = {name: getattr(options, name) for name in names} | {"device": device, "report": report}
         result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, **given)
         shown.close()
         _write(write, target, replace(picture, pixels=result[0]))
-    alike = f", LR consistency {report.faithful[0]}" if report else ""
-    print(f"{target}: {size[1]}×{size[0]}{alike}")
+    alike = f"LR consistency {report.faithful[0]}" if report else ""
+    asked = options.preset, options.steps, options.sampler
+    words = sampling(model.defaults, *asked, denoise=options.denoise).words
+    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, words))))
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:

@@ -37,6 +37,7 @@ INPUTS = {
         "transparency": "MASK?",
         "fidelity": "FLOAT?",
         "colour_match": "BOOLEAN?",
+        "preset": "COMBO?",
     },
     "InfDiTMemoryPlan": {
         "model": "INFDIT_MODEL",
@@ -183,7 +184,8 @@ def test_choices(online: dict) -> None:
     assert options(loader["model_name"]) == ["mini (bundled)", "broken.safetensors"]
     assert options(loader["dtype"]) == ["auto", "bf16", "fp16", "fp32"]
     upscale = inputs_of(online["describe"]["InfDiTUpscale"])
-    assert options(upscale["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m"]
+    assert options(upscale["sampler_name"]) == ["auto", "heun", "euler", "dpmpp_2m", "dpmpp_3m"]
+    assert options(upscale["preset"]) == ["model's own", "paper", "balanced", "draft"]
     assert upscale["seed"][1]["control_after_generate"] in ("fixed", True)  # a bool is all that older ones take
     assert options(inputs_of(online["describe"]["InfDiTCLIPEncode"])["view"]) == ["crop", "pad"]
     assert options(inputs_of(online["describe"]["InfDiTCLIPLoader"])["clip_name"]) == ["broken.safetensors"]
@@ -205,6 +207,7 @@ def test_sliders_and_folded_inputs(online: dict) -> None:
         ("InfDiTUpscale", "sampler_name"),
         ("InfDiTUpscale", "fidelity"),
         ("InfDiTUpscale", "colour_match"),
+        ("InfDiTUpscale", "preset"),
         ("InfDiTScheduler", "sigma_min"),
         ("InfDiTScheduler", "rho"),
     }

@@ -1,0 +1,110 @@
+"""Presets, samplers and schedules on posteriors that are known: how far each ends from where the ODE leads.
+
+All start at the same sigma_max, from the same noise: from another the ODE samples something else, and distances of its
+ends mean nothing. Distances are RMS, of values in [-1, 1] where a grey level is 0.0078.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infdit.config import SamplingDefaults
+from infdit.presets import PRESETS, sampling
+from infdit.samplers import SAMPLERS, evaluations, get_sampler, karras_sigmas
+from infdit.tune import Fit, Fitting, Levels, fit_levels
+
+from . import solvable
+
+PAPER = SamplingDefaults()
+END = 1e-4  # where paths that are stepped end: nothing is left to happen below
+COUNTS = (8, 13, 20, 39)  # evaluations with Karras's levels, a row for each sampler
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A problem, where sampling starts, and where the ODE leads from there."""
+
+    problem: solvable.Problem
+    start: Tensor
+    goal: Tensor
+
+    @classmethod
+    def of(cls, problem: solvable.Problem, seed: int = 1, count: int = 2) -> Bench:
+        """From `count` draws of the noise."""
+        start = problem.start(PAPER.sigma_max, seed, count)
+        end = 0.0 if len(problem.posterior.means) == 1 else END
+        return cls(problem, start, problem.posterior.path(start, PAPER.sigma_max, end))
+
+    def distance(self, sampler: str, sigmas: Tensor) -> float:
+        """From the goal."""
+        found = get_sampler(sampler).sample(self.problem.posterior.denoise, self.start, sigmas)
+        return (found - self.goal).square().mean().sqrt().item()
+
+
+def fitted_to() -> list[Bench]:
+    """What the levels of the presets are fitted to."""
+    problems = [
+        *(solvable.natural(seed, decay, spread) for seed, decay, spread in ((0, 2, 0.2), (2, 2, 0.4), (3, 1.5, 0.1))),
+        solvable.edges(0),
+        *(solvable.textures(seed, apart) for seed, apart in ((0, 0.95), (1, 0.9), (4, 0.98), (7, 0.95))),
+    ]
+    return [Bench.of(problem) for problem in problems]
+
+
+def judged_on() -> dict[str, Bench]:
+    """Others of their kind, by name."""
+    problems = {
+        "Gaussian 1/f²": solvable.natural(11),
+        "1/f^1.5": solvable.natural(13, 1.5, 0.15),
+        "1/f^2.5": solvable.natural(12, 2.5, 0.3),
+        "edges": solvable.edges(6),
+        "textures": solvable.textures(2),
+        "apart": solvable.textures(3, 0.98),
+    }
+    return {name: Bench.of(problem) for name, problem in problems.items()}
+
+
+def joined(benches: Sequence[Bench]) -> Fitting:
+    """All as one batch, to fit levels to."""
+    counts = [len(bench.start) for bench in benches]
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        parts = zip(benches, x.split(counts), strict=True)
+        return torch.cat([bench.problem.posterior.denoise(part, sigma) for bench, part in parts])
+
+    start, goal = (torch.cat([getattr(bench, name) for bench in benches]) for name in ("start", "goal"))
+    return Fitting(denoise, start, goal, PAPER)
+
+
+def fit(counts: Sequence[int]) -> Iterator[str]:
+    """The levels of presets, as `infdit/presets.py` has them."""
+    fitting = joined(fitted_to())
+    found: list[Levels] = []
+    for count in counts:
+        done: Fit = fit_levels(fitting, count, found)
+        found.append(done.levels)
+        levels = ", ".join(f"{level:.3g}" for level in done.levels)
+        yield f"{count}: ({levels}),  # {done.distance:.2e} against Karras's {done.karras:.2e}"
+
+
+def report() -> Iterator[str]:
+    """A row for each preset, then for each sampler with Karras's levels."""
+    benches = judged_on()
+    yield f"| | sampler | evaluations | {' | '.join(benches)} |"
+    yield f"|---|---|---|{'---|' * len(benches)}"
+    for name in PRESETS:
+        chosen = sampling(PAPER, name)
+        yield _row(f"**{name}**", str(chosen.sampler), chosen.sigmas, benches)
+    for sampler in SAMPLERS:
+        each = get_sampler(sampler).evaluations
+        for count in COUNTS:
+            yield _row("Karras", sampler, karras_sigmas((count + each - 1) // each, PAPER.sigma_min, 40), benches)
+
+
+def _row(name: str, sampler: str, sigmas: Tensor, benches: Mapping[str, Bench]) -> str:
+    distances = " | ".join(f"{bench.distance(sampler, sigmas):.1e}" for bench in benches.values())
+    return f"| {name} | `{sampler}` | {evaluations(sampler, sigmas)} | {distances} |"

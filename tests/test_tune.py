@@ -1,0 +1,141 @@
+"""`tune` in the shell: what it leaves beside a model, and what `upscale` makes of that."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import dense
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import infdit
+from infdit import tune
+from infdit.__main__ import main
+from infdit.checkpoint import read_checkpoint
+from infdit.presets import sampling
+from infdit.sidecar import schedules_path
+
+PAPER = infdit.SamplingDefaults()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "random.safetensors"
+    metadata = {"config": json.dumps({"position_period": 128}), "defaults": json.dumps(asdict(PAPER))}
+    save_file(dense.random_weights(0, layers=1, dtype=torch.float32), path, metadata)
+    infdit.convert(path, path)  # states a SHA-256
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((12, 9)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "REFERENCE", 30)
+
+
+def tuned(model: Path, picture: Path, *more: str) -> int:
+    return main(["tune", str(picture), "--model", str(model), "--crop", "8", "--device", "cpu", *more])
+
+
+def test_it_fits_writes_and_upscale_takes_it_up(
+    model: Path, picture: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert tuned(model, picture, "--evaluations", "5,9") == 0
+    first = schedules_path(model).read_text()
+    (fits,) = json.loads(first)["fits"].values()
+    assert [len(fit["levels"]) for fit in fits] == [5, 9]
+    assert all(fit["distance"] <= fit["karras"] for fit in fits)
+    schedules_path(model).unlink()
+    assert tuned(model, picture, "--evaluations", "5,9") == 0
+    assert schedules_path(model).read_text() == first, "the same twice"
+    defaults = read_checkpoint(model).defaults
+    assert torch.equal(sampling(defaults, "draft", 9).sigmas, torch.tensor([*fits[1]["levels"], 0.0]))
+    assert sampling(defaults).sampler == "heun", "without a preset nothing changes"
+    asked = ["upscale", str(picture), "-o", str(tmp_path / "out.png"), "--model", str(model), "--device", "cpu"]
+    assert main([*asked, "--preset", "draft"]) == 0
+    assert "draft, noise levels tuned to this model, 8 evaluations" in capsys.readouterr().out
+    infdit.convert(model, tmp_path / "copy.safetensors")
+    assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"
+
+
+def test_it_goes_on_where_it_was_stopped(model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuned(model, picture, "--evaluations", "5,6") == 0
+    whole = schedules_path(model).read_text()
+    schedules_path(model).unlink()
+    improve, done = tune.Fitting.improve, []
+
+    def stopped(self: tune.Fitting, fit: tune.Fit) -> tune.Fit:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(fit)
+        return improve(self, fit)
+
+    monkeypatch.setattr(tune.Fitting, "improve", stopped)
+    assert tuned(model, picture, "--evaluations", "5,6") == 130
+    assert schedules_path(model).exists()
+    monkeypatch.setattr(tune.Fitting, "improve", improve)
+    assert tuned(model, picture, "--evaluations", "5,6") == 0
+    assert schedules_path(model).read_text() == whole
+
+
+def test_there_is_nothing_to_tune_in_a_model_of_one_step(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", str(picture), "--model", "mini"]) == 2
+    assert "nothing to tune" in capsys.readouterr().err
+
+
+def test_pictures_that_are_too_small_are_refused(
+    model: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", str(picture), "--model", str(model)]) == 2
+    assert "smaller --crop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"fits": 3}', '{"fits": {"a": [{"levels": [1, 2], "distance": 1, "karras": 1}]}}', "\0"]
+)
+def test_a_file_that_is_none_is_told(model: Path, text: str) -> None:
+    schedules_path(model).write_text(text)
+    with pytest.raises(infdit.CheckpointError, match="delete it, or tune again"):
+        read_checkpoint(model)
+
+
+def test_levels_of_another_model_are_not_taken(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit = {"levels": [40, 1], "distance": 1, "karras": 1}
+    schedules_path(model).write_text(json.dumps({"model": "another", "fits": {"a": [fit]}}))
+    assert read_checkpoint(model).defaults == PAPER
+    assert "fitted to another model" in caplog.text
+
+
+def test_metadata_with_levels_that_rise_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(dense.random_weights(0, layers=1), path, {"defaults": json.dumps({"tuned": [[1.0, 2.0]]})})
+    with pytest.raises(infdit.CheckpointError, match="falling numbers"):
+        read_checkpoint(path)
+
+
+def test_presets_of_the_bundled_model_change_not_one_bit() -> None:
+    image = torch.rand((1, 9, 8, 3), generator=torch.Generator().manual_seed(0))
+    mini = infdit.load_model("mini", torch.float32, "cpu")
+    plain = infdit.upscale(mini, image)
+    assert all(torch.equal(infdit.upscale(mini, image, preset=name), plain) for name in infdit.presets.PRESETS)
+
+
+def test_paper_is_the_published_default_to_the_bit(model: Path) -> None:
+    image = torch.rand((1, 3, 4, 3), generator=torch.Generator().manual_seed(0))
+    network = infdit.load_model(model, torch.float32, "cpu")
+    found = infdit.upscale(network, image, preset="paper", seed=3)
+    assert torch.equal(found, infdit.upscale(network, image, seed=3))
+    assert not torch.equal(found, infdit.upscale(network, image, preset="balanced", seed=3))
+
+
+def test_plan_foretells_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "1024x1024", "--preset", "balanced", "--device", "cuda"]) == 0
+    assert "13 evaluations (dpmpp_3m)" in capsys.readouterr().out
