@@ -43,6 +43,8 @@ class Report:
         replanned: a sentence for each time that memory ran out or could not be pinned.
         doing: what it does now: "preparing" a picture, "sampling" it, or "finishing" it.
         seconds: of each step.
+        settings: all that changes a pixel beside model and picture, see `receipt`; evaluations: of all pictures.
+        resumed: a sentence for each saved state that was gone on from, or refused.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
     """
 
@@ -50,6 +52,9 @@ class Report:
     replanned: list[str] = field(default_factory=list)
     doing: str = ""
     seconds: list[float] = field(default_factory=list)
+    settings: dict[str, object] = field(default_factory=dict)
+    evaluations: int = 0
+    resumed: list[str] = field(default_factory=list)
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
 

@@ -22,6 +22,7 @@ from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .progress import PictureState, Progress, Watcher
+from .resume import SavedRun, model_digest, settings_of
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler, karras_sigmas
 from .selfcheck import check_device
@@ -48,7 +49,7 @@ def upscale(
     plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     progress: Progress | None = None, callback: Callable[[PictureState], None] | None = None,
-    device: torch.device | str | None = None, report: Report | None = None,
+    device: torch.device | str | None = None, report: Report | None = None, resume: SavedRun | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -74,6 +75,7 @@ def upscale(
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
         device: what computes; None: where the model is. A model that is on the device stays there.
         report: is filled in with what was done.
+        resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
@@ -93,15 +95,30 @@ def upscale(
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
     check_device(plan.workload)
-    report = report or Report()
-    grid = plan.workload.grid
-    each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks
-    shown = Watcher(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
-    run = Run(model, plan, shown.advance, report, shown.painted)
+    report, grid = report or Report(), plan.workload.grid
+    report.settings = settings_of(plan.workload, model.defaults, sampler, sigmas, None if noise else seed, vectors)
+    run, shown = _begin(model, plan, sampler, sigmas, progress, callback, report, resume)
     shape = (len(image), 3, grid.height, grid.width)
     noises = _noise_per_image(seed, noise, model.defaults.start_noise, shape, partial(run.advance, 0))
     with run.measured():
-        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step)
+        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, resume)
+
+
+def _begin(
+    model: InfDiT, plan: PlannedRun, sampler: SamplerInfo, sigmas: Tensor, progress: Progress | None,
+    callback: Callable[[PictureState], None] | None, report: Report, resume: SavedRun | None,
+) -> tuple[Run, Watcher]:
+    """A run and who watches it; arguments as those of `upscale`."""
+    work, grid, count = plan.workload, plan.workload.grid, evaluations(sampler, sigmas)
+    of_one, report.evaluations = model.config.num_layers * grid.blocks, count * work.batch
+    total = (grid.height + count * of_one) * work.batch
+    shown = Watcher(progress, total, (work.height, work.width), len(sigmas) - 1, callback, report.seconds)
+    run = Run(model, plan, shown.advance, report, shown.painted)
+    if resume is not None:
+        settings = report.settings | {"model": model_digest(model), "device": work.device.type}
+        done = lambda step: run.advance((count - evaluations(sampler, sigmas[step:])) * of_one)  # noqa: E731
+        resume.begin(settings, done, report.resumed)
+    return run, shown
 
 
 def _planned(
@@ -185,7 +202,7 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, told: Callable[[],
 
 def upscale_batch(
     run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
-    noises: Iterator[Tensor | None], callback: Callable[[PictureState], None],
+    noises: Iterator[Tensor | None], callback: Callable[[PictureState], None], resume: SavedRun | None = None,
 ) -> Tensor:
     """`upscale` after all is checked and decided: conditioning, start, sampling, cropping, one picture at a time."""
     size = run.workload.height, run.workload.width
@@ -193,19 +210,24 @@ def upscale_batch(
     for i, picture in enumerate(image.split(1)):
         step: Callback = lambda state, i=i: callback({**state, "picture": i})  # noqa: E731 - as short as it is
         vector = None if vectors is None else vectors[i]
-        _upscale_one(run, picture, vector, sampler, sigmas, noises, step, results[i : i + 1])
+        sample = partial(resume.sample, i, picture, sampler) if resume else partial(_sample, sampler)
+        _upscale_one(run, picture, vector, sample, sigmas, noises, step, results[i : i + 1])
     return results
 
 
+def _sample(sampler: SamplerInfo, denoise: Denoise, start: list[Tensor], sigmas: Tensor, callback: Callback) -> Tensor:
+    return sampler.sample(denoise, start.pop(), sigmas, callback)
+
+
 def _upscale_one(
-    run: Run, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
+    run: Run, picture: Tensor, vector: Tensor | None, sample: Callable[..., Tensor], sigmas: Tensor,
     noises: Iterator[Tensor | None], callback: Callback, result: Tensor,
 ) -> None:
     """(1, h, w, c) → (1, height, width, c), into `result`."""
     run.begin("preparing")
     denoise, start, grey = _prepare(run, picture, vector, sigmas[0], noises)
     run.begin("sampling")
-    y = sampler.sample(denoise, start.pop(), sigmas, callback)
+    y = sample(denoise, start, sigmas, callback)
     run.begin("finishing")
     height, width = result.shape[1:3]
     for top in range(0, height, STRIP):

@@ -130,11 +130,11 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 
 ROOMS = (  # architecture.md draws them
-    ("config", "grid", "rotary", "samplers", "device", "names"),
+    ("config", "grid", "rotary", "samplers", "device", "names", "tensorfile"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
-    ("run", "selfcheck", "progress", "upscale"),
-    ("tensorfile", "clip", "checkpoint", "picture"),
+    ("run", "selfcheck", "progress", "receipt", "resume", "upscale"),
+    ("clip", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )
 
