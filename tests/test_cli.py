@@ -321,7 +321,9 @@ def test_convert_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "cannot be opened" in one_line(capsys)
 
 
-def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_named_or_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The embedding of the picture reaches the network; the CLIP model itself is tested in test_clip.py."""
     seen: list[tuple[Path, tuple[int, ...], float]] = []
 
@@ -346,11 +348,20 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save(state, tmp_path / "whole.pt")
     options = ("--model", tmp_path / "whole.pt", "--steps", 2, "--dtype", "fp32")
     assert run("upscale", source, "-o", tmp_path / "inside.png", *options) == 0
-    assert [name for name, _, _ in seen] == ["vit.bin", "tiny.clip.safetensors", "whole.pt"]
+    assert [name for name, _, _ in seen[:3]] == ["vit.bin", "tiny.clip.safetensors", "whole.pt"]
     assert seen[0][1] == (1, 3, 9, 12)
     assert -1 <= seen[0][2] < -0.9
     without, named, beside = (pixels_of(tmp_path / f"{n}.png") for n in ("without", "named", "beside"))
     assert named == beside != without
+    for name, pixels, clip in (("named", named, ("--clip", "vit.bin")), ("without", without, ())):
+        again, options = tmp_path / f"{name}_again.png", ("--model", model, "--from-receipt", tmp_path / f"{name}.png")
+        assert run("upscale", source, "-o", again, *options, *clip) == 0
+        assert pixels_of(again) == pixels
+    monkeypatch.setattr("infdit.cli.upscale.load_clip", lambda *_, **__: lambda image: torch.zeros(1, 32))
+    assert run("upscale", source, "-o", tmp_path / "no.png", "--model", model, "--from-receipt", again) == 0
+    options = ("--model", model, "--from-receipt", tmp_path / "named.png")
+    assert run("upscale", source, "-o", tmp_path / "never.png", *options) == 2
+    assert "named.png: it has another clip than can be had now" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="a folder that not even root can write to")

@@ -23,6 +23,8 @@ def read_note(path: Path) -> str:
     Raises:
         OSError: a file that cannot be read.
     """
+    if not path.is_file():  # a pipe would be waited for without end
+        return ""
     with path.open("rb") as file:
         if file.read(8) == _SIGNATURE:
             while len(head := file.read(8)) == 8:
