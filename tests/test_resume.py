@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infdit
+from benchmarks.peak_meter import PeakMeter
 from infdit.model import InfDiT
 from infdit.resume import SavedRun
 from infdit.samplers import SamplerInfo, get_sampler
@@ -228,6 +229,18 @@ def test_a_folder_that_goes_ends_no_run(mini: InfDiT, pictures: torch.Tensor, tm
     assert torch.equal(result, infdit.upscale(mini, pictures, sampler="euler", steps=STEPS))
     assert len(report.resumed) == 1
     assert "cannot be written" in report.resumed[0]
+
+
+@pytest.mark.parametrize("sampler", list(infdit.samplers.SAMPLERS))
+def test_takes_no_memory(mini: InfDiT, pictures: torch.Tensor, tmp_path: Path, sampler: str) -> None:
+    """Beside a card there is a copy on the host while it is written; where there is one memory there is none."""
+    peaks = []
+    for saved in (None, SavedRun(tmp_path / "run")):
+        with PeakMeter() as meter:
+            plan = infdit.MemoryPlan(group=1, chunk=1)
+            infdit.upscale(mini, pictures, sampler=sampler, steps=STEPS, plan=plan, resume=saved)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1]
 
 
 # ---- by force
