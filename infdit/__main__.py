@@ -23,7 +23,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 if some of several failed, 2 for bad input, 130 if interrupted."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever called; its absence loses no run

@@ -145,6 +145,7 @@ def load_model(
         if narrower and not torch.isfinite(state[name]).all():
             raise CheckpointError(checkpoint.path, f"{name} overflows {dtype}", "load it as bfloat16 or float32")
     model.load_state_dict(state, assign=True)
+    model.digest = checkpoint.metadata.get("sha256", "")
     return model.requires_grad_(False).eval()
 
 

@@ -32,7 +32,10 @@ class InfDiT(nn.Module):
     Attributes:
         config: the sizes.
         defaults: how this model is sampled unless the user says otherwise.
+        digest: the SHA-256 that its file states and was held to; "" where none does.
     """
+
+    digest = ""
 
     def __init__(self, config: InfDiTConfig, defaults: SamplingDefaults | None = None) -> None:
         super().__init__()

@@ -150,19 +150,22 @@ class SamplerInfo:
         sample: takes the arguments of `sample_euler`.
         evaluations: of a step; the step to 0 takes one.
         pictures: that it holds at most between two evaluations; evaluating: during one, with x and the result.
+        history: earlier answers that a step looks at, beside x, where one step is one evaluation; None: not known, so
+            no run of it goes on within a picture, see `resume`.
     """
 
     sample: Sampler
     evaluations: int
     pictures: int
     evaluating: int
+    history: int | None = None
 
 
 SAMPLER_INFO = {
-    "heun": SamplerInfo(sample_heun, 2, 6, 5),
-    "euler": SamplerInfo(sample_euler, 1, 4, 3),
-    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 7, 4),
-    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 8, 5),
+    "heun": SamplerInfo(sample_heun, 2, 6, 5, 0),
+    "euler": SamplerInfo(sample_euler, 1, 4, 3, 0),
+    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 7, 4, 1),
+    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 8, 5, 2),
 }
 SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in SAMPLER_INFO.items()}
 

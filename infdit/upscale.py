@@ -6,6 +6,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from weakref import WeakSet
@@ -23,6 +24,7 @@ from .model import InfDiT
 from .presets import sampling
 from .presets import schedule as schedule  # where it was
 from .progress import PictureState, Progress, Watcher
+from .resume import SavedRun, model_digest, settings_of
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler
 from .selfcheck import check_device
@@ -49,7 +51,7 @@ def upscale(
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
     callback: Callable[[PictureState], None] | None = None, device: torch.device | str | None = None,
-    report: Report | None = None, preset: str | None = None,
+    report: Report | None = None, preset: str | None = None, resume: SavedRun | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -75,6 +77,7 @@ def upscale(
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
         device: what computes; None: where the model is. A model that is on the device stays there.
         report: is filled in with what was done.
+        resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
@@ -82,8 +85,7 @@ def upscale(
     Raises:
         ValueError, TypeError: input that cannot be upscaled, in one sentence; BudgetTooSmall is a ValueError.
         OutOfMemory: memory ran out in spite of the plan, and no smaller plan fits.
-        WrongNumbers: NaN or inf in place of a picture, told at the first evaluation that makes them; or a device that
-            computes something else than the CPU, told before, see `selfcheck`.
+        WrongNumbers: NaN or inf in place of a picture, told at once; or what `selfcheck` finds, told before.
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)
@@ -95,20 +97,29 @@ def upscale(
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
-    report, parts = report or Report(), plan.workload.passes
-    total = len(image) * _moves(parts, evaluations(sampler, sigmas) * model.config.num_layers, fitted)
-    shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
-    run = Run(model, plan, shown.advance, report, shown.painted)
+    plan = replace(plan, workload=replace(plan.workload, fitted=fitted))
+    report, work, drawn = report or Report(), plan.workload, None if noise else seed
+    report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
+    run, shown = _begin(model, plan, sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
-    noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in parts]
+    noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.measured():
-        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish)
+        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
 
 
-def _moves(parts: Sequence[Workload], each: int, fitted: bool) -> int:
-    """How far the bar goes for one picture; each: times that a block is computed, of one layer at a time."""
-    height = parts[-1].height
-    return sum(part.grid.height + each * part.grid.blocks for part in parts) + (strips(height) if fitted else 0)
+def _begin(
+    model: InfDiT, plan: PlannedRun, sampler: SamplerInfo, sigmas: Tensor, progress: Progress | None,
+    callback: Callable[[PictureState], None] | None, report: Report, resume: SavedRun | None,
+) -> tuple[Run, Watcher]:
+    """A run and who watches it; arguments as those of `upscale`."""
+    work, count = plan.workload, evaluations(sampler, sigmas)
+    moves = sum(part.grid.height + count * work.config.num_layers * part.grid.blocks for part in work.passes)
+    total = work.batch * (moves + (strips(work.height) if work.fitted else 0))
+    report.evaluations = count * work.batch * len(work.passes)
+    shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
+    if resume is not None:
+        resume.begin(report.settings | {"model": model_digest(model), "device": work.device.type}, report.resumed)
+    return Run(model, plan, shown.advance, report, shown.painted), shown
 
 
 def _planned(
@@ -202,6 +213,7 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, told: Callable[[],
 def upscale_batch(
     run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
     noises: Sequence[Iterator[Tensor | None]], callback: Callable[[PictureState], None], finish: Finish | None = None,
+    resume: SavedRun | None = None,
 ) -> Tensor:
     """`upscale` after all is checked and decided: pass after pass over one picture at a time.
 
@@ -218,15 +230,29 @@ def upscale_batch(
             step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
             vector = None if vectors is None else vectors[i]
             result = results[i : i + 1] if not left else results.new_empty((1, part.height, part.width, channels))
-            _upscale_one(run, part, picture, vector, sampler, sigmas, noise, step, result)
+            sample = partial(_sample, sampler)
+            if resume is not None:
+                skip = partial(_skip, run, part, sampler, sigmas)
+                sample = partial(resume.sample, i, len(passes) - left if passes[1:] else None, picture, skip, sampler)
+            _upscale_one(run, part, picture, vector, sample, sigmas, noise, step, result)
             picture = result
         if finish is not None:
             finish(run, given, picture)
     return results
 
 
+def _skip(run: Run, part: Workload, sampler: SamplerInfo, sigmas: Tensor, steps: int) -> None:
+    """Move the bar over steps that are done already."""
+    done = evaluations(sampler, sigmas) - evaluations(sampler, sigmas[steps:])
+    run.advance(done * part.config.num_layers * part.grid.blocks)
+
+
+def _sample(sampler: SamplerInfo, denoise: Denoise, start: list[Tensor], sigmas: Tensor, callback: Callback) -> Tensor:
+    return sampler.sample(denoise, start.pop(), sigmas, callback)
+
+
 def _upscale_one(
-    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sampler: SamplerInfo, sigmas: Tensor,
+    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sample: Callable[..., Tensor], sigmas: Tensor,
     noises: Iterator[Tensor | None], callback: Callback, result: Tensor,
 ) -> None:
     """(1, h, w, c) → (1, height, width, c), into `result`: one pass."""
@@ -234,7 +260,7 @@ def _upscale_one(
     run.begin("preparing", (height, width))
     denoise, start, grey = _prepare(run, part, picture, vector, sigmas[0], noises)
     run.begin("sampling")
-    y = sampler.sample(denoise, start.pop(), sigmas, callback)
+    y = sample(denoise, start, sigmas, callback)
     run.begin("finishing")
     for top in range(0, height, STRIP):
         rows = slice(top, top + STRIP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..infdit import Report, upscale
 from ..infdit.memory.planner import PlannedRun
+from ..infdit.receipt import receipt_of
+from ..infdit.resume import model_digest
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, with_weights
 from .comfy_page import Bar, duration
@@ -62,7 +65,9 @@ def run_upscale(
     bar.tell(f"{workload.width}×{workload.height} in {duration(seconds)}")
     steps = (len(sigmas) - 1) * workload.batch * len(workload.passes)
     lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
-    return result, run_report(model.name, sampling, steps, planned, done, seconds, lines)
+    about = {"name": model.name, "sha256": model_digest(model.network)}
+    receipt = json.dumps(receipt_of(done, seconds, model=about, device=workload.device.type))
+    return result, f"{run_report(model.name, sampling, steps, planned, done, seconds, lines)}\nreceipt: {receipt}"
 
 
 def conditioning_lines(model: ManagedModel, conditioning: GuidedVector | None) -> list[str]:

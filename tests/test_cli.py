@@ -33,6 +33,11 @@ def make_picture(path: Path, size: tuple[int, int] = (12, 9), mode: str = "RGB",
     return path
 
 
+def pixels_of(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
 def run(*arguments: object) -> int:
     try:
         return main([str(argument) for argument in arguments])
@@ -69,7 +74,7 @@ def test_options(tmp_path: Path, noisy_file: Path) -> None:
     for name, seed in (("1", 1), ("2", 2), ("again", 1)):
         options = ("--seed", seed, "--denoise", 0.8, "--scale", 1.5, "--device", "cpu", "--dtype", "fp32")
         assert run("upscale", source, "-o", tmp_path / f"{name}.png", "--model", noisy_file, *options) == 0
-    first, other, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("1", "2", "again"))
+    first, other, again = (pixels_of(tmp_path / f"{name}.png") for name in ("1", "2", "again"))
     assert first == again != other
 
 
@@ -94,7 +99,7 @@ def test_folder_with_one_broken_picture(tmp_path: Path, capsys: pytest.CaptureFi
     (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:60])
     (folder / "notes.txt").write_text("no picture")
     status = run("upscale", folder, "-o", tmp_path / "out", "--scale", 2)
-    assert status == 2
+    assert status == 1
     assert "c.png" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
 
@@ -141,7 +146,7 @@ def test_out_of_memory_on_one_picture(
         patch.setattr("infdit.cli.upscale.upscale", too_large)
         assert run("upscale", sources[0], "-o", tmp_path / "out.png") == 2
         assert "out of memory" in one_line(capsys)
-        assert run("upscale", *sources, "-o", tmp_path / "out") == 2
+        assert run("upscale", *sources, "-o", tmp_path / "out") == 1
         assert capsys.readouterr().err.count("out of memory") == 2
 
 
@@ -265,7 +270,7 @@ def test_no_message_names_a_path_twice(tmp_path: Path, capsys: pytest.CaptureFix
         (("upscale", broken.parent, "-o", tmp_path / "out"), broken),
         (("info", tmp_path / "gone.safetensors"), tmp_path / "gone.safetensors"),
     ):
-        assert run(*arguments) == 2
+        assert run(*arguments) == (1 if named == broken else 2)
         (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("infdit: "))
         assert said.count(str(named)) == 1, said
         assert "None" not in said
@@ -330,7 +335,9 @@ def test_convert_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "cannot be opened" in one_line(capsys)
 
 
-def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_named_or_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The embedding of the picture reaches the network; the CLIP model itself is tested in test_clip.py."""
     seen: list[tuple[Path, tuple[int, ...], float]] = []
 
@@ -355,11 +362,20 @@ def test_clip_named_or_beside_the_model(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save(state, tmp_path / "whole.pt")
     options = ("--model", tmp_path / "whole.pt", "--steps", 2, "--dtype", "fp32")
     assert run("upscale", source, "-o", tmp_path / "inside.png", *options) == 0
-    assert [name for name, _, _ in seen] == ["vit.bin", "tiny.clip.safetensors", "whole.pt"]
+    assert [name for name, _, _ in seen[:3]] == ["vit.bin", "tiny.clip.safetensors", "whole.pt"]
     assert seen[0][1] == (1, 3, 9, 12)
     assert -1 <= seen[0][2] < -0.9
-    without, named, beside = ((tmp_path / f"{n}.png").read_bytes() for n in ("without", "named", "beside"))
+    without, named, beside = (pixels_of(tmp_path / f"{n}.png") for n in ("without", "named", "beside"))
     assert named == beside != without
+    for name, pixels, clip in (("named", named, ("--clip", "vit.bin")), ("without", without, ())):
+        again, options = tmp_path / f"{name}_again.png", ("--model", model, "--from-receipt", tmp_path / f"{name}.png")
+        assert run("upscale", source, "-o", again, *options, *clip) == 0
+        assert pixels_of(again) == pixels
+    monkeypatch.setattr("infdit.cli.upscale.load_clip", lambda *_, **__: lambda image: torch.zeros(1, 32))
+    assert run("upscale", source, "-o", tmp_path / "no.png", "--model", model, "--from-receipt", again) == 0
+    options = ("--model", model, "--from-receipt", tmp_path / "named.png")
+    assert run("upscale", source, "-o", tmp_path / "never.png", *options) == 2
+    assert "named.png: it has another clip than can be had now" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="a folder that not even root can write to")

@@ -130,11 +130,11 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 
 ROOMS = (  # architecture.md draws them
-    ("config", "grid", "rotary", "samplers", "presets", "tune", "device", "names", "sizes"),
+    ("config", "grid", "rotary", "samplers", "presets", "tune", "device", "names", "sizes", "tensorfile"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
-    ("run", "selfcheck", "progress", "fidelity", "upscale"),
-    ("tensorfile", "clip", "sidecar", "checkpoint", "picture"),
+    ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),
+    ("clip", "sidecar", "checkpoint", "picture"),
     ("", "cli", "__main__"),
 )
 

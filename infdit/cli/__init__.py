@@ -10,7 +10,7 @@ import torch
 
 from ..device import default_device
 
-BAD_INPUT = 2  # exit status
+FAILED, BAD_INPUT = 1, 2  # exit statuses: of several pictures some were not made; nothing was
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

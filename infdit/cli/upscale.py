@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,7 +26,8 @@ from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
 from ..device import WrongNumbers, default_dtype, one_memory, out_of_memory
-from ..memory.planner import OutOfMemory
+from ..memory.plan import CPU, MemoryPlan, Workload
+from ..memory.planner import OutOfMemory, free_bytes
 from ..model import InfDiT
 from ..picture import (
     Picture,
@@ -36,14 +42,21 @@ from ..picture import (
 )
 from ..presets import PRESETS, sampling
 from ..progress import Preview
+from ..receipt import Receipt, ReceiptError, receipt_of
+from ..resume import SavedRun, difference, model_digest, settings_of
 from ..run import Report
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, get_sampler
 from ..sizes import MAX_SCALE, MOST_SCALE, target_size
-from ..upscale import upscale
-from . import BAD_INPUT, BAR, DTYPES, add_memory, device_of, size_of
+from ..upscale import upscale, workload_of
+from . import BAR, DTYPES, FAILED, add_memory, device_of, size_of
+from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, read_receipt, receipts_at
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
+# what a receipt says itself
+_IN_RECEIPT = ("scale", "size", "longest", "shortest", "megapixels", "steps", "sampler", "denoise", "seed", "dtype")
+_IN_RECEIPT += ("positive", "negative", "strength", "preset", "fidelity", "colour_match")
+_MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,7 +69,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     size = p.add_mutually_exclusive_group()
     scales = f"1 to {MOST_SCALE}, in passes above {MAX_SCALE} (default 4)"
     size.add_argument("--scale", type=float, default=4.0, metavar="X", help=scales)
-    size.add_argument("--size", type=size_of, metavar="WxH", help="size of the result in pixels")
+    size.add_argument("--size", type=size_of, metavar="WxH", help="of the result; another shape is stretched to it")
+    for name in ("longest", "shortest"):
+        size.add_argument(f"--{name}", type=int, metavar="N", help=f"the result's {name} side; keeps the shape")
+    size.add_argument("--megapixels", type=float, metavar="X", help="of 1024×1024 pixels; keeps the shape")
     p.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--preset", choices=list(PRESETS), help="39, 13 or 8 evaluations; default: the model's own")
@@ -71,50 +87,102 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--strength", type=float, default=STRENGTH, metavar="X", help=f"of the texts (default {STRENGTH:g})")
     add_memory(p)
     p.add_argument("--force", action="store_true", help="replace existing results")
+    p.add_argument("--recursive", action="store_true", help="folders in folders too, into folders of the same names")
+    p.add_argument("--resume", type=Path, metavar="DIR", help="keep the state of each step there, and go on from it")
+    p.add_argument("--receipt", type=Path, metavar="JSON", help="write what was done; every PNG made holds it too")
+    p.add_argument("--from-receipt", type=Path, metavar="FILE", help="JSON or PNG: with its settings, the same pixels")
+    p.set_defaults(own={name: p.get_default(name) for name in _IN_RECEIPT})
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What all pictures of a call have in common; `receipt`, where it was taken from one."""
+
+    model: InfDiT
+    device: torch.device
+    sampler: str
+    sigmas: torch.Tensor
+    seed: int
+    fidelity: float
+    colour_match: bool
+    words: str
+    receipt: Receipt | None
 
 
 def run(options: argparse.Namespace) -> int:
     """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
-    jobs = _jobs(find_pictures(options.inputs), options)
+    output = Path(options.output)
+    jobs = jobs_of(find_pictures(options.inputs, options.recursive, output), options)
+    sources = [source for source, _ in jobs]
+    receipt = _receipt(options)
     device = device_of(options.device)
     # on the CPU, mapped from the file: the plan says what goes to the device; but not twice into one memory
     place = device if one_memory(device) else "cpu"
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
-    encoder = _clip(options, model)
-    folder = jobs[0][1].parent
-    if jobs[0][1] != Path(options.output):  # made only now that nothing else can be refused
-        _make_folder(folder)
-    sweep(folder)
-    with place_for(jobs[0][1]):
-        pass  # that nothing can be written is told before the work
-    vectors = _vectors(encoder, options, [source for source, _ in jobs])
-    del encoder  # its memory is free while pictures are enlarged
-    failed = 0
+    recipe = _recipe(options, model, device, receipt)
+    encoder = None if receipt and receipt.settings["clip"] is None else _clip(options, model)
+    with receipts_at(options.receipt, sources, options.force) as write_receipts:
+        for folder in dict.fromkeys(target.parent for _, target in jobs):
+            if jobs[0][1] != output:  # made only now that nothing else can be refused
+                _make_folder(folder)
+            sweep(folder)
+        if options.resume is not None:
+            _make_folder(options.resume)
+        with place_for(jobs[0][1]):
+            pass  # that nothing can be written is told before the work
+        vectors = _vectors(encoder, options, sources)
+        del encoder  # its memory is free while pictures are enlarged
+        return _upscale_all(jobs, recipe, vectors, options, write_receipts)
+
+
+def _upscale_all(
+    jobs: list[tuple[Path, Path]], recipe: _Recipe, vectors: dict[Path, torch.Tensor], options: argparse.Namespace,
+    write_receipts: WriteReceipts,
+) -> int:
+    receipts, done, left, failed = [], 0, 0, 0
     with logging_redirect_tqdm():
         for source, target in jobs:
             try:
-                _upscale_one(source, target, model, vectors.get(source), device, options)
+                receipt = _upscale_one(source, target, recipe, vectors.get(source), options)
             except TargetError:  # no other picture could be written either
                 raise
             except (ValueError, MemoryError, RuntimeError, WrongNumbers) as error:
                 memory = out_of_memory(error)
                 if len(jobs) == 1 or not (memory or isinstance(error, ValueError | WrongNumbers)):
                     raise
-                failed += 1  # the others are not lost
+                left += isinstance(error, LeftOut)
+                failed += not isinstance(error, LeftOut)  # the others are not lost
                 text = str(error) if isinstance(error, OutOfMemory) or not memory else OUT_OF_MEMORY
                 print(f"infdit: {source}: {text.removeprefix(f'{source}: ')}", file=sys.stderr)
-    return BAD_INPUT if failed else 0
+                continue
+            if receipt is None:
+                done += 1
+                continue
+            receipts.append(receipt)
+            write_receipts(receipts)  # each time: a run of hours may end by force
+    if len(jobs) > 1 or done:
+        print(f"{len(receipts)} made, {done} there already, {left} left out, {failed} failed")
+    return FAILED if failed or left else 0
 
 
 def _upscale_one(
-    source: Path, target: Path, model: InfDiT, vector: torch.Tensor | None, device: torch.device,
-    options: argparse.Namespace,
-) -> None:
+    source: Path, target: Path, recipe: _Recipe, vector: torch.Tensor | None, options: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The receipt of what was made; None if it was there already."""
     picture = read_picture(source)
-    height, width = picture.pixels.shape[:2]
-    size = target_size(height, width, options.scale, options.size)
-    image = picture.pixels[None]
+    model, device, taken, image = recipe.model, recipe.device, recipe.receipt, picture.pixels[None]
+    height, width = image.shape[1:3]
+    size = target_size(height, width, 1, taken.size) if taken else _result_size(options, height, width)
+    workload = workload_of(model, image.shape, size, recipe.sampler, device, fitted=recipe.fidelity > 0)
+    vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
+    sampler, digest = get_sampler(recipe.sampler), digest_of(source)
+    settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
+    if not options.force and check_existing(target, {"model": model.digest, "picture": digest, **settings}):
+        return None
+    plan = _plan(taken, workload, digest, settings, options) if taken else None
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
+    resume = options.resume and SavedRun(options.resume / _state_name(source, target))
+    report, began = Report(), time.monotonic()
     with place_for(target) as write, ExitStack() as shown:
 
         @cache
@@ -124,16 +192,116 @@ def _upscale_one(
         def progress(done: int, total: int, preview: Preview | None) -> None:
             bar(total).update(done - bar(total).n)
 
-        names = ("steps", "sampler", "seed", "budget", "denoise", "preset", "fidelity", "colour_match")
-        report = Report() if options.fidelity or options.colour_match else None
-        given = {name: getattr(options, name) for name in names} | {"device": device, "report": report}
-        result = upscale(model, image, size=size, clip_embedding=vector, progress=progress, **given)
+        result = upscale(
+            model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
+            fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector, budget=options.budget,
+            plan=plan, progress=progress, device=device, report=report, resume=resume,
+        )  # fmt: skip
         shown.close()
-        _write(write, target, replace(picture, pixels=result[0]))
-    alike = f"LR consistency {report.faithful[0]}" if report else ""
-    asked = options.preset, options.steps, options.sampler
-    words = sampling(model.defaults, *asked, denoise=options.denoise).words
-    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, words))))
+        receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))
+        _write(write, target, replace(picture, pixels=result[0], note=json.dumps(receipt)))
+    if resume is not None:
+        resume.remove()
+    alike = f"LR consistency {report.faithful[0]}"
+    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, recipe.words))))
+    return receipt
+
+
+def _about(
+    model: InfDiT, picture: Picture, digest: str, recipe: _Recipe, options: argparse.Namespace
+) -> dict[str, object]:
+    return {
+        "model": {"name": Path(options.model).name, "sha256": model.digest},
+        "picture": {"sha256": digest, "size": [*picture.pixels.shape[:2]]},
+        "device": recipe.device.type,
+        "text": {name: getattr(options, name) for name in ("positive", "negative", "strength")},
+    }
+
+
+def _result_size(options: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that a picture becomes, with a warning where that is another shape.
+
+    Raises:
+        ValueError: what no picture of this size can become.
+    """
+    if options.size is not None:
+        size = target_size(height, width, 1, options.size)
+        if abs(size[0] * width - size[1] * height) > max(height, width):  # more than a pixel
+            log.warning(
+                "%d×%d is stretched to %d×%d: --longest, --shortest, --megapixels and --scale keep the shape",
+                width, height, size[1], size[0],
+            )  # fmt: skip
+        return size
+    sides = {"longest": max(height, width), "shortest": min(height, width)}
+    for name, value in ((name, getattr(options, name)) for name in (*sides, "megapixels")):
+        if value is None:
+            continue
+        scale = value / sides[name] if name in sides else math.sqrt(max(value, 0) * _MEGAPIXEL / (height * width))
+        if not 1 <= scale <= MOST_SCALE:
+            raise ValueError(
+                f"--{name} {value:g} must make the picture's {width}×{height} larger, by {MOST_SCALE} at most, and "
+                f"would by {scale:.3g}"
+            )
+        return target_size(height, width, 1, (math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)))
+    return target_size(height, width, options.scale)
+
+
+def _state_name(source: Path, target: Path) -> str:
+    """Another for each target, whatever it is called."""
+    return f"{source.stem[:60]}-{hashlib.sha256(os.fsencode(target.absolute())).hexdigest()[:16]}"
+
+
+def _receipt(options: argparse.Namespace) -> Receipt | None:
+    """The receipt to go by, whose dtype and texts become the options'.
+
+    Raises:
+        ReceiptError: one that cannot be used; options that it says itself.
+    """
+    if options.from_receipt is None:
+        return None
+    receipt = read_receipt(options.from_receipt)
+    given = [name for name, value in options.own.items() if getattr(options, name) != value]
+    if given:
+        raise ReceiptError(f"--from-receipt says itself what --{given[0]} would: leave one of them out")
+    options.dtype = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{receipt.settings['dtype']}")
+    options.positive, options.negative, options.strength = receipt.text
+    return receipt
+
+
+def _recipe(
+    options: argparse.Namespace, model: InfDiT, device: torch.device, receipt: Receipt | None
+) -> _Recipe:
+    model.digest = model_digest(model)
+    if receipt is None:
+        asked = options.preset, options.steps, options.sampler
+        chosen = sampling(model.defaults, *asked, denoise=options.denoise)
+        finish = options.fidelity, options.colour_match
+        return _Recipe(model, device, str(chosen.sampler), chosen.sigmas, options.seed, *finish, chosen.words, None)
+    settings = receipt.settings
+    if receipt.sha256 != model.digest:
+        raise ReceiptError(
+            f"{options.from_receipt}: it is of the model {receipt.model} ({receipt.sha256[:12]}…), not of "
+            f"{options.model} ({model.digest[:12]}…): give that --model"
+        )
+    if receipt.device != device.type:
+        log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, device)
+    sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
+    return _Recipe(model, device, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt)
+
+
+def _plan(
+    receipt: Receipt, workload: Workload, digest: str, settings: dict[str, Any], options: argparse.Namespace
+) -> MemoryPlan | None:
+    """The plan of a receipt, if there is memory for it; says why other pixels than its come out, where they do."""
+    if receipt.picture and digest != receipt.picture:
+        log.warning("another picture than the receipt's is upscaled with its settings")
+    elif receipt.picture and difference(receipt.settings, settings):
+        raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
+    held = workload.footprint(receipt.plan)
+    if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):
+        log.warning("another plan than the receipt's is made, for the memory there is: pixels may differ in rounding")
+        return None
+    return replace(receipt.plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:
@@ -148,30 +316,6 @@ def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> 
             kept.parent.rmdir()
             raise error from None
         raise TargetError(target, error.reason, f"the result is kept as {kept}") from error
-
-
-def _jobs(sources: list[Path], options: argparse.Namespace) -> list[tuple[Path, Path]]:
-    """(source, target) pairs, refused as a whole before anything is done if one of them would destroy a file."""
-    output = Path(options.output)
-    folder = output.is_dir() or options.output.endswith(("/", os.sep))
-    several = len(sources) > 1 or options.inputs[0].is_dir() or folder
-    if several:
-        if output.exists() and not output.is_dir():
-            raise PictureError(f"{output} is a file: for several pictures give a folder")
-        jobs = [(source, output / f"{source.stem}.png") for source in sources]
-    else:
-        jobs = [(sources[0], output)]
-    taken: dict[str, Path] = {}
-    for source, target in jobs:
-        # no two names that some disks take for one
-        other = taken.setdefault(str(target.resolve()).casefold(), source)
-        if other is not source:
-            raise PictureError(f"{other} and {source} would both become {target}: rename one or run them apart")
-        if target.exists() and any(target.samefile(original) for original in sources):
-            raise PictureError(f"{target} is an input and is never overwritten: choose another OUT")
-        if target.exists() and not options.force:
-            raise PictureError(f"{target} exists: choose another OUT, or replace it with --force")
-    return jobs
 
 
 def _vectors(encoder: CLIPEncoder | None, options: argparse.Namespace, sources: list[Path]) -> dict[Path, torch.Tensor]:

@@ -9,8 +9,9 @@ sRGB.
 
 from __future__ import annotations
 
+from .notes import read_note
 from .reading import SUFFIXES, Picture, PictureError, find_pictures, read_picture
-from .writing import TargetError, check_target, place_for, sweep, write_picture
+from .writing import TargetError, check_target, place_for, sweep, target_explained, write_picture
 
 __all__ = [
     "SUFFIXES",
@@ -20,7 +21,9 @@ __all__ = [
     "check_target",
     "find_pictures",
     "place_for",
+    "read_note",
     "read_picture",
     "sweep",
+    "target_explained",
     "write_picture",
 ]

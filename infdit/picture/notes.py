@@ -1,4 +1,4 @@
-"""PNGs without what Pillow stumbles over and viewers do not: large or damaged notes beside an intact picture."""
+"""What PNGs say beside their picture: our own note; and without what Pillow stumbles over and viewers do not."""
 
 from __future__ import annotations
 
@@ -6,13 +6,37 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 LARGEST = 2**20  # bytes of a profile that Pillow reads, and with it many programs
 _MOST = 2**26  # bytes of a profile that we do
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+KEYWORD = "inf-dit"  # of our own text
 _XMP = b"XML:com.adobe.xmp\0\0"  # text that may say which side is up
+
+
+def read_note(path: Path) -> str:
+    """Our own note in a PNG; "" if there is none, or it is damaged, or the file is none.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    if not path.is_file():  # a pipe would be waited for without end
+        return ""
+    with path.open("rb") as file:
+        if file.read(8) == _SIGNATURE:
+            while len(head := file.read(8)) == 8:
+                length, kind = struct.unpack(">I4s", head)
+                if kind != b"tEXt" or length >= LARGEST:
+                    file.seek(length + 4, io.SEEK_CUR)
+                    continue
+                content, crc = file.read(length), file.read(4)
+                keyword, _, text = content.partition(b"\0")
+                if keyword == KEYWORD.encode() and crc == zlib.crc32(kind + content).to_bytes(4, "big"):
+                    return text.decode("latin-1")
+    return ""
 
 
 @dataclass

@@ -48,11 +48,13 @@ class Picture:
         pixels: (h, w, 3) or (h, w, 4), float32, 0..1, as the file has them (not linear light); alpha straight.
         icc_profile: the ICC profile of these pixels, of a grey space where `grey`, else RGB; None means sRGB.
         grey: whether the picture has no colour and is written as L or LA (the mean of the three channels).
+        note: written into a PNG, see `read_note`; ASCII.
     """
 
     pixels: torch.Tensor
     icc_profile: bytes | None
     grey: bool
+    note: str = ""
 
 
 @contextlib.contextmanager
@@ -68,18 +70,23 @@ def damage_explained(path: Path, problem: str, remedy: str) -> Iterator[None]:
         raise PictureError(f"{path}: {problem} ({reason}); {remedy}.") from error
 
 
-def find_pictures(inputs: Iterable[Path]) -> list[Path]:
+def find_pictures(inputs: Iterable[Path], recursive: bool = False, leave: Path | None = None) -> list[Path]:
     """The pictures that files and folders name, each once, in the order given; a folder's sorted by name.
 
     Of a folder, only what lies directly in it, ends in one of SUFFIXES and is not hidden; a warning tells the rest.
-    Of a file named by itself the contents count, not the suffix.
+    Of a file named by itself the contents count, not the suffix. recursive: of folders in folders too, links and the
+    folder `leave` apart.
 
     Raises:
         PictureError: for a missing path, a file that is no picture, a folder without pictures.
     """
     found: dict[Path, Path] = {}
     for given in map(Path, inputs):
-        for path in _pictures_at(given):
+        paths = _pictures_at(given, recursive, leave)
+        if not paths:
+            endings = " ".join(sorted(SUFFIXES))
+            raise PictureError(f"{given}: there is no picture in this folder; put files there that end in {endings}.")
+        for path in paths:
             found.setdefault(path.absolute(), path)
     return list(found.values())
 
@@ -111,7 +118,7 @@ def read_picture(path: Path) -> Picture:
     return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey)
 
 
-def _pictures_at(given: Path) -> list[Path]:
+def _pictures_at(given: Path, recursive: bool, leave: Path | None) -> list[Path]:
     with damage_explained(given, "cannot be opened", "check the path and its permissions"):
         if not given.is_dir():
             with _opened(given):
@@ -119,20 +126,25 @@ def _pictures_at(given: Path) -> list[Path]:
         there = sorted(given.iterdir())
         named = [p for p in there if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         paths = [p for p in named if p.is_file()]
-        folders = sum(p.is_dir() for p in there)
-    if not paths:
-        endings = " ".join(sorted(SUFFIXES))
-        raise PictureError(f"{given}: there is no picture in this folder; put files there that end in {endings}.")
+        folders = [p for p in there if p.is_dir()]
+        within = [p for p in folders if recursive and _is_within(p, leave)]
     others = Counter(
         "hidden" if p.name.startswith(".") else p.suffix.lower() or "no ending"
         for p in there
         if p not in paths and not p.is_dir()
     )
-    words = [f"{folders} folder{'s' * (folders > 1)}"] * bool(folders)
+    count = len(folders) - len(within)
+    words = [f"{count} folder{'s' * (count > 1)}"] * bool(count)
     words += [f"{count} × {kind}" for kind, count in sorted(others.items())]
-    if words:
+    if words and (paths or recursive):
         log.warning("%s: left out: %s", given, ", ".join(words))
-    return paths
+    return paths + [path for folder in within for path in _pictures_at(folder, recursive, leave)]
+
+
+def _is_within(folder: Path, leave: Path | None) -> bool:
+    """Whether a folder in a folder is looked into: not what is hidden, leads elsewhere or is to be left."""
+    apart = leave is not None and leave.is_dir() and folder.samefile(leave)
+    return not (apart or folder.name.startswith(".") or folder.is_symlink())
 
 
 @contextlib.contextmanager

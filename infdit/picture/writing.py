@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from .notes import LARGEST
+from .notes import KEYWORD, LARGEST
 from .reading import Picture, PictureError, damage_explained, fitting_profile, log, srgb_profile, to_srgb
 
 try:
@@ -83,15 +84,15 @@ def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
         PictureError (when written): as `write_picture`.
     """
     part = path.with_name(f".{secrets.token_hex(8)}.part")
-    with _target_explained(path):
+    with target_explained(path):
         file = part.open("xb")
 
     def write(picture: Picture) -> None:
         writer = _WRITERS[path.suffix.lower()]
         image, icc = _with_profile(path, Image.fromarray(_bytes(path, picture, writer)), picture, writer)
-        with damage_explained(path, "cannot be written", "try another format"), _target_explained(path):
+        with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
             file.seek(0)
-            image.save(file, format=writer.name, icc_profile=icc or b"", **writer.options)
+            image.save(file, format=writer.name, icc_profile=icc or b"", **_note(picture, writer), **writer.options)
             file.close()  # a full disk may be told only now, and Windows renames nothing that is open
             part.replace(path)
 
@@ -103,6 +104,14 @@ def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
             file.close()
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _note(picture: Picture, writer: _Writer) -> dict[str, PngInfo]:
+    if writer is not _PNG or not picture.note:
+        return {}
+    info = PngInfo()
+    info.add_text(KEYWORD, picture.note)
+    return {"pnginfo": info}
 
 
 def sweep(folder: Path) -> None:
@@ -126,7 +135,8 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def _target_explained(path: Path) -> Iterator[None]:
+def target_explained(path: Path) -> Iterator[None]:
+    """Whatever the system raises while something is written, as a TargetError."""
     try:
         yield
     except OSError as error:

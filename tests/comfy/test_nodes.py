@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 
@@ -167,8 +168,10 @@ def amount(text: str) -> float:
 
 def test_report_says_what_ran(inside: dict) -> None:
     found = inside["reports"]["plain"]
-    lines = found["report"].splitlines()
+    *lines, receipt = found["report"].splitlines()
     assert found["end"] == "success"
+    said = json.loads(receipt.removeprefix("receipt: "))
+    assert (said["settings"]["size"], said["settings"]["seed"], said["evaluations"]) == ([48, 40], 5, 3)
     assert re.fullmatch(r"10×12 to 40×48 in [\d.]+ s \([\d.]+ s a step\)", lines[0])
     assert lines[1] == "sampling: 3 steps of euler, noise 0.1 to 0.01, seed 5"
     assert lines[2] == "model: noisy.safetensors, float32 on cpu"
