@@ -18,7 +18,7 @@ from .conditioning import conditioning_pictures, upscale_alpha, visible_colour
 from .config import SamplingDefaults
 from .denoiser import Conditioning
 from .device import same_device
-from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
+from .memory.plan import LEVELS, MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .progress import PictureState, Progress, Watcher
@@ -91,28 +91,29 @@ def upscale(
     sigmas = schedule(model.defaults, steps, sigma_max, denoise) if sigmas is None else _check_sigmas(sigmas)
     seed = _check_seed(seed)
     if not isinstance(plan, PlannedRun):
-        plan = _planned(model, image, target, sampler, torch.device(device or model.device), budget, plan, bool(noise))
+        where = torch.device(device or model.device)
+        plan = _planned(model, image, target, sampler, where, budget, plan, bool(noise), len(sigmas))
     check_device(plan.workload)
     report = report or Report()
     grid = plan.workload.grid
     each = grid.height + evaluations(sampler, sigmas) * model.config.num_layers * grid.blocks
     shown = Watcher(progress, each * len(image), target, len(sigmas) - 1, callback, report.seconds)
-    run = Run(model, plan, shown.advance, report, shown.painted)
-    shape = (len(image), 3, grid.height, grid.width)
+    run, shape = Run(model, plan, shown.advance, report, shown.painted), (len(image), 3, grid.height, grid.width)
     noises = _noise_per_image(seed, noise, model.defaults.start_noise, shape, partial(run.advance, 0))
-    with run.measured():
+    with run.at_work():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step)
 
 
 def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device,
-    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False,
+    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, levels: int = LEVELS,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
     there = device.type != "cpu" and same_device(model.device, device)
-    workload = workload_of(model, image.shape, target, sampler, device, noise_given, "resident" if there else None)
+    weights: WeightsKept | None = "resident" if there else None
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, levels)
     held = Weights.of(model.config, model.dtype).total if there else 0
 
     def free() -> int:
@@ -124,7 +125,7 @@ def _planned(
 
 def workload_of(
     model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
-    noise_given: bool = False, weights: WeightsKept | None = None,
+    noise_given: bool = False, weights: WeightsKept | None = None, levels: int = LEVELS,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -138,6 +139,7 @@ def workload_of(
         weights=weights,
         source=(height, width, channels),
         noise_given=noise_given,
+        levels=levels,
     )
 
 
@@ -203,7 +205,7 @@ def _upscale_one(
 ) -> None:
     """(1, h, w, c) → (1, height, width, c), into `result`."""
     run.begin("preparing")
-    denoise, start, grey = _prepare(run, picture, vector, sigmas[0], noises)
+    denoise, start, grey = _prepare(run, picture, vector, sigmas, noises)
     run.begin("sampling")
     y = sampler.sample(denoise, start.pop(), sigmas, callback)
     run.begin("finishing")
@@ -222,7 +224,7 @@ def _upscale_one(
 
 
 def _prepare(
-    run: Run, picture: Tensor, vector: Tensor | None, sigma: Tensor, noises: Iterator[Tensor | None]
+    run: Run, picture: Tensor, vector: Tensor | None, sigmas: Tensor, noises: Iterator[Tensor | None]
 ) -> tuple[Denoise, list[Tensor], Tensor | None]:
     """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
     grid, target = run.workload.grid, (run.workload.height, run.workload.width)
@@ -232,8 +234,8 @@ def _prepare(
     pictures = conditioning_pictures(colour, target, (grid.height, grid.width), run.advance)
     lr, up = (x.to(run.images) for x in pictures)
     del colour, pictures
-    start = [_noisy_start(up, sigma, next(noises))]
-    return run.denoiser(Conditioning(lr, up, vector)), start, grey
+    start = [_noisy_start(up, sigmas[0], next(noises))]
+    return run.denoiser(Conditioning(lr, up, vector), [level for level in sigmas.tolist() if level > 0]), start, grey
 
 
 def without_colour(colour: Tensor) -> Tensor | None:
