@@ -9,10 +9,12 @@ come and go as they do, and their layers give tokens of the right shape at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
-from infdit.memory.offload import distribute_weights
+from infdit.memory.offload import Transfer, distribute_weights
 from infdit.memory.plan import MemoryPlan, Tier, Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import GatherNeighbours, InfDiT, Layer
@@ -53,7 +55,33 @@ class FakeAccelerator(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
+class _Stream:
+    """A stream or an event of nobody's: whoever waits for it need not."""
+
+    def _nothing(self, *other: object) -> None:
+        pass
+
+    wait_stream = wait_event = record = synchronize = _nothing
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Copies beside the arithmetic, as on a card: what is under way takes room."""
+    original, stream = Transfer.__init__, _Stream()
+
+    def made(self: Transfer, device: torch.device, pinned: bool = True) -> None:
+        original(self, device, pinned)
+        if pinned and self._stream is None:
+            self._stream = stream  # type: ignore[assignment]
+
+    with (
+        mock.patch.object(Transfer, "__init__", made),
+        mock.patch.multiple(torch.cuda, Event=_Stream, stream=nullcontext, current_stream=lambda device: stream),
+        mock.patch.object(Tensor, "pin_memory", lambda self: self),
+    ):
+        yield
+
+
 def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Tier, int]:
     """Bytes that `upscale` holds at most, on the device and on the host; `Workload.footprint` predicts them.
 
@@ -62,11 +90,18 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
         plan: its schedule.
         whole: compute every chunk; only slower.
     """
+    return counted(workload, plan, whole).peak
+
+
+@torch.no_grad()
+def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMeter:
+    """The same with all that the meter saw."""
     device = workload.device if workload.device.type == "cpu" else ACCELERATOR
     target = workload.height, workload.width
     planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
+    streams = _streams() if workload.device.type == "cuda" else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator(), streams:
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
         if not whole:
             _thin_out(model, workload, plan)
@@ -76,7 +111,7 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
             noises = [map(torch.empty, [(1, 3, p.grid.height, p.grid.width)] * len(image)) for p in workload.passes]
             finish = partial(finish_result, float(workload.fitted), False)
             upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None, finish)
-    return meter.peak
+    return meter
 
 
 def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
@@ -111,16 +146,15 @@ def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
     wanted = {*chunks[:2], *chunks[-2:]}
 
     def turned(blocks: range) -> int:
-        shifts = zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)
-        return sum(any(shift != (0, 0) for shift in slot) for slot in shifts)
+        return sum(any(shift) for i in blocks for shift in geometry.frame_shifts(i))
 
-    slots = [turned(blocks) for blocks in chunks]
+    keys = [turned(blocks) for blocks in chunks]
     for order in (range(len(chunks)), range(len(chunks) - 1, -1, -1)):  # hidden states get more, in the last group less
         most = 0
         for i in order:
-            if slots[i] > most:
+            if keys[i] > most:
                 wanted.add(chunks[i])
-                most = slots[i]
+                most = keys[i]
     last = (config.num_layers - 1) // plan.group
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)

@@ -26,6 +26,7 @@ class PeakMeter(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now and at most so far, by tier.
+        events: a number and the bytes of each storage that was made on the device, the number and −1 when it went.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class PeakMeter(TorchDispatchMode):
         self._unified_memory = one_memory or torch.device(device).type == "cpu"
         self.live: dict[Tier, int] = {"device": 0, "host": 0}
         self.peak: dict[Tier, int] = {"device": 0, "host": 0}
+        self.events: list[tuple[int, int]] = []
         self._seen = WeakIdKeyDictionary()
         self._watches: dict[int, tuple[weakref.ref, Tier, int]] = {}  # they go with the meter: weights outlive it
         for tensor in held:
@@ -67,8 +69,12 @@ class PeakMeter(TorchDispatchMode):
         self.live[tier] += size
         self.peak[tier] = max(self.peak[tier], self.live[tier])
         watch = weakref.ref(storage, self._free)
+        if tier == "device":
+            self.events.append((id(watch), size))
         self._watches[id(watch)] = watch, tier, size
 
     def _free(self, watch: weakref.ref) -> None:
         _, tier, size = self._watches.pop(id(watch))
         self.live[tier] -= size
+        if tier == "device":
+            self.events.append((id(watch), -1))

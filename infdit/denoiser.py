@@ -8,6 +8,7 @@ with σ_data = 0.5. x, the result and the arithmetic here are float32 or float64
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from .model import InfDiT
 from .uniba import sweep
 
 SIGMA_DATA = 0.5
+Modulations = tuple[list[Tensor], Tensor]  # of the layers and of the head
 Painted = Callable[[Canvas, Tensor], None]  # a result that is not whole yet, and the enlarged picture under it
 
 
@@ -54,6 +56,7 @@ class Denoiser:
         positions, origin: see `grid.Geometry`.
         progress: is called with the number of blocks after each layer of a chunk.
         device: what computes; None: where the model is.
+        levels: noise levels that will be asked for; what depends on them alone is computed for all at the first.
         painted: is shown the result while it grows, after each chunk of blocks but the last; it may not keep it.
 
     Raises:
@@ -64,9 +67,10 @@ class Denoiser:
         self, model: InfDiT, conditioning: Conditioning, plan: MemoryPlan | None = None,
         positions: Positions = "continuous", origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None, device: torch.device | None = None,
-        painted: Painted | None = None,
+        painted: Painted | None = None, levels: Sequence[float] = (),
     ) -> None:
         self.conditioning, self.progress, self.painted = conditioning, progress, painted
+        self._levels, self._modulated = levels, dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
         self.offload = Offloader(self.plan, device or model.device)
         self.model = distribute_weights(model, self.plan, self.offload.transfer.device)
@@ -94,6 +98,8 @@ class Denoiser:
         # a tensor elsewhere is not looked at: that would wait for the device
         if not ((sigma.device.type != "cpu" or (sigma > 0).all()) if isinstance(sigma, Tensor) else sigma > 0):
             raise ValueError(f"sigma {sigma} must be above 0: a picture without noise needs no denoising")
+        on_the_host = not isinstance(sigma, Tensor) or (sigma.dim() == 0 and sigma.device.type == "cpu")
+        level = float(sigma) if on_the_host else None
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
         norm = (s**2 + SIGMA_DATA**2).sqrt()
@@ -113,15 +119,31 @@ class Denoiser:
             if self.painted is not None and not canvas.whole:
                 self.painted(canvas, up)
 
-        modulations = self._modulations(sigma)
+        modulations = self._modulations(sigma, level)
         sweep(self.model, self.geometry, self.offload, modulations, read, write, self.progress)
         return canvas.image
 
-    def _modulations(self, sigma: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
+        """Of one noise level, or of one for each picture; of all levels that are foreseen the weights come by once."""
+        if level is None:
+            return self._modulate(sigma)
+        if level in self._modulated:
+            return self._modulated[level]
+        batch, levels = len(sigma), [level] if self._modulated else list(dict.fromkeys((*self._levels, level)))
+        layers, head = self._modulate(torch.tensor(levels, dtype=sigma.dtype, device="cpu").repeat_interleave(batch))
+        rows = [slice(first, first + batch) for first in range(0, len(levels) * batch, batch)]
+        made = {key: ([m[:, row] for m in layers], head[:, row]) for key, row in zip(levels, rows, strict=True)}
+        self._modulated = self._modulated or made
+        return made[level]
+
+    def _modulate(self, sigma: Tensor) -> Modulations:
         linears = self.offload.ready([linear] for linear in self.model.modulations)
         vector = self.conditioning.clip_embedding
+        if vector is not None:
+            vector = vector.repeat(len(sigma) // len(vector), 1)
         c_noise = (sigma.log() / 4).to(self.offload.transfer.device)
-        return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
+        with closing(linears):
+            return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.plan.images == "device" else self.offload.transfer.copy_to_device([tensor]).wait()[0]

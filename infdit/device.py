@@ -138,6 +138,11 @@ def empty_caches(device: torch.device) -> None:
     """Give back what a device's allocators keep for themselves, pinned memory of the host too."""
     gc.collect()
     getattr(getattr(torch, device.type, None), "empty_cache", lambda: None)()
+    empty_pinned_cache(device)
+
+
+def empty_pinned_cache(device: torch.device) -> None:
+    """Give back pinned memory of the host that nobody uses: PyTorch would keep it for itself until the process ends."""
     if device.type == "cuda":
         getattr(torch._C, "_host_emptyCache", lambda: None)()  # private, and absent from some versions
 

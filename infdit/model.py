@@ -63,7 +63,7 @@ class InfDiT(nn.Module):
         return self.head.weight.device
 
     def forward(
-        self, pixels: Tensor, windows: Tensor, inside: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
+        self, pixels: Tensor, windows: Tensor, inside: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
         c_noise: Tensor, vector: Tensor | None = None,
     ) -> Tensor:
         """F for all blocks of a picture at once, (B, N, 3, h, w); `uniba.sweep` computes the same in pieces.
@@ -73,7 +73,7 @@ class InfDiT(nn.Module):
         modulations, head_modulation = self.modulations_for(c_noise, vector, self.modulations)
         h, window = self.embed(pixels), self.embed_lr(windows, inside)
         for layer, modulation in zip(self.layers, modulations, strict=True):
-            h = layer(h, modulation, angles, gather_neighbours, window)
+            h = layer(h, modulation, turns, gather_neighbours, window)
         return self.unembed(h, head_modulation)
 
     def modulations_for(
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
     def forward(
-        self, h: Tensor, modulation: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
+        self, h: Tensor, modulation: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
         window: Tensor | None = None,
     ) -> Tensor:
         """One layer over N blocks.
@@ -154,21 +154,21 @@ class Layer(nn.Module):
         Args:
             h: (B, N, T, D) tokens.
             modulation: (4, B, 1, 1, D), see `InfDiT.modulations_for`.
-            angles: (N, T, d/2) rotary angles of the tokens, see `rotary_angles`.
+            turns: (N, T, d/2) rotary positions of the tokens, see `rotary_turns`.
             gather_neighbours: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks
                 that each attends to, (B, N, 4, T, H, d), which may be changed in place.
             window: (B, N, W, D) low-resolution tokens, in the first layer.
         """
         attention_shift, attention_scale, mlp_shift, mlp_scale = modulation
-        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), angles, gather_neighbours)
+        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), turns, gather_neighbours)
         if self.cross is not None:
             h = h + self.cross(h, window)
         return h + self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale))
 
-    def attend(self, a: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours) -> Tensor:
+    def attend(self, a: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours) -> Tensor:
         """Block attention of modulated tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
         q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
-        q, k = rotate(self.qk_norm(q), angles), rotate(self.qk_norm(k), angles)  # (B, N, T, H, d)
+        q, k = rotate(self.qk_norm(q), turns), rotate(self.qk_norm(k), turns)  # (B, N, T, H, d)
         keys, values = gather_neighbours(k, v)  # (B, N, 4, T, H, d)
         del k, v  # kept as keys and values; nothing else of them is needed while the attention runs
         keys.add_(self.slot_embed[:, None])

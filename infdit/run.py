@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, Painted
-from .device import PinFailed, WrongNumbers, empty_caches, out_of_host_memory, out_of_memory, same_device
+from .device import (
+    PinFailed,
+    WrongNumbers,
+    empty_caches,
+    empty_pinned_cache,
+    out_of_host_memory,
+    out_of_memory,
+    same_device,
+)
 from .fidelity import Likeness
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Weights, Workload
@@ -83,6 +91,8 @@ class Run:
         self._model, self._planned, self._progress, self._report = model, planned, progress, report
         self._painted = painted
         self._placed: InfDiT | None = None
+        self._denoiser: Denoiser | None = None
+        self._conditioning: Conditioning | None = None
         self._done, self._per_step = 0, get_sampler(planned.workload.sampler).evaluations
         report.plan = planned.plan
 
@@ -107,8 +117,13 @@ class Run:
         return self.workload.device if self._planned.plan.images == "device" else CPU
 
     def begin(self, doing: str, size: tuple[int, int] | None = None) -> None:
-        """Say what is done from now on, and to a picture of which size if that is another."""
+        """Say what is done from now on, and to a picture of which size if that is another.
+
+        Unless it is sampling, what a picture was sampled with is given back.
+        """
         self._report.doing, self._report.size = doing, size or self._report.size
+        if doing != "sampling":
+            self._denoiser = self._conditioning = None
         self.advance(0)
 
     def advance(self, done: int) -> None:
@@ -116,27 +131,27 @@ class Run:
         self._done += done
         self._progress(self._done)
 
-    def denoiser(self, conditioning: Conditioning) -> Denoise:
+    def denoiser(self, conditioning: Conditioning, levels: Sequence[float] = ()) -> Denoise:
         """denoise(x, σ) for one picture, x and the result wherever the sampler has them.
 
         conditioning: on `images`; whoever keeps another reference to it keeps its memory, when it has to move.
+        levels: see `Denoiser`.
 
         Raises (when called):
             OutOfMemory: not even the smallest plan fits, or it is the host of an accelerator that is full: a smaller
                 plan would take more of it.
             WrongNumbers: a result that is not finite.
         """
-        held, denoiser, done = [conditioning], None, 0
+        self._conditioning, self._denoiser, done = conditioning, None, 0
         del conditioning
 
         def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
             """D(x; σ), under a smaller plan each time that memory runs out."""
-            nonlocal denoiser, done
+            nonlocal done
             before = self._done
             while True:
                 try:
-                    denoiser = denoiser or self._make(held[0])
-                    result = denoiser(x.to(self.images), sigma)
+                    result = self._evaluate(x, sigma, levels)
                     # a sum takes no room and keeps any NaN and inf; the host has waited for this evaluation anyway
                     if not math.isfinite(result.sum().item()):
                         raise WrongNumbers(_not_finite(1 + done // self._per_step, self.workload.dtype, x))
@@ -150,15 +165,23 @@ class Run:
                     failure, on_the_host = str(error), out_of_host_memory(error)
                 if on_the_host and not self.workload.unified_memory:
                     raise OutOfMemory(f"{HOST_FULL} ({failure.splitlines()[0] if failure else 'no reason given'})")
-                denoiser, self._done = None, before
-                held[0] = held[0].to(CPU)  # what is free for a smaller plan is seen without the pictures of this one
+                self._done = before
                 self._plan_anew(failure, unpinned)
-                held[0] = held[0].to(self.images)
 
         return denoise
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """Around all evaluations: afterwards nothing is kept that was made for them, whoever holds a traceback."""
+        try:
+            with self._measured():
+                yield
+        finally:
+            self._denoiser = self._conditioning = self._placed = None
+            empty_pinned_cache(self.workload.device)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
         """Note what a card's allocator gives out meanwhile, less what others had of it."""
         device, cuda = self.workload.device, torch.cuda
         if device.type != "cuda":
@@ -172,16 +195,22 @@ class Run:
         self._report.peak_bytes = cuda.max_memory_allocated(device) - allocated
         self._report.reserved_bytes = cuda.max_memory_reserved(device) - reserved
 
-    def _make(self, conditioning: Conditioning) -> Denoiser:
+    def _evaluate(self, x: Tensor, sigma: Tensor | float, levels: Sequence[float]) -> Tensor:
         plan, device = self._planned.plan, self.workload.device
         self._placed = self._placed or distribute_weights(self._model, plan, device)
-        return Denoiser(
-            self._placed, conditioning, plan, progress=self.advance, device=device, painted=self._painted
-        )
+        if self._denoiser is None:
+            assert self._conditioning is not None
+            self._denoiser = Denoiser(
+                self._placed, self._conditioning, plan, progress=self.advance, device=device, painted=self._painted,
+                levels=levels,
+            )  # fmt: skip
+        return self._denoiser(x.to(self.images), sigma)
 
     def _plan_anew(self, failure: str, unpinned: bool) -> None:
         """Give back what the failed attempt held, and make a smaller plan, or one that does without pinned memory."""
-        self._placed = None
+        assert self._conditioning is not None
+        self._placed = self._denoiser = None
+        self._conditioning = self._conditioning.to(CPU)  # what is free for a smaller plan is seen without its pictures
         empty_caches(self.workload.device)
         self._planned = self._planned.unpinned() if unpinned else self._planned.smaller()
         self._report.plan = plan = self._planned.plan
@@ -190,6 +219,7 @@ class Run:
         message = f"{plain if unpinned else smaller}; the picture is the same"
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
+        self._conditioning = self._conditioning.to(self.images)
 
 
 def _not_finite(step: int, dtype: torch.dtype, x: Tensor) -> str:

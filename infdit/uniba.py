@@ -11,15 +11,16 @@ the hidden states of all blocks are kept. The result is the same for every group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .grid import BlockGrid, BlockIndex, Geometry
-from .rotary import rotary_angles, rotate
+from .grid import SLOTS, BlockGrid, BlockIndex, Geometry
+from .rotary import rotary_turns, rotate
 
 if TYPE_CHECKING:
     from .memory.offload import Offloader
@@ -31,14 +32,15 @@ Write = Callable[[Sequence[BlockIndex], Tensor], None]  # blocks at (row, column
 
 
 class Chunk:
-    """A chunk of blocks at hand: what every layer needs to know of it, on the device, computed once.
+    """A chunk of blocks at hand: what every layer needs to know of it, computed once.
 
     Attributes:
         blocks: indices in the order of the sweep; coordinates: their rows and columns.
-        angles: (n, T, d/2) rotary angles of their tokens.
-        inside: (n, 3, 3), which of the blocks around each lie in the picture.
-        own: (n,) the indices as a tensor; neighbours: (n·4,) those of the blocks that they attend to.
-        turns: for slots whose keys lie in another frame than their reader's, (n, 1, d/2) angles that move them there.
+        turns: (n, T, d/2) rotary positions of their tokens, on the device.
+        inside: (n, 3, 3), which of the blocks around each lie in the picture, on the device.
+        neighbours: for each slot the indices of the blocks that they attend to.
+        shifted: (block of the chunk, slot) of keys that lie in another frame than their reader's, and (1, d/2), on
+            the device, what moves them there.
     """
 
     def __init__(self, geometry: Geometry, blocks: range, offload: Offloader, model: InfDiT) -> None:
@@ -47,40 +49,73 @@ class Chunk:
         self.blocks = blocks
         self.coordinates = [grid.coordinates(i) for i in blocks]
         rows, columns = geometry.token_positions(self.coordinates)
-        self.angles = rotary_angles(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
+        self.turns = rotary_turns(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
         self.inside = transfer.to_device([grid.around(at) for at in self.coordinates])
-        self.own = transfer.to_device(list(blocks))
-        self.neighbours = transfer.to_device([n for i in blocks for n in grid.neighbours(i)])
-        self.turns: dict[int, Tensor] = {}
-        for slot, shifts in enumerate(zip(*(geometry.frame_shifts(i) for i in blocks), strict=True)):
-            if any(shift != (0, 0) for shift in shifts):
-                shift_rows, shift_columns = transfer.to_device(shifts)[..., None].unbind(1)  # (n, 1) each
-                self.turns[slot] = rotary_angles(shift_rows, shift_columns, head_dim, dtype)
+        self.neighbours = list(zip(*(grid.neighbours(i) for i in blocks), strict=True))
+        frames = enumerate(geometry.frame_shifts(i) for i in blocks)
+        shifts = [(n, slot, by) for n, shifts in frames for slot, by in enumerate(shifts) if any(by)]
+        self.shifted: list[tuple[int, int, Tensor]] = []
+        if shifts:
+            rows, columns = transfer.to_device([by for *_, by in shifts])[..., None].unbind(1)  # (m, 1) each
+            turns = rotary_turns(rows, columns, head_dim, dtype)
+            self.shifted = [(n, slot, turn) for (n, slot, _), turn in zip(shifts, turns.unbind(), strict=True)]
 
 
 class KVRing:
-    """Keys and values of one layer for the last C + 1 blocks and the chunk at hand: block i lies at i modulo size."""
+    """Keys and values of one layer for the last C + 1 blocks and the chunk at hand: block i lies at i modulo size.
 
-    def __init__(self, grid: BlockGrid, chunk: int) -> None:
+    Blocks of a chunk follow each other, and so mostly do their neighbours: the ring is written and read by slices.
+    """
+
+    def __init__(self, grid: BlockGrid, chunk: int, like: Tensor, shape: tuple[int, int, int, int]) -> None:
+        """like: a tensor of the dtype and on the device of keys and values; shape: (B, T, H, d) of a block of them."""
         self.size = min(grid.line + 1 + chunk, grid.blocks)
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
+        if chunk < grid.blocks:
+            self.kept = like.new_empty((2, shape[0], self.size, *shape[1:]))
 
     def gather_neighbours(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values (B, n, T, H, d) of a chunk; give those that it attends to, (B, n, 4, T, H, d)."""
-        if len(chunk.blocks) == self.size:  # the whole grid at once: nothing to remember, and differentiable
-            keys, values = k, v
+        if self.kept is None:  # the whole grid at once: nothing to remember, and differentiable
+            keys, values = (self._of_the_grid(x, chunk) for x in (k, v))
         else:
-            if self.kept is None:
-                shape = (k.shape[0], self.size, *k.shape[2:])
-                self.kept = k.new_empty(shape), v.new_empty(shape)
-            keys, values = self.kept
-            keys.index_copy_(1, chunk.own % self.size, k)
-            values.index_copy_(1, chunk.own % self.size, v)
-        slots = chunk.neighbours % self.size
-        keys = keys.index_select(1, slots).unflatten(1, (-1, 4))
-        for slot, turn in chunk.turns.items():  # before the values are there: turning takes room of its own
-            keys[:, :, slot] = rotate(keys[:, :, slot], turn)
-        return keys, values.index_select(1, slots).unflatten(1, (-1, 4))
+            keys, values = self._of_the_ring(self.kept, k, v, chunk)
+        for block, slot, turn in chunk.shifted:
+            keys[:, block, slot] = rotate(keys[:, block, slot], turn)
+        return keys, values
+
+    def _of_the_grid(self, x: Tensor, chunk: Chunk) -> Tensor:
+        if not x.requires_grad:
+            found = x.new_empty((*x.shape[:2], len(SLOTS), *x.shape[2:]))
+            for slot, here, there in self._slices(chunk):
+                found[:, here, slot] = x[:, there]
+            return found
+        return torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
+
+    def _of_the_ring(self, kept: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
+        for here, there in _runs(chunk.blocks, self.size):
+            for ring, new in zip(kept, (k, v), strict=True):
+                ring[:, there] = new[:, here]
+        found = k.new_empty((2, *k.shape[:2], len(SLOTS), *k.shape[2:]))
+        for slot, here, there in self._slices(chunk):
+            found[:, :, here, slot] = kept[:, :, there]
+        return found
+
+    def _slices(self, chunk: Chunk) -> Iterator[tuple[int, slice, slice]]:
+        """Slots, blocks of the chunk, and where those that they attend to in that slot are kept."""
+        for slot, indices in enumerate(chunk.neighbours):
+            for here, there in _runs(indices, self.size):
+                yield slot, here, there
+
+
+def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
+    """Indices by runs that follow each other modulo size: where they stand, and their slice of what has that size."""
+    begin = 0
+    for end in range(1, len(indices) + 1):
+        if end == len(indices) or indices[end] != indices[end - 1] + 1 or indices[end] % size == 0:
+            there = indices[begin] % size
+            yield slice(begin, end), slice(there, there + end - begin)
+            begin = end
 
 
 def sweep(
@@ -98,34 +133,33 @@ def sweep(
         progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
     layer_modulations, head_modulation = modulations
-    grid, depth, plan = geometry.grid, len(model.layers), offload.plan
-    states = offload.hidden_states()
+    grid, config, depth, plan = geometry.grid, model.config, len(model.layers), offload.plan
     chunks = list(grid.chunks(plan.chunk))
     groups = [range(first, min(first + plan.group, depth)) for first in range(0, depth, plan.group)]
-    ready = offload.ready([model.layers[i] for i in group] for group in groups)
-    for group in groups:
-        steps = [
-            (layer, layer_modulations[i], KVRing(grid, plan.chunk)) for i, layer in zip(group, next(ready), strict=True)
-        ]
-        for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
-            chunk = Chunk(geometry, blocks, offload, model)
-            window = None
-            if group.start == 0:
-                pixels, lr = read(chunk.coordinates)
-                h, window = model.embed(pixels), model.embed_lr(lr, chunk.inside)
-                del pixels, lr
-            else:
-                h = states.load(blocks, following)
-            for number in range(len(steps)):
-                layer, modulation, ring = steps[number]
-                h = layer(h, modulation, chunk.angles, partial(ring.gather_neighbours, chunk), window)
-                del layer, modulation, ring  # no variable may outlive the group and keep a layer
-                offload.transfer.throttle()
-                if progress is not None:
-                    progress(len(blocks))
-            if group.stop == depth:
-                write(chunk.coordinates, model.unembed(h, head_modulation))
-            else:
-                states.store(blocks, h)
-        del steps  # weights and rings of this group make room before those of another are fetched
-        offload.transfer.synchronize()
+    kept = (head_modulation.shape[1], config.block_tokens, config.num_heads, config.head_dim)
+    rings = [KVRing(grid, plan.chunk, head_modulation, kept) for _ in groups[0]]
+    streamed = offload.ready([model.layers[i] for i in group] for group in groups)
+    with offload.hidden_states(grid.blocks) as states, closing(streamed) as ready:
+        for group in groups:
+            steps = list(zip(next(ready), (layer_modulations[i] for i in group), rings, strict=False))
+            for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
+                chunk = Chunk(geometry, blocks, offload, model)
+                window = None
+                if group.start == 0:
+                    pixels, lr = read(chunk.coordinates)
+                    h, window = model.embed(pixels), model.embed_lr(lr, chunk.inside)
+                    del pixels, lr
+                else:
+                    h = states.load(blocks, following)
+                for number in range(len(steps)):
+                    layer, modulation, ring = steps[number]
+                    h = layer(h, modulation, chunk.turns, partial(ring.gather_neighbours, chunk), window)
+                    del layer, modulation  # no variable may outlive the group and keep a layer
+                    offload.transfer.throttle()
+                    if progress is not None:
+                        progress(len(blocks))
+                if group.stop == depth:
+                    write(chunk.coordinates, model.unembed(h, head_modulation))
+                else:
+                    states.store(blocks, h)
+            del steps  # weights of this group make room before those of another are fetched

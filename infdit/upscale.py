@@ -18,7 +18,7 @@ from .conditioning import conditioning_pictures, take_colour, upscale_alpha, vis
 from .denoiser import Conditioning
 from .device import same_device
 from .fidelity import make_faithful, strips
-from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
+from .memory.plan import LEVELS, MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .presets import sampling
@@ -94,7 +94,7 @@ def upscale(
     vectors, seed = _clip_vectors(model, clip_embedding, len(image)), _check_seed(seed)
     fitted = _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
-        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
+        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, len(sigmas))
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
     plan = replace(plan, workload=replace(plan.workload, fitted=fitted))
@@ -103,7 +103,7 @@ def upscale(
     run, shown = _begin(model, plan, sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
-    with run.measured():
+    with run.at_work():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
 
 
@@ -125,14 +125,15 @@ def _begin(
 def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device | str | None,
     budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
+    levels: int = LEVELS,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
     device = torch.device(device or model.device)
     there = device.type != "cpu" and same_device(model.device, device)
-    weights = "resident" if there else None
-    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted)
+    weights: WeightsKept | None = "resident" if there else None
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted, levels)
     held = Weights.of(model.config, model.dtype).total if there else 0
 
     def free() -> int:
@@ -144,7 +145,7 @@ def _planned(
 
 def workload_of(
     model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
-    noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False,
+    noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False, levels: int = LEVELS,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -159,6 +160,7 @@ def workload_of(
         source=(height, width, channels),
         noise_given=noise_given,
         fitted=fitted,
+        levels=levels,
     )
 
 
@@ -258,7 +260,7 @@ def _upscale_one(
     """(1, h, w, c) → (1, height, width, c), into `result`: one pass."""
     height, width = result.shape[1:3]
     run.begin("preparing", (height, width))
-    denoise, start, grey = _prepare(run, part, picture, vector, sigmas[0], noises)
+    denoise, start, grey = _prepare(run, part, picture, vector, sigmas, noises)
     run.begin("sampling")
     y = sample(denoise, start, sigmas, callback)
     run.begin("finishing")
@@ -276,7 +278,7 @@ def _upscale_one(
 
 
 def _prepare(
-    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sigma: Tensor, noises: Iterator[Tensor | None]
+    run: Run, part: Workload, picture: Tensor, vector: Tensor | None, sigmas: Tensor, noises: Iterator[Tensor | None]
 ) -> tuple[Denoise, list[Tensor], Tensor | None]:
     """denoise(x, σ), x to start from, in a list so that nobody else has it, and where there is no colour."""
     colour = _colour(picture) * 2 - 1
@@ -286,8 +288,8 @@ def _prepare(
     pictures = conditioning_pictures(colour, (part.height, part.width), padded, run.advance)
     lr, up = (x.to(run.images) for x in pictures)
     del colour, pictures
-    start = [_noisy_start(up, sigma, next(noises))]
-    return run.denoiser(Conditioning(lr, up, vector)), start, grey
+    start = [_noisy_start(up, sigmas[0], next(noises))]
+    return run.denoiser(Conditioning(lr, up, vector), [level for level in sigmas.tolist() if level > 0]), start, grey
 
 
 def finish_result(fidelity: float, colour_match: bool, run: Run, given: Tensor, result: Tensor) -> None:

@@ -12,11 +12,11 @@ import infdit
 from benchmarks.dry_run import ACCELERATOR, counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.memory.plan import Footprint, Weights, Workload
+from infdit.memory.plan import SEGMENTS, Footprint, Weights, Workload
 from infdit.model import InfDiT
 
 MIB = 2**20
-SLACK = 16 * MIB
+SLACK = 16 * 2**20 + SEGMENTS
 
 
 def random_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:

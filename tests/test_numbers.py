@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_cli import make_picture, run
 
 import infdit
-from infdit import Denoiser, MemoryPlan, SamplingDefaults, WrongNumbers, selfcheck, upscale
+from infdit import Denoiser, MemoryPlan, SamplingDefaults, WrongNumbers, selfcheck, uniba, upscale
 from infdit.model import InfDiT, Layer
 from infdit.samplers import Denoise, SamplerInfo
 
@@ -101,11 +101,19 @@ def test_the_command_line_says_so_in_a_line(
     assert not list(tmp_path.glob("out*/*")), "nothing is written"
 
 
-ATTENTION, COPY, SELECT = F.scaled_dot_product_attention, torch.Tensor.index_copy_, torch.Tensor.index_select
+ATTENTION, SLICES = F.scaled_dot_product_attention, uniba.KVRing._slices
+
+
+def zeros(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What a ring gives that is empty."""
+    return torch.stack((k, v))[:, :, :, None].repeat(1, 1, 1, 4, 1, 1, 1).zero_()
+
+
 FAULTS: dict[str, tuple[object, str, Callable]] = {
-    "rings are not written": (torch.Tensor, "index_copy_", lambda ring, *_: ring.zero_()),
-    "strides are ignored": (torch.Tensor, "index_copy_", lambda ring, d, i, new: COPY(ring, d, i, new.roll(1, 1))),
-    "neighbours change places": (torch.Tensor, "index_select", lambda ring, d, i: SELECT(ring, d, i.flip(0))),
+    "rings are not read": (uniba.KVRing, "_of_the_ring", lambda ring, kept, k, v, chunk: zeros(k, v)),
+    "neighbours change places": (
+        uniba.KVRing, "_slices", lambda ring, chunk: ((3 - slot, *where) for slot, *where in SLICES(ring, chunk))
+    ),
     "attention is not scaled": (F, "scaled_dot_product_attention", lambda *qkv: ATTENTION(*qkv, scale=1.0)),
     "attention leaves keys out": (
         F, "scaled_dot_product_attention", lambda q, k, v: ATTENTION(q, k[..., :-4, :], v[..., :-4, :])

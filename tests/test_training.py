@@ -18,7 +18,7 @@ from benchmarks import scores
 from infdit import Conditioning, MemoryPlan
 from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.denoiser import Denoiser
-from infdit.rotary import rotary_angles, rotate
+from infdit.rotary import rotary_turns, rotate
 from training import __main__ as command
 from training import data, degrade, validate
 from training.attention import PlainAttention
@@ -247,7 +247,7 @@ def test_heads_of_a_new_model_look_at_the_patches_around() -> None:
     config = InfDiTConfig(3, 6 * 32, 6, block_size=32, vector_dim=0)
     side, width = 8, 32
     steps = torch.arange(side, dtype=torch.float32)[None]
-    angles = rotary_angles(steps + 40, steps + 96, width, torch.float32)[0]  # of a block somewhere
+    turns = rotary_turns(steps + 40, steps + 96, width, torch.float32)[0]  # of a block somewhere
     row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
     inner = (row > 0) & (row < 7) & (column > 0) & (column < 7)
     content = torch.randn(64, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -255,7 +255,7 @@ def test_heads_of_a_new_model_look_at_the_patches_around() -> None:
     layer = from_nothing(config, 0).layers[0]
     for tokens, least in ((torch.zeros_like(content), 1.0), (content, 0.5)):
         q, k, _ = layer.qkv(tokens).view(64, 3, 6, width).unbind(1)
-        q, k = (rotate(layer.qk_norm(x), angles) for x in (q, k))
+        q, k = (rotate(layer.qk_norm(x), turns) for x in (q, k))
         found = torch.einsum("thd,khd->htk", q, k).argmax(-1)
         for head, (down, right) in enumerate(expected):
             wanted = (row + down) * side + column + right

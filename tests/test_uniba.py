@@ -84,8 +84,8 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
         pixels / norm[:, None],
         cut_windows(conditioning.lr, chunk.coordinates, BLOCK // 4),
         chunk.inside,
-        chunk.angles,
-        partial(uniba.KVRing(grid, grid.blocks).gather_neighbours, chunk),
+        chunk.turns,
+        partial(uniba.KVRing(grid, grid.blocks, x, (2, 4, 2, 8)).gather_neighbours, chunk),
         sigma.log() / 4,
         conditioning.clip_embedding,
     )
@@ -181,8 +181,8 @@ def test_the_ring_holds_a_line_a_block_and_a_chunk(make_model: MakeModel) -> Non
             rings.clear()
             Denoiser(model, conditioning, MemoryPlan(2, chunk, sweep=sweep))(x, sigma)
             line = {"rows": columns, "columns": rows, "auto": min(rows, columns)}[sweep]
-            held = [tensor.shape[1] for ring in rings for tensor in ring.kept]
-            assert len(rings) == 3
+            held = [ring.kept.shape[2] for ring in rings]
+            assert len(rings) == 2, "those of a group are used by the next"
             assert max(held) <= line + 1 + chunk
 
 

@@ -2,8 +2,10 @@
 
 The copies of the next group and of the next chunk are under way while this one is computed. On CUDA weights and hidden
 states on the host are pinned and their copies run on a stream of their own; pictures are copied when a chunk of them
-is needed, and the arithmetic waits. Elsewhere, and where a plan does without pinned memory, a copy is a plain copy, for
-which all wait; on a CPU device and host are one memory, and every plan stays legal.
+is needed, and the arithmetic waits. All memory of the device is of the stream that computes, in whose order it is given
+back and used again; copies wait for it, and it for them, before either touches what the other has. Elsewhere, and where
+a plan does without pinned memory, a copy is a plain copy, for which all wait; on a CPU device and host are one memory,
+and every plan stays legal.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class Offloader:
     def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
         self.plan, self.transfer = plan, Transfer(device, plan.pinned)
 
-    def hidden_states(self) -> HiddenStates:
-        """Room for the hidden states of one evaluation."""
-        return HiddenStates(self.transfer, self.plan.hidden)
+    def hidden_states(self, blocks: int) -> HiddenStates:
+        """Room for the hidden states of so many blocks in one evaluation."""
+        return HiddenStates(self.transfer, self.plan.hidden, blocks)
 
     def ready(self, groups: Iterable[Sequence[nn.Module]]) -> Iterator[list[Call]]:
         """Modules by groups, ready to be called on the device: as they are, or with weights copied one group ahead."""
@@ -49,26 +51,45 @@ class Offloader:
             yield from (list(group) for group in groups)
             return
         ahead: deque[list[tuple[nn.Module, PendingCopy]]] = deque()
-        for group in groups:
-            ahead.append([(module, self.transfer.copy_to_device(list(module.parameters()))) for module in group])
-            if len(ahead) == 2:
-                yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
-        yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+        try:
+            for group in groups:
+                ahead.append([(module, self.transfer.copy_to_device(list(module.parameters()))) for module in group])
+                if len(ahead) == 2:
+                    yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+            yield [partial(_call_with, module, copy.wait()) for module, copy in ahead.popleft()]
+        finally:
+            self.transfer.settle()
+            ahead.clear()
 
 
 class HiddenStates:
-    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and copied back ahead."""
+    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and copied back ahead.
 
-    def __init__(self, transfer: Transfer, tier: Tier) -> None:
-        self._transfer, self._tier = transfer, tier
+    Used in a `with`, after which none are kept: a stop or an error gives back their memory, whoever holds a traceback.
+    """
+
+    def __init__(self, transfer: Transfer, tier: Tier, blocks: int) -> None:
+        self._transfer, self._tier, self._blocks = transfer, tier, blocks
+        self._room: Tensor | None = None  # on the device, (B, blocks, T, D)
         self._host: HostMemory | None = None
         self._kept: dict[range, Tensor] = {}
         self._ahead: dict[range, PendingCopy] = {}
 
+    def __enter__(self) -> HiddenStates:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._transfer.settle()
+        self._kept.clear()
+        self._ahead.clear()
+        self._host = self._room = None
+
     def store(self, blocks: range, h: Tensor) -> None:
         """Keep the tokens (B, n, T, D) of a chunk until the next group."""
         if self._tier == "device":
-            self._kept[blocks] = h
+            if self._room is None:
+                self._room = h.new_empty((h.shape[0], self._blocks, *h.shape[2:]))
+            self._room[:, blocks.start : blocks.stop] = h
             return
         if blocks not in self._kept:
             self._kept[blocks] = self._host_empty(h.shape, h.dtype)
@@ -77,7 +98,8 @@ class HiddenStates:
     def load(self, blocks: range, following: range | None) -> Tensor:
         """The tokens of a chunk; those of the following one set off meanwhile."""
         if self._tier == "device":
-            return self._kept.pop(blocks)
+            assert self._room is not None, "stored before"
+            return self._room[:, blocks.start : blocks.stop]
         self._prefetch(blocks)
         (h,) = self._ahead.pop(blocks).wait()
         if following is not None:
@@ -144,6 +166,7 @@ class Transfer:
         self.device, self._pinned, self._paced = device, pinned, device.type == "cuda"
         self._stream = _copy_stream(device) if self._paced and pinned else None
         self._last: torch.cuda.Event | None = None
+        self._leaving: PendingCopy | None = None
 
     def host(self, piece: int) -> HostMemory:
         """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
@@ -162,23 +185,19 @@ class Transfer:
         """Begin to copy tensors from the host to the device."""
         if self._stream is None:
             return PendingCopy([tensor.to(self.device, copy=True) for tensor in tensors])
-        # not before the arithmetic that is queued now: what it writes may be what is fetched
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        arrived = torch.cuda.Event()
-        arrived.record(self._stream)
-        return PendingCopy(copies, arrived)
+        copies = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
+        self._copy(copies, tensors)
+        return PendingCopy(copies, self._copied())
 
     def copy_to_host(self, source: Tensor, target: Tensor) -> None:
         """Begin to copy a tensor of the device, all of whose arithmetic is queued, into one of the host."""
         if self._stream is None:
             target.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        source.record_stream(self._stream)
+        if self._leaving is not None:
+            self._leaving.wait()
+        self._copy([target], [source])
+        self._leaving = PendingCopy([source], self._copied())  # which keeps it as long as it is read
 
     def throttle(self) -> None:
         """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""
@@ -188,15 +207,31 @@ class Transfer:
             self._last = torch.cuda.Event()
             self._last.record(torch.cuda.current_stream(self.device))
 
-    def synchronize(self) -> None:
-        """Wait until the device has done all that is queued: what was freed can then be used again."""
-        if self._paced:
-            torch.cuda.current_stream(self.device).synchronize()
+    def settle(self) -> None:
+        """Let all arithmetic from now on come after all copies: the memory of what they moved can be used again."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._leaving = None
+
+    def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Begin to copy, after the arithmetic that is queued now: it may use what is read here, or is written."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+
+    def _copied(self) -> torch.cuda.Event:
+        """Happens when all copies are done that have begun so far."""
+        assert self._stream is not None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all runs: the allocator keeps a pool of memory for every stream."""
+    """One for all runs."""
     return torch.cuda.Stream(device)
 
 
@@ -233,16 +268,13 @@ class HostMemory:
 
 
 class PendingCopy:
-    """Copies under way to the device."""
+    """Tensors of the device that are being copied."""
 
     def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None = None) -> None:
         self._tensors, self._event = tensors, event
 
     def wait(self) -> list[Tensor]:
-        """The copies; arithmetic that is queued from now on sees them whole."""
+        """The tensors; arithmetic that is queued from now on comes after their copies."""
         if self._event is not None:
-            compute = torch.cuda.current_stream(self._tensors[0].device)
-            compute.wait_event(self._event)
-            for tensor in self._tensors:
-                tensor.record_stream(compute)
+            torch.cuda.current_stream(self._tensors[0].device).wait_event(self._event)
         return self._tensors

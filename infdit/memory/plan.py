@@ -23,6 +23,8 @@ Tier = Literal["device", "host"]
 WeightsKept = Literal["resident", "streamed"]
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
+LEVELS = 20  # noise levels of a run, unless it is said: those of the published schedule
+SEGMENTS = 22 * 2**20  # bytes of CUDA's allocator that are taken and not given out: one segment of each kind
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
 STRIP_BYTES = 2**13  # for each pixel along a side, of what is worked on in strips: pixels in float64 and weights
 
@@ -89,6 +91,7 @@ class Workload:
         fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
+        levels: noise levels of the run, for each of which it keeps the modulations.
     """
 
     config: InfDiTConfig
@@ -102,6 +105,7 @@ class Workload:
     source: tuple[int, int, int] | None = None
     noise_given: bool = False
     pinnable: int | None = None
+    levels: int = LEVELS
     fitted: bool = False
 
     @cached_property
@@ -160,6 +164,8 @@ class Workload:
         on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
         one, always = self.unified_memory and not images_away, 0 if self.unified_memory else on_the_way
 
+        segments = SEGMENTS if self.device.type == "cuda" else 0
+
         def phase(held: int, on_the_way: int = always, **parts: int) -> Footprint:
             """What is held beside so many bytes of pictures."""
             beside = given + on_the_way
@@ -176,8 +182,8 @@ class Workload:
             conditioning + method.evaluating * picture,
             weights=weights.resident + weights.streamed(group) if streamed else weights.total,
             ring=ring,
-            hidden=min(kept, 2 * chunk * unit) if hidden_away else max(0, kept - chunk * unit),
-            workspace=workspace(config, self.dtype, grid, chunk),
+            hidden=min(kept, 3 * chunk * unit) if hidden_away else kept,
+            workspace=workspace(config, self.dtype, grid, chunk, self.levels) + segments,
             host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
         at_rest = weights.resident if streamed else weights.total
@@ -306,27 +312,33 @@ class Footprint:
         return {"weights": self.host_weights, "hidden states": self.host_hidden, "pictures": self.host_images}
 
 
-def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
-    """Bytes of a chunk of blocks while it is computed, and of the modulations of all layers and their making."""
-    vectors = (4 * config.num_layers + 18) * config.hidden_size * max(FLOAT32, dtype.itemsize)
-    return chunk * _workspace(config, dtype, grid) + vectors
+def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int, levels: int = LEVELS) -> int:
+    """Bytes of a chunk of blocks while it is computed, and of the modulations of all noise levels and their making."""
+    D, e, unit = config.hidden_size, dtype.itemsize, config.block_tokens * config.hidden_size * dtype.itemsize
+    vectors = (4 * config.num_layers + 8) * levels * D * e + 18 * D * max(FLOAT32, e)
+    # of one block's keys at a time, where they are turned into their reader's frame
+    crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
+    return chunk * _workspace(config, dtype) + crosses * _turning(e) * unit + vectors
 
 
-def _workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid) -> int:
+def _turning(itemsize: int) -> int:
+    """Units that turning takes beside what is turned: the result, and where it is computed in float32 two of those."""
+    wide = FLOAT32 // itemsize
+    return 1 + (2 * wide if wide > 1 else 0)
+
+
+def _workspace(config: InfDiTConfig, dtype: torch.dtype) -> int:
     """Bytes of one block while it is computed, its hidden state included: the largest of the steps of a layer."""
     T, D, W, e = config.block_tokens, config.hidden_size, config.window_tokens, dtype.itemsize
     unit, window = T * D * e, W * D * e
-    wide = max(1, FLOAT32 // e)  # rotations are computed in float32 at least
-    angles = T * config.head_dim // 2 * max(FLOAT32, e)
-    # hidden state and modulated input; q, k, v; q and k turned: x, two halves and their products, the result
-    rotation = (2 + 3 + 2 + 3 * wide) * unit + 3 * angles
-    # … then the keys of four blocks, one of them being turned into its reader's frame, or the values of four blocks
-    crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
-    gathered = (2 + 3 + 2 + 4 + max(4, 3 * wide + 1 if crosses else 0)) * unit + angles
+    turns = T * config.head_dim * max(FLOAT32, e)
+    # hidden state and modulated input; q, k, v; q turned, k normed and being turned
+    rotation = (2 + 3 + 2 + _turning(e)) * unit
+    gathered = (2 + 3 + 2 + 4 + 4) * unit  # … then the keys and the values of four blocks
     cross = 3 * unit + 4 * window  # hidden state, q; the window's keys and values, the keys normed and placed
     mlp = (2 + 4 + 4) * unit
     normalisers = (config.num_heads + 4) * T * FLOAT32  # of the softmax and of layer norms
-    return max(rotation, gathered, cross, mlp) + window + 2 * angles + normalisers + _pixels(config)
+    return max(rotation, gathered, cross, mlp) + window + turns + normalisers + _pixels(config)
 
 
 def _pixels(config: InfDiTConfig) -> int:

@@ -322,7 +322,7 @@ def measured_on_a_card() -> dict:
                 max_memory_allocated=lambda device, there=there: there + 5000,
                 max_memory_reserved=lambda device, there=there: there + 7000,
             ),
-            runs.Run(network, planned, lambda done: None, report).measured(),
+            runs.Run(network, planned, lambda done: None, report).at_work(),
         ):
             pass
         found[kept] = {"peak": report.peak_bytes, "reserved": report.reserved_bytes, "reset": reset}
