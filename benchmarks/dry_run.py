@@ -128,14 +128,14 @@ class _ThinLayer(Layer):
     wanted: frozenset[range]
 
     def forward(
-        self, h: Tensor, modulation: Tensor, angles: Tensor, gather_neighbours: GatherNeighbours,
+        self, h: Tensor, modulation: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
         window: Tensor | None = None,
     ) -> Tensor:
         """As the layer it was, or tokens of the same shape."""
         assert isinstance(gather_neighbours, partial)
         if gather_neighbours.args[0].blocks not in self.wanted:
             return torch.empty_like(h)
-        return super().forward(h, modulation, angles, gather_neighbours, window)
+        return super().forward(h, modulation, turns, gather_neighbours, window)
 
 
 def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:

@@ -113,7 +113,7 @@ def sample_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
     x ← e^(−h)·x + m₀·D_i + m₁·D[i, i−1] + (m₂ + h_last·m₁)·D[i, i−1, i−2], where m_k = ∫₀^h e^(s−h)·s^k ds. The first
     steps have fewer points; the step to 0 is of first order.
     """
-    last = slope = older = None  # D_{i−1}, D[i, i−1] and D[i−1, i−2]
+    last = before = None  # D_{i−1} and D_{i−2}
     h_last = h_older = 0.0
     for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
@@ -124,11 +124,12 @@ def sample_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
         x = ratio * x + (1 - ratio) * denoised
         m1 = h - (1 - ratio)
         if last is not None:
-            slope = (denoised - last) / h_last
+            slope = (denoised - last) / h_last  # D[i, i−1]
             x = x + m1 * slope
-        if slope is not None and older is not None:
-            x = x + (h * h - 2 * m1 + h_last * m1) / (h_last + h_older) * (slope - older)
-        last, older, h_last, h_older = denoised, slope, h, h_last
+            if before is not None:
+                slope = slope - (last - before) / h_older
+                x = x + (h * h - 2 * m1 + h_last * m1) / (h_last + h_older) * slope
+        last, before, h_last, h_older = denoised, last, h, h_last
     return x
 
 

@@ -91,16 +91,15 @@ def upscale(
     target = target_size(image.shape[1], image.shape[2], scale, size)
     chosen = sampling(model.defaults, preset, steps, sampler, sigma_max, denoise, sigmas)
     sampler, sigmas = get_sampler(chosen.sampler), _check_sigmas(chosen.sigmas)
-    vectors, seed = _clip_vectors(model, clip_embedding, len(image)), _check_seed(seed)
-    fitted = _check_fidelity(fidelity) > 0
+    vectors = _clip_vectors(model, clip_embedding, len(image))
+    seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, len(sigmas))
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
-    plan = replace(plan, workload=replace(plan.workload, fitted=fitted))
-    report, work, drawn = report or Report(), plan.workload, None if noise else seed
+    work, report, drawn = replace(plan.workload, fitted=fitted), report or Report(), None if noise else seed
     report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
-    run, shown = _begin(model, plan, sampler, sigmas, progress, callback, report, resume)
+    run, shown = _begin(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():

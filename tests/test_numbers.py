@@ -96,7 +96,7 @@ def test_the_command_line_says_so_in_a_line(
     assert run("upscale", sources[0], "-o", tmp_path / "out.png", "--dtype", "fp16") == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert "step 1 in float16: choose bf16 or fp32" in last
-    assert run("upscale", *sources, "-o", tmp_path / "out", "--dtype", "fp16") == 2
+    assert run("upscale", *sources, "-o", tmp_path / "out", "--dtype", "fp16") == 1
     assert capsys.readouterr().err.count("choose bf16 or fp32") == 2
     assert not list(tmp_path.glob("out*/*")), "nothing is written"
 

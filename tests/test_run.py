@@ -327,7 +327,8 @@ def test_a_pin_that_fails_at_any_time_leaves_nothing_behind(monkeypatch: pytest.
                 if number == tried:
                     assert live.pop() <= 5 * picture.nbytes, "pictures only"
                     assert report.plan is not None
-                    assert not report.plan.pinned
+                    needs_none = (report.plan.weights, report.plan.hidden) == ("resident", "device")
+                    assert needs_none or not report.plan.pinned
                     assert report.plan.peak_bytes is not None
                     assert report.plan.peak_bytes <= (plan.peak_bytes or 0)
                     assert meter.peak["host"] <= workload.footprint(plan).host + picture.nbytes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -45,7 +45,7 @@ class Offloader:
         """Room for the hidden states of so many blocks in one evaluation."""
         return HiddenStates(self.transfer, self.plan.hidden, blocks)
 
-    def ready(self, groups: Iterable[Sequence[nn.Module]]) -> Iterator[list[Call]]:
+    def ready(self, groups: Iterable[Sequence[nn.Module]]) -> Generator[list[Call], None, None]:
         """Modules by groups, ready to be called on the device: as they are, or with weights copied one group ahead."""
         if self.plan.weights == "resident":
             yield from (list(group) for group in groups)
