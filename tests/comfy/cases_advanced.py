@@ -314,7 +314,7 @@ def plans() -> dict:
         ("budget", {"memory_budget": 0.03}),
         ("too little", {"memory_budget": 0.01}),
         ("too large", {"width": 65536, "height": 65536, "size.scale": 1.01}),
-        ("not larger", {"size": "longest side", "size.longest_side": 64}),
+        ("smaller", {"size": "longest side", "size.longest_side": 63}),
     ):
         asked = plan_prompt(**changes) | ({"give": give("two with alpha")} if "image" in changes else {})
         ended = run(asked)

@@ -389,8 +389,8 @@ def limits() -> dict:
     sides = {"size": "width and height", "size.width": 8, "size.height": 8}
     longest, area = {"size": "longest side"}, {"size": "megapixels"}
     beyond: list[dict] = [
-        {"scale": 1.0},
-        {"scale": 4.01},
+        {"scale": 0.99},
+        {"scale": 16.01},
         {"scale": "large"},
         sides | {"size.width": -1},
         sides | {"size.width": 65537},
@@ -465,7 +465,7 @@ def refusals() -> dict:
         "denoise below": linked(denoise="below"),
         "seed list": linked(seed="list"),
         "no sampler": linked(sampler_name="text"),
-        "pixel by 1.01": prompt("pixel", scale=1.01),
+        "too small": prompt("small", size="longest side", **{"size.longest_side": 5}),
         "too large": prompt("small", size="longest side", **{"size.longest_side": 4096}),
         "no size": prompt("small", size="thrice"),
     }

@@ -192,7 +192,7 @@ async def refused(browser: Browser) -> dict:
     return {
         "missing": await browser.run(workflow(loader={"model_name": "nowhere.safetensors"})),
         "broken": await browser.run(workflow(loader={"model_name": "broken.safetensors"})),
-        "scale": await browser.run(workflow(upscale={"size.scale": 16})),
+        "scale": await browser.run(workflow(upscale={"size.scale": 17})),
         "budget": await browser.run(workflow(upscale={"memory_budget": 0.001})),
     }
 

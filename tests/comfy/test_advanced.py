@@ -196,9 +196,9 @@ def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
 
 
 def test_plan_of_a_size_that_cannot_be(inside: dict) -> None:
-    found = inside["plans"]["not larger"]
+    found = inside["plans"]["smaller"]
     assert found["end"] == "error"
-    assert "longest_side 64 is too small: type 65 at least, for the picture has 64×48 already" in found["message"]
+    assert "longest_side 63 is too small: type 64 at least, for the picture has 64×48 already" in found["message"]
 
 
 def test_plan_for_a_card_tells_of_both_memories(inside: dict) -> None:

@@ -178,7 +178,7 @@ def test_report_says_what_ran(inside: dict) -> None:
     assert re.fullmatch(r"made small again, against the input: [\d.]+ dB, ΔE2000 [\d.]+", lines[3])
     assert lines[4].startswith("plan: ")
     assert re.fullmatch(r"peak: [\d.]+ MiB predicted; more memory would save less than 10% of the time", lines[5])
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert max(map(len, lines)) < 100
 
 
@@ -302,8 +302,8 @@ def test_least_denoise_and_scale(inside: dict) -> None:
         ("mask: nan mask", "mask holds values that are not finite"),
         ("mask: mask to 255", "mask holds values from 255 to 255 and must be of 0..1"),
         ("mask: list", "mask of list must be of floating point in 0..1: connect a node that gives a MASK"),
-        ("pixel by 1.01", "scale 1.01 is too small: type 1.5 at least"),
-        ("too large", "longest_side 4096 is too large: type 48 at most"),
+        ("too small", "longest_side 5 is too small: type 12 at least"),
+        ("too large", "longest_side 4096 is too large: type 192 at most, 16 times the picture's 10×12"),
         ("no size", "size must be chosen on the node, as one of scale by,"),
         ("size unsaid", 'its keys are flat, as "size": "scale by", "size.scale": 4'),
         ("size nested", 'its keys are flat, as "size": "scale by", "size.scale": 4'),
