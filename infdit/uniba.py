@@ -141,7 +141,8 @@ def sweep(
     streamed = offload.ready([model.layers[i] for i in group] for group in groups)
     with offload.hidden_states(grid.blocks) as states, closing(streamed) as ready:
         for group in groups:
-            steps = list(zip(next(ready), (layer_modulations[i] for i in group), rings, strict=False))
+            own = [layer_modulations[i] for i in group]
+            steps = list(zip(next(ready), own, rings[: len(group)], strict=True))
             for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
                 chunk = Chunk(geometry, blocks, offload, model)
                 window = None

@@ -84,7 +84,8 @@ def test_a_run_stops_soon() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pinned", [True, False])
 def test_the_card_computes_as_the_cpu_does(dtype: torch.dtype, pinned: bool) -> None:
-    selfcheck.compare(CUDA, dtype, pinned)  # raises where they differ: test_numbers.py injects such faults
+    least = 0 if dtype == torch.float32 else 1e-4  # half precision that leaves no trace was not used
+    assert least <= selfcheck.compare(CUDA, dtype, pinned) < selfcheck.LIMIT
 
 
 AWAY = MemoryPlan(1, 2, "streamed", "host", "host")

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_every_pass_is_within_what_the_model_can_and_few_are_needed() -> None:
         sizes = passes(source, target)
         assert sizes[-1] == target
         assert len(sizes) == 1 + any(b > 4 * a for a, b in zip(source, target, strict=True))
-        for before, after in zip([source, *sizes], sizes, strict=False):
+        for before, after in pairwise([source, *sizes]):
             assert all(a <= b <= 4 * a for a, b in zip(before, after, strict=True))
 
 

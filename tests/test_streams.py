@@ -289,26 +289,30 @@ def test_all_memory_of_the_card_is_of_one_stream(agents: Agents, monkeypatch: py
     assert COPY not in seen.owners
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """A stop at this move of the bar while layers are computed."""
-    calls, original = 0, Run.advance
+def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """A stop at this move of the bar while layers are computed. The moves."""
+    moves: list[int] = []
+    original = Run.advance
 
     def advance(run: Run, done: int) -> None:
-        nonlocal calls
-        calls += done in (1, 2)
-        if calls > stop:
+        moves.extend([done] if done in (1, 2) else [])
+        if len(moves) > stop:
             raise StopError
         original(run, done)
 
     monkeypatch.setattr(Run, "advance", advance)
+    return moves
 
 
-@pytest.mark.parametrize("stop", range(0, 60, 7))
+@pytest.mark.parametrize("stop", range(0, 54, 6))
 def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
     stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping(monkeypatch, stop)
-    watch(agents, monkeypatch, AWAY)
+    moves = stopping(monkeypatch, stop)
+    seen = watch(agents, monkeypatch, AWAY)
+    assert len(moves) == stop + 1, "it was stopped"
+    assert not seen.lost
+    assert not any(storage.owner == COPY for storage in seen.storages.values())
 
 
 def test_memory_that_is_given_back_while_it_is_copied_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:

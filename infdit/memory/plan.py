@@ -115,10 +115,10 @@ class Workload:
             return (self,)
         height, width, channels = self.source
         sizes = passes((height, width), (self.height, self.width))
-        sources = [self.source, *((*size, channels) for size in sizes)]
+        sources = [self.source, *((*size, channels) for size in sizes[:-1])]
         return tuple(
             replace(self, height=size[0], width=size[1], source=source)
-            for size, source in zip(sizes, sources, strict=False)
+            for size, source in zip(sizes, sources, strict=True)
         )
 
     @property
