@@ -18,7 +18,7 @@ from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
 from .grid import BlockGrid, BlockIndex, Geometry, Positions
 from .memory.offload import Offloader, distribute_weights
-from .memory.plan import MemoryPlan
+from .memory.plan import LEVELS, MemoryPlan
 from .model import InfDiT
 from .uniba import sweep
 
@@ -56,7 +56,7 @@ class Denoiser:
         positions, origin: see `grid.Geometry`.
         progress: is called with the number of blocks after each layer of a chunk.
         device: what computes; None: where the model is.
-        levels: noise levels that will be asked for; what depends on them alone is computed for all at the first.
+        levels: noise levels that will be asked for; what depends on them alone is computed for many at once.
         painted: is shown the result while it grows, after each chunk of blocks but the last; it may not keep it.
 
     Raises:
@@ -70,7 +70,7 @@ class Denoiser:
         painted: Painted | None = None, levels: Sequence[float] = (),
     ) -> None:
         self.conditioning, self.progress, self.painted = conditioning, progress, painted
-        self._levels, self._modulated = levels, dict[float, Modulations]()
+        self._levels, self._modulated = list(dict.fromkeys(levels)), dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
         self.offload = Offloader(self.plan, device or model.device)
         self.model = distribute_weights(model, self.plan, self.offload.transfer.device)
@@ -124,16 +124,20 @@ class Denoiser:
         return canvas.image
 
     def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
-        """Of one noise level, or of one for each picture; of all levels that are foreseen the weights come by once."""
+        """Of one noise level, or of one for each picture; weights come by once for LEVELS of those foreseen."""
         if level is None:
             return self._modulate(sigma)
         if level in self._modulated:
             return self._modulated[level]
-        batch, levels = len(sigma), [level] if self._modulated else list(dict.fromkeys((*self._levels, level)))
+        batch, levels, foreseen = len(sigma), [level], level in self._levels
+        if foreseen:
+            first = self._levels.index(level) // LEVELS * LEVELS  # wherever a run begins: the same ones at once
+            levels, self._modulated = self._levels[first : first + LEVELS], {}
         layers, head = self._modulate(torch.tensor(levels, dtype=sigma.dtype, device="cpu").repeat_interleave(batch))
-        rows = [slice(first, first + batch) for first in range(0, len(levels) * batch, batch)]
+        rows = [slice(i, i + batch) for i in range(0, len(levels) * batch, batch)]
         made = {key: ([m[:, row] for m in layers], head[:, row]) for key, row in zip(levels, rows, strict=True)}
-        self._modulated = self._modulated or made
+        if foreseen:
+            self._modulated = made
         return made[level]
 
     def _modulate(self, sigma: Tensor) -> Modulations:

@@ -18,7 +18,7 @@ from .conditioning import conditioning_pictures, take_colour, upscale_alpha, vis
 from .denoiser import Conditioning
 from .device import same_device
 from .fidelity import make_faithful, strips
-from .memory.plan import LEVELS, MemoryPlan, Weights, WeightsKept, Workload
+from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .presets import sampling
@@ -94,7 +94,7 @@ def upscale(
     vectors = _clip_vectors(model, clip_embedding, len(image))
     seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
-        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, len(sigmas))
+        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
     work, report, drawn = replace(plan.workload, fitted=fitted), report or Report(), None if noise else seed
@@ -124,7 +124,6 @@ def _begin(
 def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device | str | None,
     budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
-    levels: int = LEVELS,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
@@ -132,7 +131,7 @@ def _planned(
     device = torch.device(device or model.device)
     there = device.type != "cpu" and same_device(model.device, device)
     weights: WeightsKept | None = "resident" if there else None
-    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted, levels)
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted)
     held = Weights.of(model.config, model.dtype).total if there else 0
 
     def free() -> int:
@@ -144,7 +143,7 @@ def _planned(
 
 def workload_of(
     model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
-    noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False, levels: int = LEVELS,
+    noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -159,7 +158,6 @@ def workload_of(
         source=(height, width, channels),
         noise_given=noise_given,
         fitted=fitted,
-        levels=levels,
     )
 
 

@@ -258,3 +258,25 @@ def test_wrong_shapes_are_refused(make_model: MakeModel) -> None:
         Denoiser(model, c, positions="unwrapped")
     with pytest.raises(ValueError, match="at least 1"):
         MemoryPlan(group=0)
+
+
+def test_weights_of_modulations_come_by_once_for_many_levels(make_model: MakeModel) -> None:
+    """Twenty levels at a time; one that nobody foresaw, and one for each picture, are computed when they come."""
+    model, _ = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(1, 2)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.modulations[0].register_forward_hook(count)
+    levels = torch.logspace(1, -2, 45, dtype=torch.float64).tolist()
+    foreseen, unaware = (Denoiser(model, conditioning, MemoryPlan(1, 1), levels=known) for known in (levels, ()))
+    for level, fetched in ((0, 1), (19, 0), (20, 1), (44, 1), (44, 0), (None, 1), (44, 0), (1, 1)):
+        asked = 0.123 if level is None else levels[level]
+        before = calls
+        result = foreseen(x, asked)
+        assert calls - before == fetched, level
+        torch.testing.assert_close(result, unaware(x, asked), **EXACT)
+    torch.testing.assert_close(foreseen(x, sigma), unaware(x, sigma), **EXACT)

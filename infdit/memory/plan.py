@@ -23,7 +23,7 @@ Tier = Literal["device", "host"]
 WeightsKept = Literal["resident", "streamed"]
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
-LEVELS = 20  # noise levels of a run, unless it is said: those of the published schedule
+LEVELS = 20  # noise levels whose modulations are kept at a time: those of the published schedule
 SEGMENTS = 22 * 2**20  # bytes of CUDA's allocator that are taken and not given out: one segment of each kind
 FLOAT32 = 4  # bytes: sampler state, pictures, rotary angles
 STRIP_BYTES = 2**13  # for each pixel along a side, of what is worked on in strips: pixels in float64 and weights
@@ -91,7 +91,6 @@ class Workload:
         fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
-        levels: noise levels of the run, for each of which it keeps the modulations.
     """
 
     config: InfDiTConfig
@@ -105,7 +104,6 @@ class Workload:
     source: tuple[int, int, int] | None = None
     noise_given: bool = False
     pinnable: int | None = None
-    levels: int = LEVELS
     fitted: bool = False
 
     @cached_property
@@ -183,7 +181,7 @@ class Workload:
             weights=weights.resident + weights.streamed(group) if streamed else weights.total,
             ring=ring,
             hidden=min(kept, 3 * chunk * unit) if hidden_away else kept,
-            workspace=workspace(config, self.dtype, grid, chunk, self.levels) + segments,
+            workspace=workspace(config, self.dtype, grid, chunk) + segments,
             host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
         at_rest = weights.resident if streamed else weights.total
@@ -312,10 +310,10 @@ class Footprint:
         return {"weights": self.host_weights, "hidden states": self.host_hidden, "pictures": self.host_images}
 
 
-def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int, levels: int = LEVELS) -> int:
-    """Bytes of a chunk of blocks while it is computed, and of the modulations of all noise levels and their making."""
+def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+    """Bytes of a chunk of blocks while it is computed, of modulations and of their making."""
     D, e, unit = config.hidden_size, dtype.itemsize, config.block_tokens * config.hidden_size * dtype.itemsize
-    vectors = (4 * config.num_layers + 8) * levels * D * e + 18 * D * max(FLOAT32, e)
+    vectors = (4 * config.num_layers + 8) * (LEVELS + 1) * D * e + 18 * D * max(FLOAT32, e)
     # of one block's keys at a time, where they are turned into their reader's frame
     crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
     return chunk * _workspace(config, dtype) + crosses * _turning(e) * unit + vectors
