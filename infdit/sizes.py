@@ -11,6 +11,7 @@ import operator
 
 MAX_SCALE = 4  # of a pass
 MOST_SCALE = 16  # of a run
+MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
 
 Size = tuple[int, int]  # height, width
 
@@ -32,6 +33,16 @@ def target_size(height: int, width: int, scale: float, size: Size | None = None)
                 f"{name} {target} must be between the picture's {side} and {MOST_SCALE} times it, {MOST_SCALE * side}"
             )
     return size
+
+
+def growth(way: str, value: float, height: int, width: int) -> float:
+    """How many times larger a side becomes if a picture keeps its shape.
+
+    way: "longest" or "shortest", value is the pixels of that side; or "megapixels", value is MEGAPIXELs of the result.
+    """
+    if way == "megapixels":
+        return math.sqrt(max(value, 0) * MEGAPIXEL / (height * width))
+    return value / {"longest": max, "shortest": min}[way](height, width)
 
 
 def passes(source: Size, target: Size) -> list[Size]:

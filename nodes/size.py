@@ -8,11 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..infdit.sizes import MAX_SCALE, MOST_SCALE
+from ..infdit.sizes import MAX_SCALE, MEGAPIXEL, MOST_SCALE, growth
 from .schema import SLIDER, number
 
 MAX_SIDE = 65536  # pixels
-MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
 MAX_MEGAPIXELS = MAX_SIDE**2 // MEGAPIXEL
 SCALE, SIDES, LONGEST, MEGAPIXELS = "scale by", "width and height", "longest side", "megapixels"
 WAYS = {SCALE: ["scale"], SIDES: ["width", "height"], LONGEST: ["longest_side"], MEGAPIXELS: ["megapixels"]}
@@ -98,10 +97,8 @@ def _factors(way: str, given: Mapping[str, float], height: int, width: int) -> t
         down, across = given.get("height", 0) / height, given.get("width", 0) / width
         return down or across, across or down
     value = next(iter(given.values()))
-    if way == LONGEST:
-        value /= max(height, width)
-    elif way == MEGAPIXELS:
-        value = math.sqrt(value * MEGAPIXEL / (height * width))
+    ways = {LONGEST: "longest", MEGAPIXELS: "megapixels"}
+    value = growth(ways[way], value, height, width) if way in ways else value
     return value, value
 
 

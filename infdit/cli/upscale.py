@@ -46,7 +46,7 @@ from ..receipt import Receipt, ReceiptError, receipt_of
 from ..resume import SavedRun, difference, model_digest, settings_of
 from ..run import Report
 from ..samplers import SAMPLERS, get_sampler
-from ..sizes import MAX_SCALE, MOST_SCALE, target_size
+from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
 from ..upscale import upscale, workload_of
 from . import BAR, DTYPES, FAILED, add_memory, device_of, size_of
 from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, read_receipt, receipts_at
@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 # what a receipt says itself
 _IN_RECEIPT = ("scale", "size", "longest", "shortest", "megapixels", "steps", "sampler", "denoise", "seed", "dtype")
 _IN_RECEIPT += ("positive", "negative", "strength", "preset", "fidelity", "colour_match")
-_MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -232,11 +231,10 @@ def _result_size(options: argparse.Namespace, height: int, width: int) -> tuple[
                 width, height, size[1], size[0],
             )  # fmt: skip
         return size
-    sides = {"longest": max(height, width), "shortest": min(height, width)}
-    for name, value in ((name, getattr(options, name)) for name in (*sides, "megapixels")):
+    for name, value in ((name, getattr(options, name)) for name in ("longest", "shortest", "megapixels")):
         if value is None:
             continue
-        scale = value / sides[name] if name in sides else math.sqrt(max(value, 0) * _MEGAPIXEL / (height * width))
+        scale = growth(name, value, height, width)
         if not 1 <= scale <= MOST_SCALE:
             raise ValueError(
                 f"--{name} {value:g} must make the picture's {width}×{height} larger, by {MOST_SCALE} at most, and "
