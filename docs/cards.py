@@ -10,10 +10,16 @@ import sys
 import torch
 
 from infdit.checkpoint import read_checkpoint
-from infdit.cli import duration
 from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.memory.plan import Workload
-from infdit.memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, seconds_per_evaluation
+from infdit.memory.planner import (
+    GIB,
+    BudgetTooSmall,
+    fastest_plan,
+    format_bytes,
+    format_seconds,
+    seconds_per_evaluation,
+)
 from infdit.samplers import evaluations
 from infdit.upscale import schedule
 
@@ -49,7 +55,7 @@ def _least(workload: Workload) -> int:
 def _cell(workload: Workload, budget: int, count: int) -> str:
     plan = fastest_plan(workload, budget, sys.maxsize)
     seconds = count * seconds_per_evaluation(workload, plan)
-    time = "seconds" if seconds < SHORT else duration(seconds)
+    time = "seconds" if seconds < SHORT else format_seconds(seconds)
     return f"{format_bytes(plan.peak_bytes or 0)} + {format_bytes(plan.host_bytes or 0)}, {time}"
 
 

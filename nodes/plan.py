@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..infdit import BudgetTooSmall, MemoryPlan
 from ..infdit.memory.plan import CPU, Workload
-from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, seconds_per_evaluation
+from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..infdit.upscale import schedule
 from .comfy_memory import ManagedModel, budget_bytes, obtainable, plan_run
-from .comfy_page import duration, from_image, to_image
+from .comfy_page import from_image, to_image
 from .plot import MemoryBar, draw
 from .report import model_line, plan_lines, seconds_foretold, size_line, way_lines
 from .schema import CATEGORY, BudgetedNode, memory_budget_input, model_input, number, search_aliases
@@ -75,7 +75,7 @@ class InfDiTMemoryPlan(BudgetedNode):
         lines = [*plan_lines(workload, preview.plan), *preview.alternatives()] if preview.fits else []
         lines = [*way_lines(workload), *lines]
         sigmas = schedule(model.defaults)
-        taken = duration(seconds_foretold(workload, preview.plan, sigmas))
+        taken = format_seconds(seconds_foretold(workload, preview.plan, sigmas))
         way = f"{len(sigmas) - 1} {'step' if len(sigmas) == 2 else 'steps'} of {model.defaults.sampler}"
         title = f"{size_line(workload)}{f' in about {taken} ({way})' if preview.fits else ''}"
         named = model_line(model.name, workload)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..infdit import Report, upscale
-from ..infdit.memory.planner import PlannedRun
+from ..infdit.memory.planner import PlannedRun, format_seconds
 from ..infdit.receipt import receipt_of
 from ..infdit.resume import model_digest
 from .clip import GuidedVector
@@ -58,7 +58,7 @@ def run_upscale(
         **given,
     )
     began = time.monotonic()
-    bar.tell(f"about {duration(seconds_foretold(workload, planned.plan, sigmas))}")
+    bar.tell(f"about {format_seconds(seconds_foretold(workload, planned.plan, sigmas))}")
     result = with_weights(model, planned.plan, work)
     seconds = time.monotonic() - began
     bar.fill()

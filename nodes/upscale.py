@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..infdit import SamplingDefaults
 from ..infdit.conditioning import upscale_alpha
-from ..infdit.memory.planner import PlannedRun
+from ..infdit.memory.planner import PlannedRun, format_seconds
 from ..infdit.presets import PRESETS, sampling
 from ..infdit.samplers import SAMPLERS
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
-from .comfy_page import duration, from_image, to_image
+from .comfy_page import from_image, to_image
 from .report import sampling_line, seconds_foretold
 from .run import run_upscale
 from .size import Size, result_size, size_input
@@ -156,7 +156,7 @@ def _mask_input() -> io.Input:
 
 def preset_note(words: str, planned: PlannedRun, sigmas: Tensor) -> list[str]:
     """What a preset is and how long it was foretold to take, if one was chosen."""
-    about = duration(seconds_foretold(planned.workload, planned.plan, sigmas))
+    about = format_seconds(seconds_foretold(planned.workload, planned.plan, sigmas))
     return [f"{words}, about {about} foretold"] if words else []
 
 

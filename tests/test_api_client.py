@@ -245,7 +245,7 @@ def test_no_server(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     ("arguments", "said"),
     [
         (["--set", "InfDiTUpscale.stepps=2"], "InfDiTUpscale has no input stepps, only "),
-        (["--set", "Nothing.steps=2"], "with one of the nodes InfDiTModelLoader, InfDiTUpscale, LoadImage, PreviewAny, SaveImage"),
+        (["--set", "Nothing.steps=2"], "nodes InfDiTModelLoader, InfDiTUpscale, LoadImage, PreviewAny, SaveImage"),
         (["--set", "InfDiTUpscale.steps"], "is not NODE.INPUT=VALUE"),
         (["--workflow", "nowhere.json"], "nowhere.json cannot be read"),
         (["--workflow", str(client.WORKFLOW.parents[1] / client.WORKFLOW.name)], "is not in API format"),

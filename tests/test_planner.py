@@ -21,6 +21,7 @@ from infdit.memory.planner import (
     CostModel,
     candidates,
     fastest_plan,
+    format_seconds,
     free_bytes,
     schedules,
     seconds_per_evaluation,
@@ -217,3 +218,11 @@ def test_no_more_is_free_in_one_memory_than_driver_and_system_say(
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * GIB)
     for kind in ("cuda", "mps"):
         assert free_bytes(torch.device(kind)) == int(6 * GIB * 0.9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "1 s"), (119, "119 s"), (121, "2 min"), (7199, "120 min"), (7200, "2.0 h"), (1e6, "12 days")],
+)
+def test_a_time_foretold_has_no_more_digits_than_are_known(seconds: float, words: str) -> None:
+    assert format_seconds(seconds) == words

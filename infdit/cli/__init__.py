@@ -72,9 +72,3 @@ def bytes_of(text: str) -> int:
     if match is None or match[1].count(".") > 1 or match[1] == "." or len(match[1]) > 20:
         raise argparse.ArgumentTypeError(f"{text!r} must be an amount of memory like 4GiB or 512MiB")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: seconds, minutes or hours."""
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

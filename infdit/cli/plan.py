@@ -13,11 +13,11 @@ from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
 from ..device import default_device, default_dtype
 from ..memory.plan import Weights, Workload
-from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, seconds_per_evaluation
+from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..presets import PRESETS, sampling
 from ..samplers import SAMPLERS, evaluations
 from ..sizes import MOST_SCALE
-from . import DTYPES, add_memory, duration, known_device, size_of
+from . import DTYPES, add_memory, known_device, size_of
 
 BUDGETS = (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80)  # GiB, of the table
 
@@ -86,5 +86,5 @@ def _outcome(workload: Workload, budget: int | None, count: int) -> str:
     seconds = count * seconds_per_evaluation(workload, plan)
     kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
     memory = f"{(plan.peak_bytes or 0) / GIB:7.3g} GiB {(plan.host_bytes or 0) / GIB:7.3g} GiB"
-    return f"{memory} {duration(seconds):>9}   {plan.group} layers × {plan.chunk} blocks; {kept}"
+    return f"{memory} {format_seconds(seconds):>9}   {plan.group} layers × {plan.chunk} blocks; {kept}"
 

@@ -292,6 +292,14 @@ def format_bytes(count: int) -> str:
     return f"{count / GIB:.3g} GiB" if count < 999.5 * GIB else f"{count / 2**40:.3g} TiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time that is foretold, for people: no more digits than are known."""
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < (48 if unit == "h" else 120) * length:
+            return f"{seconds / length:.1f} h" if unit == "h" else f"{max(1, seconds / length):.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
 def _flops(config: InfDiTConfig, grid: BlockGrid) -> float:
     """Of one evaluation: linear layers, attention to four blocks, the low-resolution cross-attention."""
     T, D, W = config.block_tokens, config.hidden_size, config.window_tokens
