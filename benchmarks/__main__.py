@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from infdit.checkpoint import load_model, read_checkpoint
-from infdit.cli import DTYPES, add_memory, device_of, known_device, size_of
+from infdit.cli import DTYPES, add_memory, size_of
 from infdit.config import InfDiTConfig, SamplingDefaults
-from infdit.device import default_device, default_dtype
+from infdit.device import default_device, default_dtype, device_of, known_device
 from infdit.memory.plan import Workload
 from infdit.memory.planner import fastest_plan, format_bytes
 from infdit.picture import PictureError, find_pictures

@@ -9,10 +9,13 @@ come and go as they do, and their layers give tokens of the right shape at once.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from infdit import stages
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
@@ -35,6 +39,7 @@ from infdit.upscale import finish_result, upscale_batch
 from .peak_meter import PeakMeter
 
 ACCELERATOR = torch.device("lazy:0")  # one that PyTorch knows and that nobody has: only fake tensors can be on it
+ACCELERATORS = [torch.device("lazy", number) for number in range(8)]
 STEPS = 3  # after which a sampler holds all that it ever does
 
 
@@ -96,22 +101,58 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
 @torch.no_grad()
 def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMeter:
     """The same with all that the meter saw."""
-    device = workload.device if workload.device.type == "cpu" else ACCELERATOR
-    target = workload.height, workload.width
-    planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
+    devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, ACCELERATORS, strict=False)]
+    device, target = devices[0], (workload.height, workload.width)
+    planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator(), streams:
-        model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FakeAccelerator() as accelerator, streams:
+        model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, devices)
         if not whole:
             _thin_out(model, workload, plan)
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
-        with PeakMeter(model.parameters(), device, workload.unified_memory) as meter:
+        meter = PeakMeter(model.parameters(), device, workload.unified_memory)
+        with meter, taking_turns(fake, accelerator, meter):
             run = Run(model, planned, lambda done: None, Report())
             noises = [map(torch.empty, [(1, 3, p.grid.height, p.grid.width)] * len(image)) for p in workload.passes]
             finish = partial(finish_result, float(workload.fitted), False)
             upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None, finish)
     return meter
+
+
+@contextmanager
+def taking_turns(*modes: AbstractContextManager) -> Iterator[None]:
+    """Threads of several devices one at a time, each under the same modes: a mode is of one thread, and not safe."""
+    baton = threading.Lock()
+
+    def resting(wait: Callable[..., Any]) -> Callable[..., Any]:
+        def waiting(*args: Any, **given: Any) -> Any:  # noqa: ANN401
+            baton.release()
+            try:
+                return wait(*args, **given)
+            finally:
+                baton.acquire()
+
+        return waiting
+
+    class Thread(threading.Thread):
+        def run(self) -> None:
+            with baton, ExitStack() as entered:
+                for mode in modes:
+                    entered.enter_context(mode)
+                super().run()
+
+        join = resting(threading.Thread.join)
+
+    class Semaphore(threading.Semaphore):
+        acquire = resting(threading.Semaphore.acquire)
+
+    class Queue(queue.Queue):
+        get = resting(queue.Queue.get)
+
+    turns = SimpleNamespace(Thread=Thread, Semaphore=Semaphore, Event=threading.Event, Lock=threading.Lock)
+    with baton, mock.patch.multiple(stages, threading=turns, Queue=Queue):
+        yield
 
 
 def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:

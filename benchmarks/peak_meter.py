@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class PeakMeter(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now and at most so far, by tier.
+        on, most: the same by device.
         events: a number and the bytes of each storage that was made on the device, the number and −1 when it went.
     """
 
@@ -36,9 +38,11 @@ class PeakMeter(TorchDispatchMode):
         self._unified_memory = one_memory or torch.device(device).type == "cpu"
         self.live: dict[Tier, int] = {"device": 0, "host": 0}
         self.peak: dict[Tier, int] = {"device": 0, "host": 0}
+        self.on: dict[str, int] = defaultdict(int)
+        self.most: dict[str, int] = defaultdict(int)
         self.events: list[tuple[int, int]] = []
         self._seen = WeakIdKeyDictionary()
-        self._watches: dict[int, tuple[weakref.ref, Tier, int]] = {}  # they go with the meter: weights outlive it
+        self._watches: dict[int, tuple[weakref.ref, Tier, str, int]] = {}  # they go with the meter: weights outlive it
         for tensor in held:
             self._count(tensor)
 
@@ -64,17 +68,20 @@ class PeakMeter(TorchDispatchMode):
         if storage in self._seen:
             return
         tier: Tier = "device" if self._unified_memory or tensor.device.type != "cpu" else "host"
-        size = storage.nbytes()
+        size, place = storage.nbytes(), str(tensor.device)
         self._seen[storage] = True
+        self.on[place] += size
+        self.most[place] = max(self.most[place], self.on[place])
         self.live[tier] += size
         self.peak[tier] = max(self.peak[tier], self.live[tier])
         watch = weakref.ref(storage, self._free)
         if tier == "device":
             self.events.append((id(watch), size))
-        self._watches[id(watch)] = watch, tier, size
+        self._watches[id(watch)] = watch, tier, place, size
 
     def _free(self, watch: weakref.ref) -> None:
-        _, tier, size = self._watches.pop(id(watch))
+        _, tier, place, size = self._watches.pop(id(watch))
+        self.on[place] -= size
         self.live[tier] -= size
         if tier == "device":
             self.events.append((id(watch), -1))

@@ -7,20 +7,23 @@ with σ_data = 0.5. x, the result and the arithmetic here are float32 or float64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
-from .grid import BlockGrid, BlockIndex, Geometry, Positions
+from .grid import BlockGrid, Geometry, Positions
 from .memory.offload import Offloader, distribute_weights
 from .memory.plan import LEVELS, MemoryPlan
 from .model import InfDiT
-from .uniba import sweep
+from .stages import Belt, Handover
+from .uniba import Chunk, Give, Take, sweep
 
 SIGMA_DATA = 0.5
 Modulations = tuple[list[Tensor], Tensor]  # of the layers and of the head
@@ -55,7 +58,7 @@ class Denoiser:
         plan: how the evaluation is cut and what is kept where; None: `MemoryPlan.default`.
         positions, origin: see `grid.Geometry`.
         progress: is called with the number of blocks after each layer of a chunk.
-        device: what computes; None: where the model is.
+        device: what computes; None: where the model is. Several: the plan's `layers` in turn.
         levels: noise levels that will be asked for; what depends on them alone is computed for many at once.
         painted: is shown the result while it grows, after each chunk of blocks but the last; it may not keep it.
 
@@ -66,14 +69,19 @@ class Denoiser:
     def __init__(
         self, model: InfDiT, conditioning: Conditioning, plan: MemoryPlan | None = None,
         positions: Positions = "continuous", origin: tuple[int, int] = (0, 0),
-        progress: Callable[[int], None] | None = None, device: torch.device | None = None,
+        progress: Callable[[int], None] | None = None, device: torch.device | Sequence[torch.device] | None = None,
         painted: Painted | None = None, levels: Sequence[float] = (),
     ) -> None:
-        self.conditioning, self.progress, self.painted = conditioning, progress, painted
+        self.conditioning, self.painted = conditioning, painted
+        self.progress = progress or (lambda done: None)
         self._levels, self._modulated = list(dict.fromkeys(levels)), dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
-        self.offload = Offloader(self.plan, device or model.device)
-        self.model = distribute_weights(model, self.plan, self.offload.transfer.device)
+        devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
+        self.stages = [
+            (device, layers, Offloader(self.plan, device))
+            for device, layers in self.plan.stages(devices, model.config.num_layers)
+        ]
+        self.model = distribute_weights(model, self.plan, devices)
         *_, h, w = conditioning.lr_upscaled.shape
         block = model.config.block_size
         if h % block or w % block:
@@ -105,23 +113,42 @@ class Denoiser:
         norm = (s**2 + SIGMA_DATA**2).sqrt()
         c_skip, c_out, c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
         up, lr = self.conditioning.lr_upscaled, self.conditioning.lr
-        block, dtype = self.geometry.grid.block, self.model.dtype
+        block, model = self.geometry.grid.block, self.model
         canvas = Canvas(self.geometry.grid, x)
+        modulations, head_modulation = self._modulations(sigma, level)
 
-        def read(coordinates: Sequence[BlockIndex]) -> tuple[Tensor, Tensor]:
-            pixels = torch.cat((cut(x, coordinates, block), cut(up, coordinates, block).to(x.dtype)), 2)
-            windows = cut_windows(lr, coordinates, block // LR_FACTOR)
+        def read(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            at = chunk.coordinates
+            pixels = torch.cat((cut(x, at, block), cut(up, at, block).to(x.dtype)), 2)
+            windows = self._to_device(cut_windows(lr, at, block // LR_FACTOR).to(model.dtype))
             # published: c_in scales all six channels
-            return self._to_device((c_in * pixels).to(dtype)), self._to_device(windows.to(dtype))
+            return model.embed(self._to_device((c_in * pixels).to(model.dtype))), model.embed_lr(windows, chunk.inside)
 
-        def write(coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
-            canvas.paste(coordinates, c_skip * cut(x, coordinates, block) + c_out * pixels.to(x))
+        def write(chunk: Chunk, h: Tensor) -> None:
+            pixels = model.unembed(h, head_modulation).to(x)
+            canvas.paste(chunk.coordinates, c_skip * cut(x, chunk.coordinates, block) + c_out * pixels)
             if self.painted is not None and not canvas.whole:
                 self.painted(canvas, up)
 
-        modulations = self._modulations(sigma, level)
-        sweep(self.model, self.geometry, self.offload, modulations, read, write, self.progress)
+        self._sweep(modulations, read, write)
         return canvas.image
+
+    def _sweep(self, modulations: list[Tensor], read: Take, write: Give) -> None:
+        """All layers over all blocks, on one device or on several at a time."""
+        handed = [Handover(offload.transfer, device) for (_, _, offload), (device, _, _) in pairwise(self.stages)]
+
+        def stage(number: int, progress: Callable[[int], None]) -> None:
+            _, layers, offload = self.stages[number]
+            take = read if not number else lambda chunk: (handed[number - 1].take(progress), None)
+            give = write if number == len(handed) else lambda chunk, h: handed[number].give(h, progress)
+            own = modulations[layers.start : layers.stop]
+            sweep(self.model, layers, self.geometry, offload, own, take, give, progress)
+
+        if not handed:
+            stage(0, self.progress)
+        else:
+            stages = [partial(stage, number) for number in range(len(self.stages))]
+            Belt(self.progress).run(stages, [device for device, _, _ in self.stages])
 
     def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
         """Of one noise level, or of one for each picture; weights come by once for LEVELS of those foreseen."""
@@ -141,13 +168,23 @@ class Denoiser:
         return made[level]
 
     def _modulate(self, sigma: Tensor) -> Modulations:
-        linears = self.offload.ready([linear] for linear in self.model.modulations)
+        first, *_ = self.stages
         vector = self.conditioning.clip_embedding
         if vector is not None:
             vector = vector.repeat(len(sigma) // len(vector), 1)
-        c_noise = (sigma.log() / 4).to(self.offload.transfer.device)
-        with closing(linears):
-            return self.model.modulations_for(c_noise, vector, (linear for (linear,) in linears))
+        c_noise = (sigma.log() / 4).to(first[0])
+        with closing(self._modulation_layers()) as linears:
+            return self.model.modulations_for(c_noise, vector, linears)
+
+    def _modulation_layers(self) -> Generator[Callable[[Tensor], Tensor], None, None]:
+        """Those of all stages, each on its device."""
+        for device, layers, offload in self.stages:
+            with closing(offload.ready([self.model.modulations[i]] for i in layers)) as ready:
+                for (linear,) in ready:
+                    yield lambda c, linear=linear, device=device: linear(c.to(device))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor if self.plan.images == "device" else self.offload.transfer.copy_to_device([tensor]).wait()[0]
+        if self.plan.images == "device":
+            return tensor
+        _, _, offload = self.stages[0]
+        return offload.transfer.copy_to_device([tensor]).wait()[0]

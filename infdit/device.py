@@ -44,6 +44,43 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of this name, which must be here; None: the best there is.
+
+    Raises:
+        ValueError: not the name of a device, or of one that is not here.
+    """
+    if name is None:
+        return default_device()
+    device = known_device(name)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def devices_of(names: str | None) -> list[torch.device]:
+    """The devices of these names, with commas between them.
+
+    Raises:
+        ValueError: see `device_of`.
+    """
+    return [device_of(name) for name in names.split(",")] if names else [device_of(None)]
+
+
+def known_device(name: str) -> torch.device:
+    """The device of this name, here or not.
+
+    Raises:
+        ValueError: not the name of a device.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "xpu", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
+        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1, xpu or mps")
+    return torch.device(name)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes it natively, else float16 where an accelerator is fast in it, else float32.
 
@@ -116,6 +153,10 @@ class WrongNumbers(ArithmeticError):  # noqa: N818 - as BudgetTooSmall
 
 class PinFailed(RuntimeError):  # noqa: N818 - as OutOfMemory
     """Memory of the host could not be pinned. There may be plenty of it and of the device's: drivers set limits."""
+
+
+class DeviceFailed(RuntimeError):  # noqa: N818 - as OutOfMemory
+    """One of several devices cannot go on, and it is not its memory that is full."""
 
 
 @contextmanager

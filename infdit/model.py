@@ -59,7 +59,7 @@ class InfDiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where the parameters are, of several devices the last."""
         return self.head.weight.device
 
     def forward(
@@ -100,7 +100,7 @@ class InfDiT(nn.Module):
         c = F.silu(F.silu(c))  # published: SiLU after the embedding, and once more before every modulation
         split = "b (parts d) -> parts b 1 1 d"
         layers = [rearrange(linear(c), split, parts=4) for linear in linears]
-        return layers, rearrange(self.head_modulation(c), split, parts=2)
+        return layers, rearrange(self.head_modulation(c.to(self.device)), split, parts=2)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Blocks of pixels (B, N, 6, h, w), noisy picture ⊕ upscaled picture, → tokens (B, N, T, D)."""

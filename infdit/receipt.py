@@ -70,7 +70,7 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
         "version": version(),
         **about,
         "settings": report.settings,
-        "plan": {name: plan.get(name) for name in _PLAN},
+        "plan": {name: plan.get(name) for name in (*_PLAN, *(["layers"] if plan.get("layers") else []))},
         "evaluations": report.evaluations,
         "seconds": round(seconds, 3),
         "bytes": {

@@ -178,30 +178,32 @@ class Run:
                 yield
         finally:
             self._denoiser = self._conditioning = self._placed = None
-            empty_pinned_cache(self.workload.device)
+            for device in self.workload.devices:
+                empty_pinned_cache(device)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
-        """Note what a card's allocator gives out meanwhile, less what others had of it."""
-        device, cuda = self.workload.device, torch.cuda
-        if device.type != "cuda":
-            yield
-            return
-        there = self._planned.plan.weights == "resident" and same_device(self._model.device, device)
-        ours = Weights.of(self.workload.config, self.workload.dtype).total if there else 0
-        allocated, reserved = cuda.memory_allocated(device) - ours, cuda.memory_reserved(device) - ours
-        cuda.reset_peak_memory_stats(device)
+        """Note what a card's allocator gives out meanwhile, less what others had of it; of several the fullest."""
+        cuda, cards = torch.cuda, [d for d in dict.fromkeys(self.workload.devices) if d.type == "cuda"]
+        before: list[tuple[int, int]] = []
+        for card in cards:
+            there = self._planned.plan.weights == "resident" and same_device(self._model.device, card)
+            ours = Weights.of(self.workload.config, self.workload.dtype).total if there else 0
+            before.append((cuda.memory_allocated(card) - ours, cuda.memory_reserved(card) - ours))
+            cuda.reset_peak_memory_stats(card)
         yield
-        self._report.peak_bytes = cuda.max_memory_allocated(device) - allocated
-        self._report.reserved_bytes = cuda.max_memory_reserved(device) - reserved
+        if cards:
+            peaks = zip(cards, before, strict=True)
+            used = [(cuda.max_memory_allocated(c) - a, cuda.max_memory_reserved(c) - r) for c, (a, r) in peaks]
+            self._report.peak_bytes, self._report.reserved_bytes = map(max, zip(*used, strict=True))
 
     def _evaluate(self, x: Tensor, sigma: Tensor | float, levels: Sequence[float]) -> Tensor:
-        plan, device = self._planned.plan, self.workload.device
-        self._placed = self._placed or distribute_weights(self._model, plan, device)
+        plan, devices = self._planned.plan, self.workload.devices
+        self._placed = self._placed or distribute_weights(self._model, plan, devices)
         if self._denoiser is None:
             assert self._conditioning is not None
             self._denoiser = Denoiser(
-                self._placed, self._conditioning, plan, progress=self.advance, device=device, painted=self._painted,
+                self._placed, self._conditioning, plan, progress=self.advance, device=devices, painted=self._painted,
                 levels=levels,
             )  # fmt: skip
         return self._denoiser(x.to(self.images), sigma)
@@ -211,7 +213,8 @@ class Run:
         assert self._conditioning is not None
         self._placed = self._denoiser = None
         self._conditioning = self._conditioning.to(CPU)  # what is free for a smaller plan is seen without its pictures
-        empty_caches(self.workload.device)
+        for device in self.workload.devices:
+            empty_caches(device)
         self._planned = self._planned.unpinned() if unpinned else self._planned.smaller()
         self._report.plan = plan = self._planned.plan
         smaller = f"out of memory: going on with a smaller plan of {format_bytes(plan.peak_bytes or 0)}"

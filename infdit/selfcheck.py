@@ -29,13 +29,14 @@ _SIGMA = 2.0
 
 
 def check_device(workload: Workload) -> None:
-    """Compare a device with the CPU, the first time in this process that it is used with a dtype.
+    """Compare each device with the CPU, the first time in this process that it is used with a dtype.
 
     Raises:
         WrongNumbers: they differ; not if the environment variable INFDIT_SKIP_SELF_CHECK is set.
     """
-    if workload.device.type != "cpu" and not os.environ.get(SKIP):
-        _once(workload.device, workload.dtype, workload.pinnable != 0)
+    for device in workload.devices:
+        if device.type != "cpu" and not os.environ.get(SKIP):
+            _once(device, workload.dtype, workload.pinnable != 0)
 
 
 @cache

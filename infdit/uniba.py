@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .grid import SLOTS, BlockGrid, BlockIndex, Geometry
+from .grid import SLOTS, BlockGrid, Geometry
 from .rotary import rotary_turns, rotate
 
 if TYPE_CHECKING:
     from .memory.offload import Offloader
     from .model import InfDiT
 
-# blocks at (row, column) → their pixels (B, n, 6, h, w) and windows of the low-resolution picture (B, n, 3, w, w)
-Read = Callable[[Sequence[BlockIndex]], tuple[Tensor, Tensor]]
-Write = Callable[[Sequence[BlockIndex], Tensor], None]  # blocks at (row, column) and their pixels (B, n, 3, h, w)
 
 
 class Chunk:
@@ -59,6 +56,11 @@ class Chunk:
             rows, columns = transfer.to_device([by for *_, by in shifts])[..., None].unbind(1)  # (m, 1) each
             turns = rotary_turns(rows, columns, head_dim, dtype)
             self.shifted = [(n, slot, turn) for (n, slot, _), turn in zip(shifts, turns.unbind(), strict=True)]
+
+
+# tokens (B, n, T, D) of a chunk, and (B, n, W, D) of the low-resolution picture where a layer looks at them
+Take = Callable[[Chunk], tuple[Tensor, Tensor | None]]
+Give = Callable[[Chunk, Tensor], None]
 
 
 class KVRing:
@@ -119,48 +121,42 @@ def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def sweep(
-    model: InfDiT, geometry: Geometry, offload: Offloader, modulations: tuple[Sequence[Tensor], Tensor], read: Read,
-    write: Write, progress: Callable[[int], None] | None = None,
+    model: InfDiT, layers: range, geometry: Geometry, offload: Offloader, modulations: Sequence[Tensor], take: Take,
+    give: Give, progress: Callable[[int], None],
 ) -> None:
-    """One evaluation of the network over a whole grid of blocks.
+    """Consecutive layers over a whole grid of blocks.
 
     Args:
         model: the weights; those of `layers` on the host if the plan streams them, all others on the device.
+        layers: which of its layers.
         geometry: grid and positions.
         offload: layers in groups, blocks in chunks, what is kept where.
-        modulations: of the layers and of the head, see `InfDiT.modulations_for`.
-        read: gives the input of the blocks at hand, write: takes their result, both on the device.
+        modulations: of these layers, see `InfDiT.modulations_for`.
+        take: gives the tokens of the chunk at hand before the first of these layers, give: takes them after the last,
+            both on the device.
         progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
-    layer_modulations, head_modulation = modulations
-    grid, config, depth, plan = geometry.grid, model.config, len(model.layers), offload.plan
+    grid, config, plan = geometry.grid, model.config, offload.plan
     chunks = list(grid.chunks(plan.chunk))
-    groups = [range(first, min(first + plan.group, depth)) for first in range(0, depth, plan.group)]
-    kept = (head_modulation.shape[1], config.block_tokens, config.num_heads, config.head_dim)
-    rings = [KVRing(grid, plan.chunk, head_modulation, kept) for _ in groups[0]]
+    groups = [layers[first : first + plan.group] for first in range(0, len(layers), plan.group)]
+    kept = (modulations[0].shape[1], config.block_tokens, config.num_heads, config.head_dim)
+    rings = [KVRing(grid, plan.chunk, modulations[0], kept) for _ in groups[0]]
     streamed = offload.ready([model.layers[i] for i in group] for group in groups)
     with offload.hidden_states(grid.blocks) as states, closing(streamed) as ready:
         for group in groups:
-            own = [layer_modulations[i] for i in group]
+            own = [modulations[i - layers.start] for i in group]
             steps = list(zip(next(ready), own, rings[: len(group)], strict=True))
             for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
                 chunk = Chunk(geometry, blocks, offload, model)
-                window = None
-                if group.start == 0:
-                    pixels, lr = read(chunk.coordinates)
-                    h, window = model.embed(pixels), model.embed_lr(lr, chunk.inside)
-                    del pixels, lr
-                else:
-                    h = states.load(blocks, following)
+                h, window = take(chunk) if group.start == layers.start else (states.load(blocks, following), None)
                 for number in range(len(steps)):
                     layer, modulation, ring = steps[number]
                     h = layer(h, modulation, chunk.turns, partial(ring.gather_neighbours, chunk), window)
                     del layer, modulation  # no variable may outlive the group and keep a layer
                     offload.transfer.throttle()
-                    if progress is not None:
-                        progress(len(blocks))
-                if group.stop == depth:
-                    write(chunk.coordinates, model.unembed(h, head_modulation))
+                    progress(len(blocks))
+                if group.stop == layers.stop:
+                    give(chunk, h)
                 else:
                     states.store(blocks, h)
             del steps  # weights of this group make room before those of another are fetched

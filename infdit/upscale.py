@@ -50,7 +50,8 @@ def upscale(
     plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
-    callback: Callable[[PictureState], None] | None = None, device: torch.device | str | None = None,
+    callback: Callable[[PictureState], None] | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
     report: Report | None = None, preset: str | None = None, resume: SavedRun | None = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
@@ -75,7 +76,8 @@ def upscale(
         progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`. An exception
             that it raises ends the run at once.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
-        device: what computes; None: where the model is. A model that is on the device stays there.
+        device: what computes; None: where the model is. A model that is on the device stays there. Several share the
+            layers and work at the same time, see `stages`; the model should be on the CPU then.
         report: is filled in with what was done.
         resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
 
@@ -117,21 +119,25 @@ def _begin(
     report.evaluations = count * work.batch * len(work.passes)
     shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
     if resume is not None:
-        resume.begin(report.settings | {"model": model_digest(model), "device": work.device.type}, report.resumed)
+        kinds = "+".join(dict.fromkeys(device.type for device in work.devices))
+        resume.begin(report.settings | {"model": model_digest(model), "device": kinds}, report.resumed)
     return Run(model, plan, shown.advance, report, shown.painted), shown
 
 
 def _planned(
-    model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo, device: torch.device | str | None,
+    model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo,
+    device: torch.device | str | Sequence[torch.device | str] | None,
     budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
         raise ValueError("give a plan or a budget, not both: a plan made by hand keeps to no budget")
-    device = torch.device(device or model.device)
+    given = [device or model.device] if device is None or isinstance(device, torch.device | str) else device
+    device, *beside = map(torch.device, given)
     there = device.type != "cpu" and same_device(model.device, device)
     weights: WeightsKept | None = "resident" if there else None
     workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted)
+    workload = replace(workload, beside=tuple(beside))
     held = Weights.of(model.config, model.dtype).total if there else 0
 
     def free() -> int:

@@ -21,9 +21,18 @@ from torch import nn
 
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
-from ..infdit.device import default_dtype, empty_caches, one_memory, out_of_memory
+from ..infdit.device import default_dtype, devices_of, empty_caches, one_memory, out_of_memory, same_device
 from ..infdit.memory.plan import CPU, Weights, Workload
-from ..infdit.memory.planner import GIB, MARGIN, PlannedRun, fastest_plan, format_bytes, free_bytes, thrifty_plan
+from ..infdit.memory.planner import (
+    GIB,
+    MARGIN,
+    PlannedRun,
+    fastest_plan,
+    format_bytes,
+    free_bytes,
+    shared_plan,
+    thrifty_plan,
+)
 from ..infdit.model import InfDiT
 from ..infdit.samplers import SamplerInfo
 from ..infdit.upscale import workload_of
@@ -34,6 +43,7 @@ FLAGS = {
     "fp32_unet": torch.float32, "bf16_unet": torch.bfloat16, "fp16_unet": torch.float16,
     "force_fp32": torch.float32, "force_fp16": torch.float16,
 }  # fmt: skip
+ONE, ALL = "auto", "all"  # devices
 CLIP_WORKSPACE = 2**30  # bytes: a text tower of 0.5 GB in float32, and activations
 
 T = TypeVar("T")
@@ -55,6 +65,7 @@ class ManagedModel:
     name: str
     network: InfDiT
     patcher: ModelPatcher
+    beside: tuple[torch.device, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +98,7 @@ class ManagedModel:
         workload = workload_of(
             self.network, shape, target, sampler, self.device, noise_given, "resident" if stay else None
         )
-        return replace(workload, pinnable=pinnable())
+        return replace(workload, pinnable=pinnable(), beside=self.beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +111,40 @@ class ManagedCLIP:
     warnings: tuple[str, ...] = ()
 
 
-def managed_model(name: str, path: str, dtype: torch.dtype | None) -> ManagedModel:
-    """Read a model to the offload device. dtype None: what ComfyUI would choose.
+def managed_model(name: str, path: str, dtype: torch.dtype | None, devices: str = ONE) -> ManagedModel:
+    """Read a model to the offload device.
+
+    Args:
+        name, path: of the file.
+        dtype: None: what ComfyUI would choose.
+        devices: see `devices_named`.
 
     Raises:
         CheckpointError: a file that cannot be used.
+        ValueError: devices that are not here.
     """
-    device, rest = mm.get_torch_device(), mm.unet_offload_device()
+    device, *beside = devices_named(devices)
+    rest = CPU if beside else mm.unet_offload_device()
     network = load_model(path, dtype=dtype or comfy_dtype(device), device=rest)
-    return ManagedModel(name, network, ModelPatcher(InfDiTWeights(network, rest), device, rest))
+    return ManagedModel(name, network, ModelPatcher(InfDiTWeights(network, rest), device, rest), tuple(beside))
+
+
+def devices_named(names: str) -> list[torch.device]:
+    """What computes: "auto", ComfyUI's device; "all", each of its kind; or names with commas between them.
+
+    Raises:
+        ValueError: no such device, or one twice that is no CPU.
+    """
+    names, own = names.strip().lower(), mm.get_torch_device()
+    if names in ("", ONE):
+        return [own]
+    if names == ALL:
+        others = [torch.device(own.type, i) for i in range(getattr(torch, own.type).device_count())]
+        return [own, *(device for device in others if not same_device(device, own))] if own.type != "cpu" else [own]
+    found = devices_of(names)
+    if any(same_device(a, b) and a.type != "cpu" for i, a in enumerate(found) for b in found[:i]):
+        raise ValueError(f"devices {names!r} names one of them twice: give each once")
+    return found
 
 
 def comfy_dtype(device: torch.device) -> torch.dtype:
@@ -175,6 +211,9 @@ def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
 
 
 def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
+    shared = shared_plan(workload, budget, free=obtainable) if workload.beside else None
+    if shared is not None:
+        return shared
     room = obtainable(workload.device)
     if budget is None:
         thrifty = thrifty_plan(workload)
@@ -231,9 +270,11 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
 
 def _bring(model: ManagedModel, plan: MemoryPlan) -> InfDiT:
     peak = plan.peak_bytes or 0
-    if plan.weights == "streamed":
+    if plan.weights == "streamed" or plan.layers:
         unload(model.patcher)
-        mm.free_memory(peak, model.device)
+        for device in (model.device, *(model.beside if plan.layers else ())):
+            if device.type != "cpu":
+                mm.free_memory(peak, device)
         return model.network.to(CPU)
     beside = max(0, peak - Weights.of(model.network.config, model.network.dtype).total)
     mm.load_models_gpu([model.patcher], memory_required=beside, force_full_load=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from .comfy_memory import managed_model
+from .comfy_memory import ONE, managed_model
 from .comfy_page import Bar
 from .files import BUNDLED, FOLDER, converted, fingerprint, missing_model, model_files, model_path
 from .schema import ADVANCED, CATEGORY, InfDiTModel, search_aliases
@@ -35,6 +35,11 @@ class InfDiTModelLoader(io.ComfyNode):
                     tooltip="The precision that the model computes in. auto: what ComfyUI chooses for your "
                     "hardware, usually bf16. bf16 and fp16 need half the memory of fp32.",
                 ),
+                io.String.Input(
+                    "devices", default=ONE, optional=True, extra_dict=ADVANCED,
+                    tooltip="auto: ComfyUI's own. all: every graphics card, each with a part of the model, at the same "
+                    "time; the picture stays the same. Or their names, like cuda:0,cuda:1.",
+                ),
             ],
             outputs=[InfDiTModel.Output(display_name="model", tooltip="The model, for the Inf-DiT Upscale nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -52,6 +57,6 @@ class InfDiTModelLoader(io.ComfyNode):
         return "" if model_name in (None, BUNDLED) else fingerprint((FOLDER,), model_name)
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, dtype: str, devices: str = ONE) -> io.NodeOutput:
         path = converted(model_path(model_name), Bar(cls.hidden.unique_id).move)
-        return io.NodeOutput(managed_model(model_name, path, DTYPES[dtype]))
+        return io.NodeOutput(managed_model(model_name, path, DTYPES[dtype], devices))

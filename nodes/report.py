@@ -94,9 +94,13 @@ def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, nois
 def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
     """How a run is cut into pieces, and what is where."""
     depth, grid = workload.config.num_layers, workload.grid
+    stages = plan.stages(workload.devices, depth) if plan.layers else []
     layers = f"{plan.group} of {depth} layers" if plan.group < depth else "all layers"
     blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
+    shares = "; ".join(f"layers {part[0] + 1} to {part[-1] + 1} on {device}" for device, part in stages)
     lines = [f"plan: {layers} and {blocks} of {grid.block} px at a time"]
+    if shares:
+        lines.append(f"at the same time: {shares}")
     if not workload.unified_memory:
         places = {"device": "on the card", "host": "in main memory"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"

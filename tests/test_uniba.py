@@ -78,7 +78,7 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
     expected = (denoise(x, sigma) - c_skip * x) / c_out
 
     geometry, grid = denoise.geometry, denoise.geometry.grid
-    chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.offload, model)
+    chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.stages[0][2], model)
     pixels = torch.cat([cut(x, chunk.coordinates, BLOCK), cut(conditioning.lr_upscaled, chunk.coordinates, BLOCK)], 2)
     result = model(
         pixels / norm[:, None],

@@ -8,8 +8,6 @@ from typing import NoReturn
 
 import torch
 
-from ..device import default_device
-
 FAILED, BAD_INPUT = 1, 2  # exit statuses: of several pictures some were not made; nothing was
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -26,36 +24,9 @@ class Parser(argparse.ArgumentParser):
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """--budget, --device, --dtype."""
     parser.add_argument("--budget", type=bytes_of, metavar="X", help="memory to use, like 4GiB; default: what is free")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, xpu, mps; default: the best there is")
+    device = "cpu, cuda, cuda:1, xpu, mps, or several that share the work, like cuda:0,cuda:1; default: the best one"
+    parser.add_argument("--device", "--devices", metavar="NAME", help=device)
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of this name, which must be here; None: the best there is.
-
-    Raises:
-        ValueError: not the name of a device, or of one that is not here.
-    """
-    if name is None:
-        return default_device()
-    device = known_device(name)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
-    return device
-
-
-def known_device(name: str) -> torch.device:
-    """The device of this name, here or not.
-
-    Raises:
-        ValueError: not the name of a device.
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "xpu", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
-        raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1, xpu or mps")
-    return torch.device(name)
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -11,13 +11,13 @@ import torch
 
 from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
-from ..device import default_device, default_dtype
+from ..device import default_device, default_dtype, known_device
 from ..memory.plan import Weights, Workload
 from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..presets import PRESETS, sampling
 from ..samplers import SAMPLERS, evaluations
 from ..sizes import MOST_SCALE
-from . import DTYPES, add_memory, known_device, size_of
+from . import DTYPES, add_memory, size_of
 
 BUDGETS = (0.5, 1, 1.5, 2, 4, 8, 16, 24, 48, 80)  # GiB, of the table
 
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> int:
     if not 1 <= options.scale <= MOST_SCALE:
         raise ValueError(f"--scale {options.scale:g} must be from 1 to {MOST_SCALE}")
     source = *(math.ceil(side / options.scale) for side in (height, width)), 3
-    device = known_device(options.device) if options.device else default_device()
+    device, *beside = map(known_device, options.device.split(",")) if options.device else [default_device()]
     dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
     chosen = sampling(defaults, options.preset, options.steps, options.sampler)
-    workload = Workload(config, height, width, 1, dtype, device, chosen.sampler, source=source)
+    workload = Workload(config, height, width, 1, dtype, device, chosen.sampler, source=source, beside=tuple(beside))
     count = evaluations(chosen.sampler, chosen.sigmas)
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     told = "; ".join(filter(None, (defaults.start, chosen.words)))
@@ -86,5 +86,6 @@ def _outcome(workload: Workload, budget: int | None, count: int) -> str:
     seconds = count * seconds_per_evaluation(workload, plan)
     kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
     memory = f"{(plan.peak_bytes or 0) / GIB:7.3g} GiB {(plan.host_bytes or 0) / GIB:7.3g} GiB"
-    return f"{memory} {format_seconds(seconds):>9}   {plan.group} layers × {plan.chunk} blocks; {kept}"
+    shares = " + ".join(map(str, plan.layers)) or plan.group
+    return f"{memory} {format_seconds(seconds):>9}   {shares} layers × {plan.chunk} blocks; {kept}"
 

@@ -17,7 +17,7 @@ from ..checkpoint import load_model, read_checkpoint
 from ..conditioning import conditioning_pictures, visible_colour
 from ..config import LR_FACTOR
 from ..denoiser import Conditioning
-from ..device import default_dtype
+from ..device import default_dtype, device_of
 from ..memory.planner import PlannedRun, fastest_plan, free_bytes
 from ..model import InfDiT
 from ..picture import PictureError, find_pictures, read_picture
@@ -29,7 +29,7 @@ from ..sidecar import read_fits, schedules_path, write_fits
 from ..tensorfile import tensor_digest
 from ..tune import REFERENCE, ROUNDS, Fit, Fitting, fit_levels, most_evaluations, reference
 from ..upscale import workload_of
-from . import BAR, DTYPES, add_memory, device_of
+from . import BAR, DTYPES, add_memory
 
 PICTURES = 4  # that are taken: the numbers to be found are few, and pixels many
 

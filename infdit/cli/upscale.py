@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
-from ..device import WrongNumbers, default_dtype, one_memory, out_of_memory
+from ..device import WrongNumbers, default_dtype, devices_of, one_memory, out_of_memory
 from ..memory.plan import CPU, MemoryPlan, Workload
 from ..memory.planner import OutOfMemory, free_bytes
 from ..model import InfDiT
@@ -48,7 +48,7 @@ from ..run import Report
 from ..samplers import SAMPLERS, get_sampler
 from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
 from ..upscale import upscale, workload_of
-from . import BAR, DTYPES, FAILED, add_memory, device_of, size_of
+from . import BAR, DTYPES, FAILED, add_memory, size_of
 from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, read_receipt, receipts_at
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
@@ -98,7 +98,7 @@ class _Recipe:
     """What all pictures of a call have in common; `receipt`, where it was taken from one."""
 
     model: InfDiT
-    device: torch.device
+    devices: list[torch.device]
     sampler: str
     sigmas: torch.Tensor
     seed: int
@@ -114,11 +114,12 @@ def run(options: argparse.Namespace) -> int:
     jobs = jobs_of(find_pictures(options.inputs, options.recursive, output), options)
     sources = [source for source, _ in jobs]
     receipt = _receipt(options)
-    device = device_of(options.device)
+    devices = devices_of(options.device)
+    device = devices[0]
     # on the CPU, mapped from the file: the plan says what goes to the device; but not twice into one memory
-    place = device if one_memory(device) else "cpu"
+    place = device if one_memory(device) and not devices[1:] else "cpu"
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
-    recipe = _recipe(options, model, device, receipt)
+    recipe = _recipe(options, model, devices, receipt)
     encoder = None if receipt and receipt.settings["clip"] is None else _clip(options, model)
     with receipts_at(options.receipt, sources, options.force) as write_receipts:
         for folder in dict.fromkeys(target.parent for _, target in jobs):
@@ -169,10 +170,10 @@ def _upscale_one(
 ) -> dict[str, Any] | None:
     """The receipt of what was made; None if it was there already."""
     picture = read_picture(source)
-    model, device, taken, image = recipe.model, recipe.device, recipe.receipt, picture.pixels[None]
+    model, devices, taken, image = recipe.model, recipe.devices, recipe.receipt, picture.pixels[None]
     height, width = image.shape[1:3]
     size = target_size(height, width, 1, taken.size) if taken else _result_size(options, height, width)
-    workload = workload_of(model, image.shape, size, recipe.sampler, device, fitted=recipe.fidelity > 0)
+    workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=recipe.fidelity > 0)
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
@@ -194,7 +195,7 @@ def _upscale_one(
         result = upscale(
             model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
             fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector, budget=options.budget,
-            plan=plan, progress=progress, device=device, report=report, resume=resume,
+            plan=plan, progress=progress, device=devices, report=report, resume=resume,
         )  # fmt: skip
         shown.close()
         receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))
@@ -212,7 +213,7 @@ def _about(
     return {
         "model": {"name": Path(options.model).name, "sha256": model.digest},
         "picture": {"sha256": digest, "size": [*picture.pixels.shape[:2]]},
-        "device": recipe.device.type,
+        "device": recipe.devices[0].type,
         "text": {name: getattr(options, name) for name in ("positive", "negative", "strength")},
     }
 
@@ -267,24 +268,25 @@ def _receipt(options: argparse.Namespace) -> Receipt | None:
 
 
 def _recipe(
-    options: argparse.Namespace, model: InfDiT, device: torch.device, receipt: Receipt | None
+    options: argparse.Namespace, model: InfDiT, devices: list[torch.device], receipt: Receipt | None
 ) -> _Recipe:
     model.digest = model_digest(model)
     if receipt is None:
         asked = options.preset, options.steps, options.sampler
         chosen = sampling(model.defaults, *asked, denoise=options.denoise)
         finish = options.fidelity, options.colour_match
-        return _Recipe(model, device, str(chosen.sampler), chosen.sigmas, options.seed, *finish, chosen.words, None)
+        return _Recipe(model, devices, str(chosen.sampler), chosen.sigmas, options.seed, *finish, chosen.words, None)
     settings = receipt.settings
     if receipt.sha256 != model.digest:
         raise ReceiptError(
             f"{options.from_receipt}: it is of the model {receipt.model} ({receipt.sha256[:12]}…), not of "
             f"{options.model} ({model.digest[:12]}…): give that --model"
         )
-    if receipt.device != device.type:
-        log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, device)
+    if receipt.device != devices[0].type:
+        here = devices[0].type
+        log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
     sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
-    return _Recipe(model, device, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt)
+    return _Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt)
 
 
 def _plan(

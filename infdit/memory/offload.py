@@ -120,21 +120,28 @@ def is_streamed(plan: MemoryPlan, name: str) -> bool:
     return plan.weights == "streamed" and name.startswith(("layers.", "modulations."))
 
 
-def distribute_weights(model: InfDiT, plan: MemoryPlan, device: torch.device) -> InfDiT:
+def distribute_weights(model: InfDiT, plan: MemoryPlan, devices: Sequence[torch.device]) -> InfDiT:
     """The model with its parameters where a plan wants them: all on the device, or layers and modulations on the host.
 
+    Of several devices each gets its layers, the first also what comes before them, the last what comes after.
     Parameters that are there already are shared; if all are, this is the model itself.
 
     Raises:
         PinFailed: what is to stay on the host cannot be pinned.
     """
-    made = plan.weights, plan.pinned, device
+    made = plan.weights, plan.pinned, tuple(plan.stages(devices, model.config.num_layers))
     if _placed.get(model) == made:
         return model
     parameters = dict(model.named_parameters())
-    host = Transfer(device, plan.pinned).host(max(tensor.numel() * tensor.itemsize for tensor in parameters.values()))
+    piece = max(tensor.numel() * tensor.itemsize for tensor in parameters.values())
+    stages = [(device, layers, Transfer(device, plan.pinned).host(piece)) for device, layers in made[2]]
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
+        kind, number, *_ = (*name.split("."), "")
+        if kind in ("layers", "modulations"):
+            device, _, host = next(stage for stage in stages if int(number) in stage[1])
+        else:
+            device, _, host = stages[-1 if kind.startswith("head") else 0]
         if not is_streamed(plan, name):
             return tensor.to(device)
         if device.type == "cpu" or not plan.pinned or tensor.is_pinned():
@@ -151,7 +158,10 @@ def distribute_weights(model: InfDiT, plan: MemoryPlan, device: torch.device) ->
     return placed.requires_grad_(False).eval()
 
 
-_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, bool, torch.device]] = WeakKeyDictionary()  # what was made above
+# what was made above
+_placed: WeakKeyDictionary[InfDiT, tuple[WeightsKept, bool, tuple[tuple[torch.device, range], ...]]] = (
+    WeakKeyDictionary()
+)
 
 
 def _call_with(module: nn.Module, parameters: list[Tensor], *inputs: object) -> Tensor:
@@ -198,6 +208,19 @@ class Transfer:
             self._leaving.wait()
         self._copy([target], [source])
         self._leaving = PendingCopy([source], self._copied())  # which keeps it as long as it is read
+
+    def hand_on(self, source: Tensor, device: torch.device) -> PendingCopy:
+        """Begin to copy a tensor of the device, all of whose arithmetic is queued, to another device."""
+        if self._stream is None or device.type != self.device.type:
+            return PendingCopy([source.to(device)])
+        if self._leaving is not None:
+            self._leaving.wait()
+        target = torch.empty(source.shape, dtype=source.dtype, device=device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory may have been in use a moment ago
+        self._copy([target], [source])
+        copied = self._copied()
+        self._leaving = PendingCopy([source], copied)
+        return PendingCopy([target], copied)
 
     def throttle(self) -> None:
         """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -43,6 +44,7 @@ class MemoryPlan:
         sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
         pinned: whether what is on the host is pinned, so that it is copied beside the arithmetic; where it cannot be
             had, copies are plain and all wait for them.
+        layers: how many of them each of several devices has in turn, which work at the same time; empty: one has all.
         peak_bytes, host_bytes, reason: predictions of the planner and why it chose; empty for a plan made by hand.
 
     A group or chunk beyond what exists means all of it.
@@ -61,6 +63,7 @@ class MemoryPlan:
     host_bytes: int | None = field(default=None, compare=False)
     reason: str = field(default="", compare=False)
     pinned: bool = True
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.chunk < 1:
@@ -68,6 +71,18 @@ class MemoryPlan:
         for name, kinds in (("weights", WeightsKept), ("hidden", Tier), ("images", Tier), ("sweep", Sweep)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
+
+    def stages(self, devices: Sequence[torch.device], depth: int) -> list[tuple[torch.device, range]]:
+        """Which device has which of `depth` layers; those that would have none are left out.
+
+        Raises:
+            ValueError: `layers` that are not all, or of more devices than there are.
+        """
+        counts = self.layers or (depth,)
+        if sum(counts) != depth or min(counts) < 0 or len(counts) > len(devices):
+            raise ValueError(f"layers {counts} over {len(devices)} devices must be all {depth}, some on each")
+        ends = list(accumulate(counts))
+        return [(d, range(end - count, end)) for d, count, end in zip(devices, counts, ends, strict=False) if count]
 
     @classmethod
     def default(cls, config: InfDiTConfig) -> MemoryPlan:
@@ -85,6 +100,7 @@ class Workload:
         batch: pictures of the run, which are worked on one after another.
         dtype: of the network.
         device: what computes. Where it and the host have one memory, everything is the device's.
+        beside: further devices that may take some of the layers.
         sampler: name, or what it holds.
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
@@ -105,6 +121,12 @@ class Workload:
     noise_given: bool = False
     pinnable: int | None = None
     fitted: bool = False
+    beside: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that may compute."""
+        return self.device, *self.beside
 
     @cached_property
     def passes(self) -> tuple[Workload, ...]:
@@ -136,13 +158,33 @@ class Workload:
         return BlockGrid.covering(self.height, self.width, self.config.block_size)
 
     def footprint(self, plan: MemoryPlan) -> Footprint:
-        """What the whole of `upscale()` holds under a plan when it holds most."""
+        """What the whole of `upscale()` holds under a plan when it holds most; of several devices the fullest."""
+        if plan.layers:
+            shares = [held for _, held in self.footprints(plan)]
+            weights, hidden = sum(held.host_weights for held in shares), sum(held.host_hidden for held in shares)
+            return replace(max(shares, key=lambda held: held.device), host_weights=weights, host_hidden=hidden)
         parts = self.passes
         always = self._always(parts)
         phases = [held for part in parts for held in part._phases(plan, always + part._passing(parts))]
         device = max(phases, key=lambda held: held.device)
         host = max(phases, key=lambda held: held.host)
         return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+
+    def footprints(self, plan: MemoryPlan) -> list[tuple[torch.device, Footprint]]:
+        """The same of each of several devices."""
+        stages = plan.stages(self.devices, self.config.num_layers)
+        return [(device, self.share(plan, device, len(layers))) for device, layers in stages]
+
+    def share(self, plan: MemoryPlan, device: torch.device, layers: int) -> Footprint:
+        """What one of several devices holds for so many layers: as for a model that has no more, and tokens.
+
+        One chunk waits there until it is taken, and one leaves.
+        """
+        config = replace(self.config, num_layers=layers)
+        held = replace(self, config=config, device=device, beside=()).footprint(replace(plan, layers=()))
+        chunk = max(min(plan.chunk, part.grid.blocks) for part in self.passes)
+        tokens = chunk * config.block_tokens * config.hidden_size * self.dtype.itemsize
+        return replace(held, hidden=held.hidden + 2 * tokens)
 
     def _phases(self, plan: MemoryPlan, given: int) -> list[Footprint]:
         """What one pass holds while an evaluation runs, between two of them, and when it is finished.

@@ -6,7 +6,7 @@ The constants are of a family of devices, not of one card: they order plans, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -130,7 +130,7 @@ class PlannedRun:
         return replace(self, workload=workload, plan=plan)
 
     def smaller(self) -> PlannedRun:
-        """The same under a plan that takes less: what is free now, or a quarter less.
+        """The same under a plan that takes less: what is free now, or a quarter less; at last on one device of several.
 
         Raises:
             OutOfMemory: there is none.
@@ -141,6 +141,9 @@ class PlannedRun:
         except BudgetTooSmall as error:
             if error.tier == "device" and error.least < peak:
                 return replace(self, plan=fastest_plan(self.workload, error.least))
+            if self.plan.layers and error.tier == "device" and error.least <= self.free():
+                alone = replace(self.workload, beside=())
+                return replace(self, workload=alone, plan=fastest_plan(alone, self.free()))
             refusal = str(error)
         raise OutOfMemory(f"out of memory on {self.workload.device}, and no smaller plan works: {refusal}")
 
@@ -172,8 +175,11 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
 
     Args:
         workload: what is computed.
-        budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin.
+        budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin. Of
+            several devices on each.
         host_budget: bytes on the host; None: what is free there, less a margin.
+
+    Several devices share the layers where that is faster and all find room on them; else the first has them all.
 
     Raises:
         BudgetTooSmall: with the least number of bytes that works.
@@ -181,6 +187,9 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
     """
     if budget is not None and budget < 1:
         raise ValueError(f"budget {budget} must be at least one byte")
+    shared = shared_plan(workload, budget, host_budget) if workload.beside else None
+    if shared is not None:
+        return shared
     budget = free_bytes(workload.device) if budget is None else budget
     plans = candidates(workload)
     fitting = [candidate for candidate in plans if candidate.peak <= budget]
@@ -209,6 +218,54 @@ def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: flo
     limit = (1 + slower) * min(affordable).seconds
     chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
     return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
+
+
+def shared_plan(
+    workload: Workload, budget: int | None = None, host_budget: int | None = None,
+    free: Callable[[torch.device], int] | None = None,
+) -> MemoryPlan | None:
+    """The fastest plan in which several devices have some of the layers each; None where one is as fast, or must do.
+
+    All weights, keys and values are on the devices and pictures on the host: no chunk waits for more than the one
+    before it.
+
+    Args:
+        workload, budget, host_budget: see `fastest_plan`.
+        free: what is free on a device, in place of `free_bytes`.
+    """
+    config, grid = workload.config, workload.grid
+    host_budget = free_bytes(CPU) if host_budget is None else host_budget
+    rooms = [budget or (free or free_bytes)(device) for device in workload.devices]
+    shares_memory = [one_memory(device) for device in workload.devices]
+    pictures = workload.footprint(MemoryPlan(images="host")).host
+    rooms = [(r - pictures) // sum(shares_memory) if one else r for r, one in zip(rooms, shares_memory, strict=True)]
+    found: list[Candidate] = []
+    for chunk in _chunks(config, grid):
+        plan = MemoryPlan(config.num_layers, chunk, images="host")
+        layers = _split(workload, plan, rooms)
+        if layers is not None and sum(count > 0 for count in layers) > 1:
+            plan = replace(plan, layers=layers)
+            held = workload.footprint(plan)
+            if held.host <= host_budget:
+                found.append(Candidate(seconds_per_evaluation(workload, plan), held.device, plan, held))
+    alone = (plan.seconds for plan in candidates(workload) if plan.peak <= rooms[0])
+    if not found or min(found).seconds >= min(alone, default=math.inf):
+        return None
+    best = min(found)
+    return best.explained(f"{sum(count > 0 for count in best.plan.layers)} devices work at the same time")
+
+
+def _split(workload: Workload, plan: MemoryPlan, rooms: Sequence[int]) -> tuple[int, ...] | None:
+    """How many layers each device takes under a plan so that the last is done soonest; None: there is no room."""
+    depth, devices = workload.config.num_layers, workload.devices
+    seconds = [seconds_per_evaluation(replace(workload, device=d, beside=()), plan) / depth for d in devices]
+    counts = [0] * len(devices)
+    for _ in range(depth):
+        able = [i for i, d in enumerate(devices) if workload.share(plan, d, counts[i] + 1).device <= rooms[i]]
+        if not able:
+            return None
+        counts[min(able, key=lambda i: (counts[i] + 1) * seconds[i])] += 1
+    return tuple(counts)
 
 
 def candidates(workload: Workload) -> list[Candidate]:
@@ -247,8 +304,7 @@ def _affordable(
 
 def schedules(config: InfDiTConfig, grid: BlockGrid, unified_memory: bool, most: int) -> Iterator[MemoryPlan]:
     """All plans worth a look: every group, chunks by powers of two up to `most` blocks, what can be on the host."""
-    most = max(1, min(most, MOST_TOKENS // config.block_tokens))
-    chunks = [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
+    chunks = [chunk for chunk in _chunks(config, grid) if chunk <= max(1, most)]
     for group in range(1, config.num_layers + 1):
         for chunk in chunks:
             yield MemoryPlan(group, chunk)
@@ -262,8 +318,26 @@ def schedules(config: InfDiTConfig, grid: BlockGrid, unified_memory: bool, most:
                             yield MemoryPlan(group, chunk, weights, hidden, images)
 
 
+def _chunks(config: InfDiTConfig, grid: BlockGrid) -> list[int]:
+    """Numbers of blocks worth a look: powers of two, up to all."""
+    most = max(1, MOST_TOKENS // config.block_tokens)
+    return [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
+
+
 def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
-    """Predicted time of one evaluation of one picture, in all its passes, by the cost model of the device's family."""
+    """Predicted time of one evaluation of one picture, in all its passes, by the cost model of the device's family.
+
+    Several devices take as long as the slowest, and one after the other until a chunk has come to the last.
+    """
+    if plan.layers:
+        stages = plan.stages(workload.devices, workload.config.num_layers)
+        works = [
+            replace(workload, config=replace(workload.config, num_layers=len(layers)), device=device, beside=())
+            for device, layers in stages
+        ]
+        chunks = min(-(-part.grid.blocks // plan.chunk) for part in workload.passes)
+        slowest = max(seconds_per_evaluation(work, replace(plan, layers=())) for work in works)
+        return slowest * (1 + (len(stages) - 1) / chunks)
     costs = CostModel.of(workload.device, workload.dtype)
     return sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
 
