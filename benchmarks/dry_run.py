@@ -31,7 +31,7 @@ from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
 from infdit.memory.plan import MemoryPlan, Tier, Workload
 from infdit.memory.planner import PlannedRun
-from infdit.model import GatherNeighbours, InfDiT, Layer
+from infdit.model import InfDiT, KeepNeighbours, Layer, MakeWindow
 from infdit.run import Report, Run
 from infdit.samplers import get_sampler, karras_sigmas
 from infdit.upscale import finish_result, upscale_batch
@@ -169,14 +169,14 @@ class _ThinLayer(Layer):
     wanted: frozenset[range]
 
     def forward(
-        self, h: Tensor, modulation: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
-        window: Tensor | None = None,
+        self, h: Tensor, modulation: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours,
+        window: MakeWindow | None = None,
     ) -> Tensor:
         """As the layer it was, or tokens of the same shape."""
-        assert isinstance(gather_neighbours, partial)
-        if gather_neighbours.args[0].blocks not in self.wanted:
+        assert isinstance(keep_neighbours, partial)
+        if keep_neighbours.args[0].blocks not in self.wanted:
             return torch.empty_like(h)
-        return super().forward(h, modulation, turns, gather_neighbours, window)
+        return super().forward(h, modulation, turns, keep_neighbours, window)
 
 
 def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:

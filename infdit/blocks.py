@@ -39,16 +39,20 @@ class Canvas:
         assert self._image is not None, "a sweep writes every block"
         return self._image
 
+    def take(self) -> None:
+        """Take memory for the image, unless that is there."""
+        if self._image is None:
+            self._image = torch.empty_like(self._like)
+
     def paste(self, coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
         self.blocks += len(coordinates)
         grid, size = self._grid, self._grid.block
-        if len(coordinates) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
+        if pixels.requires_grad:  # all at once, and not written in place: it is to be differentiated
             order = "(r c)" if grid.by_rows else "(c r)"
             self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
-        if self._image is None:
-            self._image = torch.empty_like(self._like)
+        self.take()
         for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
             self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,10 +19,10 @@ from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
 from .grid import BlockGrid, Geometry, Positions
 from .memory.offload import Offloader, distribute_weights
-from .memory.plan import LEVELS, MemoryPlan
-from .model import InfDiT
+from .memory.plan import LEVELS, MemoryPlan, chunk_workspace
+from .model import InfDiT, MakeWindow
 from .stages import Belt, Handover
-from .uniba import Chunk, Give, Take, sweep
+from .uniba import Bench, Chunk, Give, Take, sweep
 
 SIGMA_DATA = 0.5
 Modulations = tuple[list[Tensor], Tensor]  # of the layers and of the head
@@ -76,12 +75,6 @@ class Denoiser:
         self.progress = progress or (lambda done: None)
         self._levels, self._modulated = list(dict.fromkeys(levels)), dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
-        devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
-        self.stages = [
-            (device, layers, Offloader(self.plan, device))
-            for device, layers in self.plan.stages(devices, model.config.num_layers)
-        ]
-        self.model = distribute_weights(model, self.plan, devices)
         *_, h, w = conditioning.lr_upscaled.shape
         block = model.config.block_size
         if h % block or w % block:
@@ -94,7 +87,14 @@ class Denoiser:
         if vector is not None and width and vector.shape != (batch, width):
             raise ValueError(f"clip_embedding of shape {tuple(vector.shape)} must be {(batch, width)}")
         grid = BlockGrid.covering(h, w, block, self.plan.sweep)
-        config = model.config
+        config, chunk = model.config, min(self.plan.chunk, grid.blocks)
+        room = chunk_workspace(config, model.dtype, grid, chunk)
+        devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
+        self.benches = [
+            Bench(config, layers, grid, batch, Offloader(self.plan, device, room))
+            for device, layers in self.plan.stages(devices, config.num_layers)
+        ]
+        self.model = distribute_weights(model, self.plan, devices)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -116,13 +116,16 @@ class Denoiser:
         block, model = self.geometry.grid.block, self.model
         canvas = Canvas(self.geometry.grid, x)
         modulations, head_modulation = self._modulations(sigma, level)
+        if not head_modulation.requires_grad:
+            canvas.take()
 
-        def read(chunk: Chunk) -> tuple[Tensor, Tensor]:
+        def read(chunk: Chunk) -> tuple[Tensor, MakeWindow]:
             at = chunk.coordinates
             pixels = torch.cat((cut(x, at, block), cut(up, at, block).to(x.dtype)), 2)
             windows = self._to_device(cut_windows(lr, at, block // LR_FACTOR).to(model.dtype))
             # published: c_in scales all six channels
-            return model.embed(self._to_device((c_in * pixels).to(model.dtype))), model.embed_lr(windows, chunk.inside)
+            h = model.embed(self._to_device((c_in * pixels).to(model.dtype)))
+            return h, partial(model.embed_lr, windows, chunk.inside)
 
         def write(chunk: Chunk, h: Tensor) -> None:
             pixels = model.unembed(h, head_modulation).to(x)
@@ -135,20 +138,25 @@ class Denoiser:
 
     def _sweep(self, modulations: list[Tensor], read: Take, write: Give) -> None:
         """All layers over all blocks, on one device or on several at a time."""
-        handed = [Handover(offload.transfer, device) for (_, _, offload), (device, _, _) in pairwise(self.stages)]
+        devices = [bench.offload.transfer.device for bench in self.benches]
+        handed = [Handover(bench.offload.transfer, to) for bench, to in zip(self.benches, devices[1:], strict=False)]
 
         def stage(number: int, progress: Callable[[int], None]) -> None:
-            _, layers, offload = self.stages[number]
+            bench = self.benches[number]
             take = read if not number else lambda chunk: (handed[number - 1].take(progress), None)
             give = write if number == len(handed) else lambda chunk, h: handed[number].give(h, progress)
-            own = modulations[layers.start : layers.stop]
-            sweep(self.model, layers, self.geometry, offload, own, take, give, progress)
+            own = modulations[bench.layers.start : bench.layers.stop]
+            sweep(self.model, bench, self.geometry, own, take, give, progress)
 
-        if not handed:
-            stage(0, self.progress)
-        else:
-            stages = [partial(stage, number) for number in range(len(self.stages))]
-            Belt(self.progress).run(stages, [device for device, _, _ in self.stages])
+        try:
+            if not handed:
+                stage(0, self.progress)
+            else:
+                Belt(self.progress).run([partial(stage, number) for number in range(len(devices))], devices)
+        except BaseException:
+            for bench in self.benches:
+                bench.give_back()
+            raise
 
     def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
         """Of one noise level, or of one for each picture; weights come by once for LEVELS of those foreseen."""
@@ -168,23 +176,22 @@ class Denoiser:
         return made[level]
 
     def _modulate(self, sigma: Tensor) -> Modulations:
-        first, *_ = self.stages
         vector = self.conditioning.clip_embedding
         if vector is not None:
             vector = vector.repeat(len(sigma) // len(vector), 1)
-        c_noise = (sigma.log() / 4).to(first[0])
+        c_noise = (sigma.log() / 4).to(self.benches[0].offload.transfer.device)
         with closing(self._modulation_layers()) as linears:
             return self.model.modulations_for(c_noise, vector, linears)
 
     def _modulation_layers(self) -> Generator[Callable[[Tensor], Tensor], None, None]:
         """Those of all stages, each on its device."""
-        for device, layers, offload in self.stages:
-            with closing(offload.ready([self.model.modulations[i]] for i in layers)) as ready:
+        for bench in self.benches:
+            device = bench.offload.transfer.device
+            with closing(bench.offload.ready([self.model.modulations[i]] for i in bench.layers)) as ready:
                 for (linear,) in ready:
                     yield lambda c, linear=linear, device=device: linear(c.to(device))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.plan.images == "device":
             return tensor
-        _, _, offload = self.stages[0]
-        return offload.transfer.copy_to_device([tensor]).wait()[0]
+        return self.benches[0].offload.transfer.copy_to_device([tensor]).wait()[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,10 @@ from .rotary import rotate
 EPS = 1e-6
 NOISE_CHANNELS = 192
 # (keys, values) of the blocks at hand → (keys, values) of the four blocks that each attends to, in slot order
-GatherNeighbours = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# takes keys and values (B, N, T, H, d) of the blocks at hand; gives what then gives those that each attends to, of four
+# blocks, (B, N, 4, T, H, d), which may be changed in place
+KeepNeighbours = Callable[[Tensor, Tensor], Callable[[], tuple[Tensor, Tensor]]]
+MakeWindow = Callable[[], Tensor]  # low-resolution tokens (B, N, W, D)
 
 
 class InfDiT(nn.Module):
@@ -63,7 +67,7 @@ class InfDiT(nn.Module):
         return self.head.weight.device
 
     def forward(
-        self, pixels: Tensor, windows: Tensor, inside: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
+        self, pixels: Tensor, windows: Tensor, inside: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours,
         c_noise: Tensor, vector: Tensor | None = None,
     ) -> Tensor:
         """F for all blocks of a picture at once, (B, N, 3, h, w); `uniba.sweep` computes the same in pieces.
@@ -71,9 +75,9 @@ class InfDiT(nn.Module):
         The arguments are those of the steps below.
         """
         modulations, head_modulation = self.modulations_for(c_noise, vector, self.modulations)
-        h, window = self.embed(pixels), self.embed_lr(windows, inside)
+        h, window = self.embed(pixels), partial(self.embed_lr, windows, inside)
         for layer, modulation in zip(self.layers, modulations, strict=True):
-            h = layer(h, modulation, turns, gather_neighbours, window)
+            h = layer(h, modulation, turns, keep_neighbours, window)
         return self.unembed(h, head_modulation)
 
     def modulations_for(
@@ -118,7 +122,7 @@ class InfDiT(nn.Module):
         side = self.config.window_side // 3
         tokens = self.lr_embed(rearrange(windows, "b n c (r p) (s q) -> b n r s (c p q)", p=LR_PATCH, q=LR_PATCH))
         mask = inside.to(tokens.dtype).repeat_interleave(side, 1).repeat_interleave(side, 2)
-        return (tokens * mask[..., None]).flatten(2, 3)
+        return tokens.mul_(mask[..., None]).flatten(2, 3)
 
     def unembed(self, h: Tensor, modulation: Tensor) -> Tensor:
         """Tokens (B, N, T, D) after the last layer → pixels (B, N, 3, h, w), the network's F."""
@@ -146,33 +150,39 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
     def forward(
-        self, h: Tensor, modulation: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours,
-        window: Tensor | None = None,
+        self, h: Tensor, modulation: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours,
+        window: MakeWindow | None = None,
     ) -> Tensor:
         """One layer over N blocks.
 
         Args:
-            h: (B, N, T, D) tokens.
+            h: (B, N, T, D) tokens; may be changed in place.
             modulation: (4, B, 1, 1, D), see `InfDiT.modulations_for`.
             turns: (N, T, d/2) rotary positions of the tokens, see `rotary_turns`.
-            gather_neighbours: takes keys and values (B, N, T, H, d) of these blocks, gives those of the four blocks
-                that each attends to, (B, N, 4, T, H, d), which may be changed in place.
-            window: (B, N, W, D) low-resolution tokens, in the first layer.
+            keep_neighbours: see `KeepNeighbours`.
+            window: in the first layer.
         """
         attention_shift, attention_scale, mlp_shift, mlp_scale = modulation
-        h = h + self.attend(modulate(_norm(h), attention_shift, attention_scale), turns, gather_neighbours)
+        h = _add(h, self.attend(h, attention_shift, attention_scale, turns, keep_neighbours))
         if self.cross is not None:
-            h = h + self.cross(h, window)
-        return h + self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale))
+            h = _add(h, self.cross(h, window))
+        return _add(h, self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale)))
 
-    def attend(self, a: Tensor, turns: Tensor, gather_neighbours: GatherNeighbours) -> Tensor:
-        """Block attention of modulated tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
-        q, k, v = rearrange(self.qkv(a), "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
+    def attend(
+        self, h: Tensor, shift: Tensor, scale: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours
+    ) -> Tensor:
+        """Block attention of tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
+        qkv = self.qkv(modulate(_norm(h), shift, scale))
+        q, k, v = rearrange(qkv, "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
         q, k = rotate(self.qk_norm(q), turns), rotate(self.qk_norm(k), turns)  # (B, N, T, H, d)
-        keys, values = gather_neighbours(k, v)  # (B, N, 4, T, H, d)
-        del k, v  # kept as keys and values; nothing else of them is needed while the attention runs
+        find_neighbours = keep_neighbours(k, v)
+        del qkv, k, v  # what is kept of them is elsewhere: they make room for those of four blocks
+        keys, values = find_neighbours()  # (B, N, 4, T, H, d)
+        del find_neighbours
         keys.add_(self.slot_embed[:, None])
-        return self.out(_attention(q, keys.flatten(2, 3), values.flatten(2, 3)))
+        found = _attention(q, keys.flatten(2, 3), values.flatten(2, 3))
+        del q, keys, values
+        return self.out(_merge_heads(found, h))
 
 
 class LRCrossAttention(nn.Module):
@@ -190,13 +200,13 @@ class LRCrossAttention(nn.Module):
         self.key_position = nn.Parameter(torch.empty(config.window_tokens, H, d))
         self.out = nn.Linear(D, D)
 
-    def forward(self, h: Tensor, window: Tensor) -> Tensor:
+    def forward(self, h: Tensor, window: MakeWindow) -> Tensor:
         """Tokens (B, N, T, D) and low-resolution tokens (B, N, W, D) → what to add to the tokens, (B, N, T, D)."""
         q = rearrange(self.query(_norm(h)), "b n t (h d) -> b n t h d", h=self.heads)
-        k, v = rearrange(self.key_value(window), "b n w (two h d) -> two b n w h d", two=2, h=self.heads)
-        q = self.query_norm(q) + self.query_position
-        k = self.key_norm(k) + self.key_position
-        return self.out(_attention(q, k, v))
+        q = self.query_norm(q).add_(self.query_position)
+        k, v = rearrange(self.key_value(window()), "b n w (two h d) -> two b n w h d", two=2, h=self.heads)
+        k = self.key_norm(k).add_(self.key_position)
+        return self.out(_merge_heads(_attention(q, k, v), h))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -204,12 +214,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def _add(h: Tensor, more: Tensor) -> Tensor:
+    """The sum, in the place of `h` unless it is to be differentiated: so tokens stay where an allocator has put them."""
+    return h + more if more.requires_grad else h.add_(more)
+
+
 def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q (B, N, T, H, d) to k and v (B, N, K, H, d), heads merged: (B, N, T, D)."""
-    batch = len(q)
+    """Softmax attention of q (B, N, T, H, d) to k and v (B, N, K, H, d): (B·N, H, T, d)."""
     q, k, v = (rearrange(x, "b n t h d -> (b n) h t d") for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "(b n) h t d -> b n t (h d)", b=batch)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _merge_heads(x: Tensor, like: Tensor) -> Tensor:
+    """(B·N, H, T, d) → (B, N, T, D), as `like`."""
+    return rearrange(x, "(b n) h t d -> b n t (h d)", b=len(like))

@@ -23,8 +23,9 @@ from .grid import SLOTS, BlockGrid, Geometry
 from .rotary import rotary_turns, rotate
 
 if TYPE_CHECKING:
+    from .config import InfDiTConfig
     from .memory.offload import Offloader
-    from .model import InfDiT
+    from .model import InfDiT, MakeWindow
 
 
 
@@ -58,8 +59,8 @@ class Chunk:
             self.shifted = [(n, slot, turn) for (n, slot, _), turn in zip(shifts, turns.unbind(), strict=True)]
 
 
-# tokens (B, n, T, D) of a chunk, and (B, n, W, D) of the low-resolution picture where a layer looks at them
-Take = Callable[[Chunk], tuple[Tensor, Tensor | None]]
+# tokens (B, n, T, D) of a chunk, and for the first layer what makes those of the low-resolution picture
+Take = Callable[[Chunk], "tuple[Tensor, MakeWindow | None]"]
 Give = Callable[[Chunk, Tensor], None]
 
 
@@ -69,44 +70,46 @@ class KVRing:
     Blocks of a chunk follow each other, and so mostly do their neighbours: the ring is written and read by slices.
     """
 
-    def __init__(self, grid: BlockGrid, chunk: int, like: Tensor, shape: tuple[int, int, int, int]) -> None:
-        """like: a tensor of the dtype and on the device of keys and values; shape: (B, T, H, d) of a block of them."""
-        self.size = min(grid.line + 1 + chunk, grid.blocks)
-        self.kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
-        if chunk < grid.blocks:
-            self.kept = like.new_empty((2, shape[0], self.size, *shape[1:]))
+    def __init__(self, size: int) -> None:
+        """size: blocks that it holds, see `BlockGrid.ring`."""
+        self._size = size
+        self._kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
 
-    def gather_neighbours(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values (B, n, T, H, d) of a chunk; give those that it attends to, (B, n, 4, T, H, d)."""
-        if self.kept is None:  # the whole grid at once: nothing to remember, and differentiable
-            keys, values = (self._of_the_grid(x, chunk) for x in (k, v))
-        else:
-            keys, values = self._of_the_ring(self.kept, k, v, chunk)
+    def take(self, like: Tensor, shape: tuple[int, int, int, int]) -> None:
+        """Take memory for (B, T, H, d) of each block, of the dtype and on the device of a tensor."""
+        if self._kept is None:
+            self._kept = like.new_empty((2, shape[0], self._size, *shape[1:]))
+
+    def keep(self, chunk: Chunk, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`."""
+        if k.requires_grad:  # of the whole grid at once, which is differentiable
+            return partial(self._find, chunk, k, v)
+        self.take(k, (len(k), *k.shape[2:]))
+        assert self._kept is not None, "taken"
+        for here, there in _runs(chunk.blocks, self._size):
+            for ring, new in zip(self._kept, (k, v), strict=True):
+                ring[:, there] = new[:, here]
+        return partial(self._find, chunk, *self._kept)
+
+    def _find(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._gather(chunk, k), self._gather(chunk, v)
         for block, slot, turn in chunk.shifted:
             keys[:, block, slot] = rotate(keys[:, block, slot], turn)
         return keys, values
 
-    def _of_the_grid(self, x: Tensor, chunk: Chunk) -> Tensor:
-        if not x.requires_grad:
-            found = x.new_empty((*x.shape[:2], len(SLOTS), *x.shape[2:]))
-            for slot, here, there in self._slices(chunk):
-                found[:, here, slot] = x[:, there]
-            return found
-        return torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
-
-    def _of_the_ring(self, kept: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
-        for here, there in _runs(chunk.blocks, self.size):
-            for ring, new in zip(kept, (k, v), strict=True):
-                ring[:, there] = new[:, here]
-        found = k.new_empty((2, *k.shape[:2], len(SLOTS), *k.shape[2:]))
+    def _gather(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """Of blocks (B, size or all, T, H, d) those in the slots of the chunk's, (B, n, 4, T, H, d)."""
+        if x.requires_grad:
+            return torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
+        found = x.new_empty((len(x), len(chunk.blocks), len(SLOTS), *x.shape[2:]))
         for slot, here, there in self._slices(chunk):
-            found[:, :, here, slot] = kept[:, :, there]
+            found[:, here, slot] = x[:, there]
         return found
 
     def _slices(self, chunk: Chunk) -> Iterator[tuple[int, slice, slice]]:
         """Slots, blocks of the chunk, and where those that they attend to in that slot are kept."""
         for slot, indices in enumerate(chunk.neighbours):
-            for here, there in _runs(indices, self.size):
+            for here, there in _runs(indices, self._size):
                 yield slot, here, there
 
 
@@ -120,38 +123,80 @@ def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
             begin = end
 
 
+class Bench:
+    """What one device works with from chunk to chunk and from evaluation to evaluation: taken once.
+
+    Rings of keys and values, hidden states between groups of layers, and room for the chunk at hand. That room is held
+    as one piece while nobody works there: an allocator that gave parts of it to others would have to take it anew.
+    """
+
+    def __init__(self, config: InfDiTConfig, layers: range, grid: BlockGrid, batch: int, offload: Offloader) -> None:
+        """layers: which of the model's; grid: of the picture; batch: pictures at a time."""
+        plan = offload.plan
+        self.layers, self.offload, self.states = layers, offload, offload.hidden_states(grid.blocks)
+        self.chunks = list(grid.chunks(plan.chunk))
+        self.groups = [layers[first : first + plan.group] for first in range(0, len(layers), plan.group)]
+        size = min(grid.line + 1 + plan.chunk, grid.blocks)
+        # a layer that has all blocks at once needs nothing of what it kept when it is done
+        self.rings = [KVRing(size) for _ in self.groups[0][: 1 if len(self.chunks) == 1 else None]]
+        self.rings *= len(self.groups[0]) // len(self.rings)
+        self._config, self._batch = config, batch
+        self._room: Tensor | None = None
+
+    def take(self, like: Tensor) -> None:
+        """Take what stays, of the dtype and on the device of a tensor."""
+        T, D, H, d = (getattr(self._config, n) for n in ("block_tokens", "hidden_size", "num_heads", "head_dim"))
+        for ring in self.rings:
+            ring.take(like, (self._batch, T, H, d))
+        if len(self.groups) > 1:
+            self.states.take(like, self._batch, (T, D))
+
+    def clear(self) -> None:
+        """Begin to work: a chunk may take the room."""
+        self._room = self._room if self._room is not None else self.offload.room(self._batch)
+        self._room = None
+
+    def tidy(self) -> None:
+        """The work is done: the room is one piece again."""
+        self._room = self.offload.room(self._batch)
+
+    def give_back(self) -> None:
+        """Keep nothing any more, whoever holds a reference to this."""
+        self.states.give_back()
+        self.rings, self._room = [], None
+
+
 def sweep(
-    model: InfDiT, layers: range, geometry: Geometry, offload: Offloader, modulations: Sequence[Tensor], take: Take,
-    give: Give, progress: Callable[[int], None],
+    model: InfDiT, bench: Bench, geometry: Geometry, modulations: Sequence[Tensor], take: Take, give: Give,
+    progress: Callable[[int], None],
 ) -> None:
     """Consecutive layers over a whole grid of blocks.
 
     Args:
-        model: the weights; those of `layers` on the host if the plan streams them, all others on the device.
-        layers: which of its layers.
+        model: the weights; those of the bench's layers on the host if the plan streams them, others on the device.
+        bench: which layers, in groups; blocks in chunks; what is kept where.
         geometry: grid and positions.
-        offload: layers in groups, blocks in chunks, what is kept where.
         modulations: of these layers, see `InfDiT.modulations_for`.
         take: gives the tokens of the chunk at hand before the first of these layers, give: takes them after the last,
             both on the device.
         progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
-    grid, config, plan = geometry.grid, model.config, offload.plan
-    chunks = list(grid.chunks(plan.chunk))
-    groups = [layers[first : first + plan.group] for first in range(0, len(layers), plan.group)]
-    kept = (modulations[0].shape[1], config.block_tokens, config.num_heads, config.head_dim)
-    rings = [KVRing(grid, plan.chunk, modulations[0], kept) for _ in groups[0]]
-    streamed = offload.ready([model.layers[i] for i in group] for group in groups)
-    with offload.hidden_states(grid.blocks) as states, closing(streamed) as ready:
-        for group in groups:
+    layers, offload, states = bench.layers, bench.offload, bench.states
+    if not modulations[0].requires_grad:
+        bench.take(modulations[0])
+    streamed = offload.ready([model.layers[i] for i in group] for group in bench.groups)
+    with closing(streamed) as ready:
+        for group in bench.groups:
             own = [modulations[i - layers.start] for i in group]
-            steps = list(zip(next(ready), own, rings[: len(group)], strict=True))
-            for blocks, following in zip(chunks, [*chunks[1:], None], strict=True):
+            steps = list(zip(next(ready), own, bench.rings[: len(group)], strict=True))
+            if group.start == layers.start:
+                bench.clear()
+            for blocks, following in zip(bench.chunks, [*bench.chunks[1:], None], strict=True):
                 chunk = Chunk(geometry, blocks, offload, model)
                 h, window = take(chunk) if group.start == layers.start else (states.load(blocks, following), None)
                 for number in range(len(steps)):
                     layer, modulation, ring = steps[number]
-                    h = layer(h, modulation, chunk.turns, partial(ring.gather_neighbours, chunk), window)
+                    h = layer(h, modulation, chunk.turns, partial(ring.keep, chunk), window)
                     del layer, modulation  # no variable may outlive the group and keep a layer
                     offload.transfer.throttle()
                     progress(len(blocks))
@@ -159,4 +204,7 @@ def sweep(
                     give(chunk, h)
                 else:
                     states.store(blocks, h)
+                del chunk, h, window
             del steps  # weights of this group make room before those of another are fetched
+    offload.transfer.settle()
+    bench.tidy()

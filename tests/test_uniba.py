@@ -78,14 +78,14 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
     expected = (denoise(x, sigma) - c_skip * x) / c_out
 
     geometry, grid = denoise.geometry, denoise.geometry.grid
-    chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.stages[0][2], model)
+    chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.benches[0].offload, model)
     pixels = torch.cat([cut(x, chunk.coordinates, BLOCK), cut(conditioning.lr_upscaled, chunk.coordinates, BLOCK)], 2)
     result = model(
         pixels / norm[:, None],
         cut_windows(conditioning.lr, chunk.coordinates, BLOCK // 4),
         chunk.inside,
         chunk.turns,
-        partial(uniba.KVRing(grid, grid.blocks, x, (2, 4, 2, 8)).gather_neighbours, chunk),
+        partial(uniba.KVRing(grid, grid.blocks, x, (2, 4, 2, 8)).keep, chunk),
         sigma.log() / 4,
         conditioning.clip_embedding,
     )

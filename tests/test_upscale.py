@@ -307,14 +307,14 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
             raise StopError
 
     held: list[weakref.ref] = []
-    original = infdit.uniba.KVRing.gather_neighbours
+    original = infdit.uniba.KVRing.keep
 
-    def gather(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    def keep(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> object:
         held.extend((weakref.ref(k), weakref.ref(v)))
         return original(self, chunk, k, v)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infdit.uniba.KVRing, "gather_neighbours", gather)
+        patch.setattr(infdit.uniba.KVRing, "keep", keep)
         with pytest.raises(StopError):
             upscale(mini, picture(20, 150), 4.0, progress=progress, plan=MemoryPlan(6, 8), **FAST)
     assert calls == 4

@@ -38,8 +38,18 @@ class Offloader:
         transfer: copies between host and device.
     """
 
-    def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
-        self.plan, self.transfer = plan, Transfer(device, plan.pinned)
+    def __init__(self, plan: MemoryPlan, device: torch.device, workspace: int = 0) -> None:
+        """workspace: bytes that a chunk of blocks takes while it is computed."""
+        self.plan, self.transfer, self._workspace = plan, Transfer(device, plan.pinned), workspace
+
+    def room(self, batch: int) -> Tensor | None:
+        """A chunk's workspace as one piece, from which an accelerator's allocator then cuts what comes and goes.
+
+        Of pieces taken as they come each fits only its like, and a card would have to have a third more.
+        """
+        if self.transfer.device.type == "cpu":
+            return None
+        return torch.empty(batch * self._workspace, dtype=torch.uint8, device=self.transfer.device)
 
     def hidden_states(self, blocks: int) -> HiddenStates:
         """Room for the hidden states of so many blocks in one evaluation."""
@@ -63,10 +73,7 @@ class Offloader:
 
 
 class HiddenStates:
-    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and copied back ahead.
-
-    Used in a `with`, after which none are kept: a stop or an error gives back their memory, whoever holds a traceback.
-    """
+    """Tokens of all blocks between two groups of layers: kept on the device, or on the host and copied back ahead."""
 
     def __init__(self, transfer: Transfer, tier: Tier, blocks: int) -> None:
         self._transfer, self._tier, self._blocks = transfer, tier, blocks
@@ -75,10 +82,13 @@ class HiddenStates:
         self._kept: dict[range, Tensor] = {}
         self._ahead: dict[range, PendingCopy] = {}
 
-    def __enter__(self) -> HiddenStates:
-        return self
+    def take(self, like: Tensor, batch: int, shape: tuple[int, int]) -> None:
+        """Room on the device for (T, D) tokens of each block, if that is where they are kept."""
+        if self._tier == "device" and self._room is None:
+            self._room = like.new_empty((batch, self._blocks, *shape))
 
-    def __exit__(self, *error: object) -> None:
+    def give_back(self) -> None:
+        """Keep none any more, whoever holds a reference to this."""
         self._transfer.settle()
         self._kept.clear()
         self._ahead.clear()

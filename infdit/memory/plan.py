@@ -196,7 +196,7 @@ class Workload:
         weights = Weights.of(config, self.dtype)
         group, chunk = min(plan.group, config.num_layers), min(plan.chunk, grid.blocks)
         unit = config.block_tokens * config.hidden_size * self.dtype.itemsize  # the hidden state of one block
-        ring = 0 if chunk == grid.blocks else 2 * group * min(grid.line + 1 + chunk, grid.blocks) * unit
+        ring = 2 * (1 if chunk == grid.blocks else group) * min(grid.line + 1 + chunk, grid.blocks) * unit
         kept = grid.blocks * unit if group < config.num_layers else 0
         picture = 3 * FLOAT32 * grid.height * grid.width
         streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
@@ -217,19 +217,20 @@ class Workload:
                 host_images=beside - around + (held + chunk * _pixels(config) if images_away else 0),
             )
 
-        conditioning = picture + picture // LR_FACTOR**2
-        evaluating = phase(
-            conditioning + method.evaluating * picture,
-            weights=weights.resident + weights.streamed(group) if streamed else weights.total,
-            ring=ring,
-            hidden=min(kept, 3 * chunk * unit) if hidden_away else kept,
-            workspace=workspace(config, self.dtype, grid, chunk) + segments,
-            host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
-        )
-        at_rest = weights.resident if streamed else weights.total
+        conditioning, at_rest = picture + picture // LR_FACTOR**2, weights.resident if streamed else weights.total
+        sampling = {
+            "ring": ring,
+            "hidden": 0 if hidden_away else kept,
+            "workspace": workspace(config, self.dtype, grid, chunk) + segments,
+            "host_hidden": self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
+        }
+        evaluating = {
+            "weights": weights.resident + weights.streamed(group) if streamed else weights.total,
+            "hidden": min(kept, 3 * chunk * unit) if hidden_away else kept,
+        }
         return [
-            evaluating,
-            phase(conditioning + method.pictures * picture, weights=at_rest),
+            phase(conditioning + method.evaluating * picture, **sampling | evaluating),
+            phase(conditioning + method.pictures * picture, weights=at_rest, **sampling),
             phase(conditioning + picture, on_the_way, weights=at_rest),
             phase(0, self._fitting(), weights=at_rest),
         ]
@@ -354,11 +355,17 @@ class Footprint:
 
 def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
     """Bytes of a chunk of blocks while it is computed, of modulations and of their making."""
-    D, e, unit = config.hidden_size, dtype.itemsize, config.block_tokens * config.hidden_size * dtype.itemsize
+    D, e = config.hidden_size, dtype.itemsize
     vectors = (4 * config.num_layers + 8) * (LEVELS + 1) * D * e + 18 * D * max(FLOAT32, e)
+    return chunk_workspace(config, dtype, grid, chunk) + vectors
+
+
+def chunk_workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+    """The same of a chunk of blocks alone."""
+    unit = config.block_tokens * config.hidden_size * dtype.itemsize
     # of one block's keys at a time, where they are turned into their reader's frame
     crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
-    return chunk * _workspace(config, dtype) + crosses * _turning(e) * unit + vectors
+    return chunk * _workspace(config, dtype) + crosses * _turning(dtype.itemsize) * unit
 
 
 def _turning(itemsize: int) -> int:
@@ -372,13 +379,13 @@ def _workspace(config: InfDiTConfig, dtype: torch.dtype) -> int:
     T, D, W, e = config.block_tokens, config.hidden_size, config.window_tokens, dtype.itemsize
     unit, window = T * D * e, W * D * e
     turns = T * config.head_dim * max(FLOAT32, e)
-    # hidden state and modulated input; q, k, v; q turned, k normed and being turned
-    rotation = (2 + 3 + 2 + _turning(e)) * unit
-    gathered = (2 + 3 + 2 + 4 + 4) * unit  # … then the keys and the values of four blocks
-    cross = 3 * unit + 4 * window  # hidden state, q; the window's keys and values, the keys normed and placed
+    # hidden state; q, k, v; q turned, k normed and being turned
+    rotation = (1 + 3 + 2 + _turning(e)) * unit
+    gathered = (2 + 4 + 4 + 1) * unit  # hidden state, q turned; the keys and the values of four blocks, the result
+    cross = 3 * unit + 3 * window  # hidden state, q, result; the window's keys and values, its tokens or keys
     mlp = (2 + 4 + 4) * unit
     normalisers = (config.num_heads + 4) * T * FLOAT32  # of the softmax and of layer norms
-    return max(rotation, gathered, cross, mlp) + window + turns + normalisers + _pixels(config)
+    return max(rotation, gathered, cross, mlp) + turns + normalisers + _pixels(config)
 
 
 def _pixels(config: InfDiTConfig) -> int:
