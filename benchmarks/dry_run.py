@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from infdit import attention
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
@@ -101,7 +102,9 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMe
     planned = PlannedRun(replace(workload, device=device), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator(), streams:
+    fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)
+    kernels = mock.patch.object(attention, "fused", lambda *which: fused)  # as the device has them, not its stand-in
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator(), streams, kernels:
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, device)
         if not whole:
             _thin_out(model, workload, plan)

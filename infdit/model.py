@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .attention import attention
 from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
 from .rotary import rotate
 
@@ -212,4 +213,4 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, N, T, H, d) to k and v (B, N, K, H, d), heads merged: (B, N, T, D)."""
     batch = len(q)
     q, k, v = (rearrange(x, "b n t h d -> (b n) h t d") for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "(b n) h t d -> b n t (h d)", b=batch)
+    return rearrange(attention(q, k, v), "(b n) h t d -> b n t (h d)", b=batch)

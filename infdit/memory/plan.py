@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ..attention import fused, piece_bytes
 from ..config import LR_FACTOR, InfDiTConfig
 from ..device import one_memory, slab_bytes
 from ..grid import BlockGrid, Sweep
@@ -88,6 +89,7 @@ class Workload:
         sampler: name, or what it holds.
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        evaluations: of a picture, about as many: they share what is done once a run.
         fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
@@ -105,6 +107,7 @@ class Workload:
     noise_given: bool = False
     pinnable: int | None = None
     fitted: bool = False
+    evaluations: int = 40
 
     @cached_property
     def passes(self) -> tuple[Workload, ...]:
@@ -181,7 +184,7 @@ class Workload:
             weights=weights.resident + weights.streamed(group) if streamed else weights.total,
             ring=ring,
             hidden=min(kept, 3 * chunk * unit) if hidden_away else kept,
-            workspace=workspace(config, self.dtype, grid, chunk) + segments,
+            workspace=workspace(config, self.dtype, grid, chunk, self.device) + segments,
             host_hidden=self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         )
         at_rest = weights.resident if streamed else weights.total
@@ -310,13 +313,20 @@ class Footprint:
         return {"weights": self.host_weights, "hidden states": self.host_hidden, "pictures": self.host_images}
 
 
-def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+def workspace(
+    config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int, device: torch.device = CPU
+) -> int:
     """Bytes of a chunk of blocks while it is computed, of modulations and of their making."""
     D, e, unit = config.hidden_size, dtype.itemsize, config.block_tokens * config.hidden_size * dtype.itemsize
     vectors = (4 * config.num_layers + 8) * (LEVELS + 1) * D * e + 18 * D * max(FLOAT32, e)
     # of one block's keys at a time, where they are turned into their reader's frame
     crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
-    return chunk * _workspace(config, dtype) + crosses * _turning(e) * unit + vectors
+    held = chunk * _workspace(config, dtype) + crosses * _turning(e) * unit + vectors
+    if fused(device, dtype, config.head_dim):
+        return held
+    shape, T = (chunk, config.num_heads, config.block_tokens), config.block_tokens
+    pieces = (piece_bytes(shape, keys, config.head_dim, e) for keys in (4 * T, config.window_tokens))
+    return held + max(0, max(pieces) - 2 * chunk * unit)  # so much less is held then than when keys were gathered
 
 
 def _turning(itemsize: int) -> int:
