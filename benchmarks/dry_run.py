@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from infdit import stages
+from infdit import attention, stages
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
@@ -106,7 +106,9 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMe
     planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FakeAccelerator() as accelerator, streams:
+    fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)
+    kernels = mock.patch.object(attention, "fused", lambda *which: fused)  # as the device has them, not its stand-in
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FakeAccelerator() as accelerator, streams, kernels:
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, devices)
         if not whole:
             _thin_out(model, workload, plan)

@@ -1,7 +1,7 @@
 """How fast plans are on this device, and how far off the planner's idea of it is.
 
 Plans are timed in turns, round after round, so that a machine that slows down slows all of them; figures are medians.
-The constants of `planner.CostModel` are for a family of devices: what counts is that they put plans in order.
+What counts in the figures of `planner.CostModel` is that they put plans in order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import torch
 from infdit.config import InfDiTConfig
 from infdit.denoiser import Conditioning, Denoiser
 from infdit.grid import BlockGrid
-from infdit.memory.offload import Transfer
+from infdit.memory.measure import measured
 from infdit.memory.plan import MemoryPlan, Workload
-from infdit.memory.planner import GIB, CostModel, format_bytes, seconds_per_evaluation
+from infdit.memory.planner import EFFICIENCY, GIB, CostModel, format_bytes, seconds_per_evaluation
 from infdit.model import InfDiT
 
 SIGMA = 1.0
-MATRIX = 4096  # rows of the product that shows how much arithmetic a device does
-COPIED = 2**28  # bytes of the copy that shows the bus
 
 
 @dataclass(frozen=True)
@@ -130,28 +128,16 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one large matrix product."""
-    a, b = (torch.randn((MATRIX, MATRIX), device=device).to(dtype) for _ in range(2))
-    return 2 * MATRIX**3 / min(_seconds(lambda: a @ b, device) for _ in range(4))
-
-
-def bus(device: torch.device) -> float | None:
-    """Bytes a second from the host to the device; None where they are one memory."""
-    if device.type == "cpu":
-        return None
-    source = Transfer(device).host(COPIED).empty((COPIED,), torch.uint8)
-    return COPIED / min(_seconds(lambda: source.to(device, non_blocking=True), device) for _ in range(4))
-
-
 def report(config: InfDiTConfig, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Lines: the cost model's constants beside what is measured, then plans with time predicted and measured."""
-    costs, (height, width) = CostModel.of(device, dtype), size
+    """Lines: figures of the family beside what is measured, then plans with time predicted and measured."""
+    costs, speed, (height, width) = CostModel.family(device, dtype), measured(device, dtype), size
     yield f"{device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    yield f"{'arithmetic':12}{costs.flops / 1e12:8.2f} TFLOP/s assumed, {flops(device, dtype) / 1e12:.2f} measured"
-    speed = bus(device)
     if speed is not None:
-        yield f"{'bus':12}{costs.bus / 1e9:8.1f} GB/s assumed, {speed / 1e9:.1f} measured"
+        product = EFFICIENCY * speed.flops / 1e12
+        yield f"{'arithmetic':12}{costs.flops / 1e12:8.2f} TFLOP/s in general, {product:.2f} by a product measured here"
+        for name, general, here in (("bus", costs.bus, speed.bus), ("pinning", costs.locking, speed.locking)):
+            if here is not None:
+                yield f"{name:12}{general / 1e9:8.1f} GB/s in general, {here / 1e9:.1f} measured here"
     yield f"one evaluation of {width}×{height}, {config.num_layers} layers of width {config.hidden_size}:"
     timings = time_plans(random_model(config, dtype), default_plans(config, device), height, width, device)
     fastest = min(timing.measured for timing in timings)

@@ -88,12 +88,11 @@ class Denoiser:
             raise ValueError(f"clip_embedding of shape {tuple(vector.shape)} must be {(batch, width)}")
         grid = BlockGrid.covering(h, w, block, self.plan.sweep)
         config, chunk = model.config, min(self.plan.chunk, grid.blocks)
-        room = chunk_workspace(config, model.dtype, grid, chunk)
         devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
-        self.benches = [
-            Bench(config, layers, grid, batch, Offloader(self.plan, device, room))
-            for device, layers in self.plan.stages(devices, config.num_layers)
-        ]
+        self.benches: list[Bench] = []
+        for device, layers in self.plan.stages(devices, config.num_layers):
+            room = chunk_workspace(config, model.dtype, grid, chunk, device)
+            self.benches.append(Bench(config, layers, grid, batch, Offloader(self.plan, device, room)))
         self.model = distribute_weights(model, self.plan, devices)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .attention import attention
 from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
 from .rotary import rotate
 
@@ -226,7 +227,7 @@ def _norm(x: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, N, T, H, d) to k and v (B, N, K, H, d): (B·N, H, T, d)."""
     q, k, v = (rearrange(x, "b n t h d -> (b n) h t d") for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)
+    return attention(q, k, v)
 
 
 def _merge_heads(x: Tensor, like: Tensor) -> Tensor:

@@ -71,25 +71,25 @@ class KVRing:
     """
 
     def __init__(self, size: int) -> None:
-        """size: blocks that it holds, see `BlockGrid.ring`."""
+        """size: blocks that it holds: a line of them, one more, and a chunk."""
         self._size = size
-        self._kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
+        self.kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
 
     def take(self, like: Tensor, shape: tuple[int, int, int, int]) -> None:
         """Take memory for (B, T, H, d) of each block, of the dtype and on the device of a tensor."""
-        if self._kept is None:
-            self._kept = like.new_empty((2, shape[0], self._size, *shape[1:]))
+        if self.kept is None:
+            self.kept = like.new_empty((2, shape[0], self._size, *shape[1:]))
 
     def keep(self, chunk: Chunk, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`."""
         if k.requires_grad:  # of the whole grid at once, which is differentiable
             return partial(self._find, chunk, k, v)
         self.take(k, (len(k), *k.shape[2:]))
-        assert self._kept is not None, "taken"
+        assert self.kept is not None, "taken"
         for here, there in _runs(chunk.blocks, self._size):
-            for ring, new in zip(self._kept, (k, v), strict=True):
+            for ring, new in zip(self.kept, (k, v), strict=True):
                 ring[:, there] = new[:, here]
-        return partial(self._find, chunk, *self._kept)
+        return partial(self._find, chunk, *self.kept)
 
     def _find(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._gather(chunk, k), self._gather(chunk, v)

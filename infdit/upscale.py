@@ -164,6 +164,7 @@ def workload_of(
         source=(height, width, channels),
         noise_given=noise_given,
         fitted=fitted,
+        evaluations=model.defaults.steps * get_sampler(sampler).evaluations,
     )
 
 

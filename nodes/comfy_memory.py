@@ -2,12 +2,15 @@
 
 Weights are ComfyUI's to move: they rest on its offload device and come to the compute device in one piece, which may
 push other models out. A plan that streams them leaves them where they rest and has only its own peak made free.
-Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI keeps in any case).
+Nothing is pushed out for more than a plan holds (and the reserve that ComfyUI keeps in any case). Models that yield by
+themselves (DynamicVRAM) are not pushed out at all: beside one of those ours comes for the time of a run.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,21 +176,58 @@ def managed_clip(name: str, path: str) -> ManagedCLIP:
     return ManagedCLIP(name, encoder, ModelPatcher(InfDiTWeights(encoder, CPU), device, CPU))
 
 
-def obtainable(device: torch.device) -> int:
+def obtainable(device: torch.device, others: bool = True) -> int:
     """Bytes that a run can have here: what is free, and what ComfyUI can free by moving models out; less a margin.
 
     Where there is one memory, moving a model out frees nothing.
+
+    others: whether models may go that are not ours.
     """
     if one_memory(device):
         return free_bytes(device)
-    models = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
+    models = [
+        loaded
+        for loaded in mm.current_loaded_models
+        if loaded.device == device
+        and loaded.model is not None
+        and (others or isinstance(getattr(loaded.model, "model", None), InfDiTWeights))
+    ]
     free = mm.get_free_memory(device) + sum(loaded.model_loaded_memory() for loaded in models)
     return int((free - mm.extra_reserved_memory()) * (1 - MARGIN))
 
 
 def pinnable() -> int:
-    """Bytes of main memory that ComfyUI would still pin: none with --disable-pinned-memory or where it never does."""
-    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY))
+    """Bytes of main memory that ComfyUI would still pin, or give back: none with --disable-pinned-memory."""
+    if mm.MAX_PINNED_MEMORY <= 0:
+        return 0
+    theirs = sum(loaded.model.pinned_memory_size() for loaded in mm.current_loaded_models if _yields(loaded))
+    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY + theirs))
+
+
+def _yields(loaded: mm.LoadedModel) -> bool:
+    """Whether a model makes room by itself when memory is taken: DynamicVRAM, which 0.8.0 does not have."""
+    return getattr(loaded.model, "is_dynamic", bool)()
+
+
+def _yielding(device: torch.device) -> bool:
+    """Whether there are such models on a device: load_models_gpu would move them out for one that does not yield."""
+    return any(loaded.device == device for loaded in filter(_yields, mm.current_loaded_models))
+
+
+def make_room(size: float, device: torch.device, pinned: int = 0, host: int = 0) -> None:
+    """Have ComfyUI make so many bytes free on a device, and so many of main memory, `pinned` of them to be pinned."""
+    known = inspect.signature(mm.free_memory).parameters
+    mm.free_memory(size, device, **{"for_dynamic": True} if "for_dynamic" in known else {})
+    asked = {"pins_required": pinned, "ram_required": host}
+    if pinned and "pins_required" in known:  # which it does not look at in the call above
+        mm.free_memory(0, device, **{name: count for name, count in asked.items() if name in known})
+
+
+def release_ram(size: int) -> None:
+    """Have ComfyUI throw away results of older prompts until so many bytes of main memory can be had."""
+    release = getattr(sys.modules.get("comfy.memory_management"), "extra_ram_release", None)
+    if release is not None:
+        release(size / (1 - MARGIN))
 
 
 def budget_bytes(gib: float) -> int | None:
@@ -201,12 +241,22 @@ def budget_bytes(gib: float) -> int | None:
 
 
 def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
-    """A run with a plan. None: the smallest plan of those about as fast as any, or what is obtainable if that is less.
+    """A run with a plan.
+
+    None: the smallest of those about as fast as any, with weights and hidden states on the card if that takes no more
+    than half of what is there without moving other models out; or what is obtainable if that is less.
 
     Raises:
         BudgetTooSmall: no plan fits.
     """
-    plan = _choose_plan(workload, budget)  # a smaller one, should memory run out, finds weights where this wants them
+    try:
+        plan = _choose_plan(workload, budget)
+    except BudgetTooSmall as error:
+        if error.tier == "device":
+            raise
+        release_ram(error.least)
+        plan = _choose_plan(workload, budget)
+    # a smaller one, should memory run out, finds weights where this wants them
     return PlannedRun(replace(workload, weights=plan.weights), plan, partial(obtainable, workload.device))
 
 
@@ -216,9 +266,10 @@ def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
         return shared
     room = obtainable(workload.device)
     if budget is None:
-        thrifty = thrifty_plan(workload)
-        if (thrifty.peak_bytes or 0) <= room:
-            return thrifty
+        for in_place, most in ((True, obtainable(workload.device, others=False) // 2), (False, room)):
+            plan = thrifty_plan(workload, in_place=in_place)
+            if (plan.peak_bytes or 0) <= most:
+                return plan
     asked = room if budget is None else min(budget, room)
     try:
         return fastest_plan(workload, max(1, asked))
@@ -269,12 +320,12 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
 
 
 def _bring(model: ManagedModel, plan: MemoryPlan) -> InfDiT:
-    peak = plan.peak_bytes or 0
-    if plan.weights == "streamed" or plan.layers:
+    peak, host = plan.peak_bytes or 0, plan.host_bytes or 0
+    if plan.weights == "streamed" or plan.layers or _yielding(model.device):
         unload(model.patcher)
+        away = plan.pinned and (plan.weights, plan.hidden) != ("resident", "device")
         for device in (model.device, *(model.beside if plan.layers else ())):
-            if device.type != "cpu":
-                mm.free_memory(peak, device)
+            make_room(peak, device, host if away else 0, host)
         return model.network.to(CPU)
     beside = max(0, peak - Weights.of(model.network.config, model.network.dtype).total)
     mm.load_models_gpu([model.patcher], memory_required=beside, force_full_load=True)
@@ -302,7 +353,10 @@ def clip_at_work(clip: ManagedCLIP) -> Iterator[CLIPEncoder]:
     if patcher.load_device.type == "cpu" or obtainable(patcher.load_device) < patcher.model_size() + CLIP_WORKSPACE:
         yield clip.encoder
         return
-    mm.load_models_gpu([patcher], memory_required=CLIP_WORKSPACE, force_full_load=True)
+    if _yielding(patcher.load_device):
+        make_room(patcher.model_size() + CLIP_WORKSPACE, patcher.load_device)
+    else:
+        mm.load_models_gpu([patcher], memory_required=CLIP_WORKSPACE, force_full_load=True)
     try:
         yield clip.encoder.to(patcher.load_device)
     finally:

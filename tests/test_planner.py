@@ -1,6 +1,7 @@
 """The planner: budgets are kept, the choice is the best of those enumerated, what cannot be is refused with numbers."""
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
 from infdit.device import one_memory
 from infdit.grid import BlockGrid
+from infdit.memory import measure
+from infdit.memory.measure import Speed
+from infdit.memory.measure import measured as measure_device
 from infdit.memory.plan import Workload
 from infdit.memory.planner import (
     GIB,
@@ -25,6 +29,7 @@ from infdit.memory.planner import (
     free_bytes,
     schedules,
     seconds_per_evaluation,
+    thrifty_plan,
 )
 
 PUBLISHED, BF16, CUDA, CPU = InfDiTConfig(), torch.bfloat16, torch.device("cuda"), torch.device("cpu")
@@ -179,6 +184,64 @@ def test_without_pinned_memory_a_plan_that_copies_less_is_preferred() -> None:
     chosen = fastest_plan(replace(workload, pinnable=0), budget, MUCH)
     assert chosen != replace(fastest_plan(workload, budget, MUCH), pinned=False)
     assert chosen == fastest_plan(replace(workload, pinnable=0), budget, MUCH)
+
+
+def test_a_device_is_measured_once_and_soon() -> None:
+    measured = measure_device.__wrapped__
+    measured(CPU, torch.float32)
+    began = time.perf_counter()
+    speed = measured(CPU, torch.float32)
+    assert time.perf_counter() - began < 1
+    a = torch.ones(512, 512)
+    began = time.perf_counter()
+    a @ a
+    assert 0.05 < speed.flops / (2 * 512**3 / (time.perf_counter() - began)) < 20
+    assert (speed.bus, speed.locking) == (None, None), "one memory"
+    assert measure_device(CPU, torch.float32) is measure_device(CPU, torch.float32)
+    for kind in ("xpu", "mps", "privateuseone"):
+        assert measured(torch.device(kind), torch.float32) is None, "not here"
+
+
+def figures(monkeypatch: pytest.MonkeyPatch, *speed: float) -> None:
+    monkeypatch.setattr(measure, "measured", lambda device, dtype: Speed(*speed))
+
+
+def test_times_and_plans_follow_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a card a hundred times as slow copies cost little; of one whose bus is slow what is copied least is taken."""
+    workload, away = Workload(PUBLISHED, 4096, 4096, 1, BF16, CUDA), MemoryPlan(1, 4, "streamed", "host", "host")
+    seconds, plans = [], []
+    for speed in ((200e12, 20e9, 4e9), (2e12, 20e9, 4e9), (200e12, 1e9, 4e9)):
+        figures(monkeypatch, *speed)
+        seconds.append([seconds_per_evaluation(workload, plan) for plan in (MemoryPlan(1, 4), away)])
+        plans.append(fastest_plan(workload, 3 * GIB, MUCH))
+    fast, slow, narrow = seconds
+    assert 50 < slow[0] / fast[0] < 150
+    assert slow[1] / slow[0] < fast[1] / fast[0] < narrow[1] / narrow[0] / 2
+    assert plans[2].hidden == "device" or plans[2].group > plans[0].group
+
+
+def test_what_is_pinned_is_paid_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, away = Workload(PUBLISHED, 2048, 2048, 2, BF16, CUDA), MemoryPlan(1, 4, "streamed", "host")
+    held = workload.footprint(away)
+    pinned = held.host_weights + held.host_hidden
+    figures(monkeypatch, 200e12, 20e9, 4e9)
+    once, often = (seconds_per_evaluation(replace(workload, evaluations=n), away) for n in (1, 10))
+    assert once - often == pytest.approx(0.9 * pinned / 4e9 / 2)
+    for plan in (MemoryPlan(1, 4), replace(away, pinned=False)):
+        once, often = (seconds_per_evaluation(replace(workload, evaluations=n), plan) for n in (1, 10))
+        assert once == often
+
+
+@pytest.mark.parametrize("side", [1024, 4096])
+def test_the_thrifty_plan_in_place_moves_nothing(side: int) -> None:
+    workload = Workload(PUBLISHED, side, side, 1, BF16, CUDA)
+    away, here = (thrifty_plan(workload, MUCH, in_place=kept) for kept in (False, True))
+    assert (here.weights, here.hidden) == ("resident", "device")
+    times = [seconds_per_evaluation(workload, plan) for plan in (fastest_plan(workload, MUCH, MUCH), here, away)]
+    assert times[0] <= times[1] <= 1.1 * times[0]
+    assert (away.peak_bytes or 0) <= (here.peak_bytes or 0)
+    streamed = thrifty_plan(replace(workload, weights="streamed"), MUCH, in_place=True)
+    assert streamed.weights == "streamed", "where nothing else may be"
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def test_a_pin_that_fails_at_any_time_changes_neither_picture_nor_plan(
             break
         assert report.plan == replace(plan, pinned=False)
         assert [note.split(":")[0] for note in report.replanned] == ["main memory could not be pinned"]
-    assert number > 4, "hidden states of both evaluations"
+    assert number > 2, "weights, and hidden states, which are taken once"
     assert report.plan == plan
     assert report.replanned == []
 

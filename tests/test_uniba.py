@@ -85,7 +85,7 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
         cut_windows(conditioning.lr, chunk.coordinates, BLOCK // 4),
         chunk.inside,
         chunk.turns,
-        partial(uniba.KVRing(grid, grid.blocks, x, (2, 4, 2, 8)).keep, chunk),
+        partial(uniba.KVRing(grid.blocks).keep, chunk),
         sigma.log() / 4,
         conditioning.clip_embedding,
     )

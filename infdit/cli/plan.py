@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
 from ..device import default_device, default_dtype, known_device
+from ..memory import measure
 from ..memory.plan import Weights, Workload
 from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..presets import PRESETS, sampling
@@ -48,8 +49,10 @@ def run(options: argparse.Namespace) -> int:
     device, *beside = map(known_device, options.device.split(",")) if options.device else [default_device()]
     dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
     chosen = sampling(defaults, options.preset, options.steps, options.sampler)
-    workload = Workload(config, height, width, 1, dtype, device, chosen.sampler, source=source, beside=tuple(beside))
     count = evaluations(chosen.sampler, chosen.sigmas)
+    workload = Workload(
+        config, height, width, 1, dtype, device, chosen.sampler, source=source, evaluations=count, beside=tuple(beside)
+    )
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     told = "; ".join(filter(None, (defaults.start, chosen.words)))
     for line in _table(workload, count, told, options.budget, not elsewhere):
@@ -68,7 +71,9 @@ def _table(workload: Workload, count: int, start: str, budget: int | None, own_r
     yield f"weights {weights} as {str(workload.dtype).removeprefix('torch.')}; {count} evaluations ({workload.sampler})"
     if start:
         yield start
-    yield f"times are rough, of a {workload.device.type} in general; memory is exact to a few percent"
+    here = measure.measured(workload.device, workload.dtype)
+    known = f"of a {workload.device.type} in general" if here is None else f"of this {workload.device.type}"
+    yield f"times are rough, {known}; memory is exact to a few percent"
     yield ""
     yield f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule"
     if own_row:

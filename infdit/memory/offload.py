@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..model import InfDiT
     from .plan import MemoryPlan, Tier, WeightsKept
 
+MOST_BYTES = 2**32  # of an array: beyond, MPS has been wrong
 Call = Callable[..., Tensor]
 
 
@@ -77,7 +78,7 @@ class HiddenStates:
 
     def __init__(self, transfer: Transfer, tier: Tier, blocks: int) -> None:
         self._transfer, self._tier, self._blocks = transfer, tier, blocks
-        self._room: Tensor | None = None  # on the device, (B, blocks, T, D)
+        self._rooms: list[Tensor] = []  # on the device, (B, blocks, T, D) of whole chunks
         self._host: HostMemory | None = None
         self._kept: dict[range, Tensor] = {}
         self._ahead: dict[range, PendingCopy] = {}
@@ -92,14 +93,17 @@ class HiddenStates:
         self._transfer.settle()
         self._kept.clear()
         self._ahead.clear()
-        self._host = self._room = None
+        self._rooms.clear()
+        self._host = None
 
     def store(self, blocks: range, h: Tensor) -> None:
         """Keep the tokens (B, n, T, D) of a chunk until the next group."""
         if self._tier == "device":
-            if self._room is None:
-                self._room = h.new_empty((h.shape[0], self._blocks, *h.shape[2:]))
-            self._room[:, blocks.start : blocks.stop] = h
+            if not self._rooms:
+                each = max(1, MOST_BYTES // h.nbytes) * len(blocks)
+                sizes = (min(each, self._blocks - first) for first in range(0, self._blocks, each))
+                self._rooms = [h.new_empty((h.shape[0], size, *h.shape[2:])) for size in sizes]
+            self._place(blocks)[:] = h
             return
         if blocks not in self._kept:
             self._kept[blocks] = self._host_empty(h.shape, h.dtype)
@@ -108,13 +112,17 @@ class HiddenStates:
     def load(self, blocks: range, following: range | None) -> Tensor:
         """The tokens of a chunk; those of the following one set off meanwhile."""
         if self._tier == "device":
-            assert self._room is not None, "stored before"
-            return self._room[:, blocks.start : blocks.stop]
+            return self._place(blocks)
         self._prefetch(blocks)
         (h,) = self._ahead.pop(blocks).wait()
         if following is not None:
             self._prefetch(following)
         return h
+
+    def _place(self, blocks: range) -> Tensor:
+        """Of a chunk on the device."""
+        room, begin = divmod(blocks.start, self._rooms[0].shape[1])
+        return self._rooms[room][:, begin : begin + len(blocks)]
 
     def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self._host = self._host or self._transfer.host(math.prod(shape) * dtype.itemsize)

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ..attention import fused, piece_bytes
 from ..config import LR_FACTOR, InfDiTConfig
 from ..device import one_memory, slab_bytes
 from ..grid import BlockGrid, Sweep
@@ -104,6 +105,7 @@ class Workload:
         sampler: name, or what it holds.
         weights: the only place that plans may give them; None: any.
         source: height, width and channels of the pictures given; None: RGB of a quarter of the result's sides.
+        evaluations: of a picture, about as many: they share what is done once a run.
         fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
@@ -122,6 +124,7 @@ class Workload:
     pinnable: int | None = None
     fitted: bool = False
     beside: tuple[torch.device, ...] = ()
+    evaluations: int = 40
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -221,7 +224,7 @@ class Workload:
         sampling = {
             "ring": ring,
             "hidden": 0 if hidden_away else kept,
-            "workspace": workspace(config, self.dtype, grid, chunk) + segments,
+            "workspace": workspace(config, self.dtype, grid, chunk, self.device) + segments,
             "host_hidden": self._slabs(plan, kept, chunk * unit) if hidden_away else 0,
         }
         evaluating = {
@@ -353,19 +356,29 @@ class Footprint:
         return {"weights": self.host_weights, "hidden states": self.host_hidden, "pictures": self.host_images}
 
 
-def workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+def workspace(
+    config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int, device: torch.device = CPU
+) -> int:
     """Bytes of a chunk of blocks while it is computed, of modulations and of their making."""
     D, e = config.hidden_size, dtype.itemsize
     vectors = (4 * config.num_layers + 8) * (LEVELS + 1) * D * e + 18 * D * max(FLOAT32, e)
-    return chunk_workspace(config, dtype, grid, chunk) + vectors
+    return chunk_workspace(config, dtype, grid, chunk, device) + vectors
 
 
-def chunk_workspace(config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int) -> int:
+def chunk_workspace(
+    config: InfDiTConfig, dtype: torch.dtype, grid: BlockGrid, chunk: int, device: torch.device
+) -> int:
     """The same of a chunk of blocks alone."""
     unit = config.block_tokens * config.hidden_size * dtype.itemsize
     # of one block's keys at a time, where they are turned into their reader's frame
     crosses = max(grid.rows, grid.columns) * config.block_side > config.position_period
-    return chunk * _workspace(config, dtype) + crosses * _turning(dtype.itemsize) * unit
+    held = chunk * _workspace(config, dtype) + crosses * _turning(dtype.itemsize) * unit
+    if fused(device, dtype, config.head_dim):
+        return held
+    shape, T = (chunk, config.num_heads, config.block_tokens), config.block_tokens
+    return held + max(
+        piece_bytes(shape, keys, config.head_dim, dtype.itemsize) for keys in (4 * T, config.window_tokens)
+    )
 
 
 def _turning(itemsize: int) -> int:

@@ -1,6 +1,7 @@
 """The planner: of all schedules that fit a budget, the fastest; or the smallest of those that are about as fast.
 
-The constants are of a family of devices, not of one card: they order plans, and tell the time only roughly.
+What a device does in a second is measured where it is at hand, see `measure`; all other figures are of a family of
+devices. They order plans, and tell the time only roughly.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from ..config import InfDiTConfig
 from ..device import one_memory
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
+from . import measure
 from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKept, Workload, workspace
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
 MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
+EFFICIENCY = 0.7  # of the speed of a bare product, what a whole evaluation reaches: the rest waits for memory
 PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
@@ -53,6 +56,7 @@ class CostModel:
         cache: bytes of workspace up to which arithmetic runs at full speed; each doubling beyond costs `cache_penalty`.
         launch_overhead: seconds that a layer's kernels take to start, however small the chunk.
         bus: bytes between pinned memory of the host and the device.
+        locking: bytes of the host that are pinned; once a run.
         overlap_loss: share of the shorter of arithmetic and copies that the longer does not hide; 1: nothing is hidden.
     """
 
@@ -63,13 +67,23 @@ class CostModel:
     launch_overhead: float
     bus: float
     overlap_loss: float
+    locking: float = math.inf
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
+        """As measured where the device is here, and what was not measured of its family."""
+        family, speed = cls.family(device, dtype), measure.measured(device, dtype)
+        if speed is None:
+            return family
+        bus, locking = speed.bus or family.bus, speed.locking or family.locking
+        return replace(family, flops=EFFICIENCY * speed.flops, bus=bus, locking=locking)
+
+    @classmethod
+    def family(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
         """Round figures for a family: a card with 24 GB, an Intel card, an Apple chip, a CPU by its threads."""
         half = dtype.itemsize == 2
         if device.type == "cuda":
-            return cls(150e12 if half else 40e12, 512, math.inf, 0, launch_overhead=4e-4, bus=20e9, overlap_loss=0.1)
+            return cls(150e12 if half else 40e12, 512, math.inf, 0, 4e-4, bus=20e9, overlap_loss=0.1, locking=4e9)
         if device.type == "xpu":
             return cls(50e12 if half else 12e12, 512, math.inf, 0, launch_overhead=4e-4, bus=8e9, overlap_loss=1)
         if device.type == "mps":
@@ -208,13 +222,20 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
     return chosen.explained(reason)
 
 
-def thrifty_plan(workload: Workload, host_budget: int | None = None, slower: float = 0.1) -> MemoryPlan:
+def thrifty_plan(
+    workload: Workload, host_budget: int | None = None, slower: float = 0.1, in_place: bool = False
+) -> MemoryPlan:
     """The smallest plan that is at most `slower` behind the fastest that there is at any budget.
+
+    in_place: of those that keep weights and hidden states on the device, if the workload lets it.
 
     Raises:
         BudgetTooSmall: the host cannot hold what it would.
     """
-    affordable = _affordable(workload, candidates(workload), None, host_budget)
+    plans = candidates(workload)
+    if in_place:
+        plans = [c for c in plans if (c.plan.weights, c.plan.hidden) == ("resident", "device")] or plans
+    affordable = _affordable(workload, plans, None, host_budget)
     limit = (1 + slower) * min(affordable).seconds
     chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
     return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
@@ -279,7 +300,7 @@ def candidates(workload: Workload) -> list[Candidate]:
             if workload.pinnable is not None and held.host_weights + held.host_hidden > workload.pinnable:
                 plan = replace(plan, pinned=False)
                 held = workload.footprint(plan)
-            found.append(Candidate(seconds_per_evaluation(workload, plan), held.device, plan, held))
+            found.append(Candidate(seconds_per_evaluation(workload, plan, held), held.device, plan, held))
     return found
 
 
@@ -324,8 +345,10 @@ def _chunks(config: InfDiTConfig, grid: BlockGrid) -> list[int]:
     return [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
 
 
-def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
-    """Predicted time of one evaluation of one picture, in all its passes, by the cost model of the device's family.
+def seconds_per_evaluation(workload: Workload, plan: MemoryPlan, held: Footprint | None = None) -> float:
+    """Predicted time of one evaluation of one picture, in all its passes, and its share of pinning memory for a run.
+
+    held: the plan's footprint, if it is known.
 
     Several devices take as long as the slowest, and one after the other until a chunk has come to the last.
     """
@@ -339,7 +362,11 @@ def seconds_per_evaluation(workload: Workload, plan: MemoryPlan) -> float:
         slowest = max(seconds_per_evaluation(work, replace(plan, layers=())) for work in works)
         return slowest * (1 + (len(stages) - 1) / chunks)
     costs = CostModel.of(workload.device, workload.dtype)
-    return sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
+    seconds = sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
+    if plan.pinned and (plan.weights, plan.hidden) != ("resident", "device"):
+        held = held or workload.footprint(plan)
+        seconds += (held.host_weights + held.host_hidden) / costs.locking / (workload.batch * workload.evaluations)
+    return seconds
 
 
 def free_bytes(device: torch.device) -> int:

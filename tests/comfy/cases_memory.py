@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import comfy.model_management as mm
 import torch
@@ -178,6 +180,7 @@ class Network:
 
     def __init__(self, config: Any, calls: list) -> None:
         self.config, self.dtype, self.calls = config, torch.bfloat16, calls
+        self.defaults = pack("infdit.config").SamplingDefaults()
 
     def to(self, device: object) -> Network:
         self.calls.append(("to", str(device)))
@@ -208,6 +211,7 @@ def card() -> dict:
         ("budget beyond", gib // 4, gib // 2, 4 * gib, None),
         ("too little", gib // 8, 0, None, None),
         ("resident", 22 * gib, 8 * gib, None, "resident"),
+        ("half is too little", 8 * gib, 8 * gib, None, None),
     ):
         calls.clear()
         others = [other_model(idle)] if idle else []
@@ -234,18 +238,92 @@ def card() -> dict:
                 found[name] = {"refused": str(error), "least": error.least}
                 continue
             plan, thrifty, smaller = planned.plan, planner.thrifty_plan(asked), planned.smaller().plan
+            in_place = planner.thrifty_plan(asked, in_place=True)
             result = memory.with_weights(model, plan, lambda network: calls.append(("work",)) or "done")
         found[name] = {
             "peak": plan.peak_bytes,
             "weights": plan.weights,
             "smaller": {"weights": smaller.weights, "peak": smaller.peak_bytes},
             "thrifty": plan == thrifty,
+            "in place": plan == in_place,
+            "half": free // 2,
             "thrifty peak": thrifty.peak_bytes,
             "calls": list(calls),
             "result": result,
         }
     found["budget bytes"] = [memory.budget_bytes(x) for x in (0.0, 0.5)]
     return found
+
+
+@case
+def yielding() -> dict:
+    """What ComfyUI is asked for beside models that yield by themselves, by what its free_memory takes."""
+    memory, gib = pack("nodes.comfy_memory"), 2**30
+    plans, config, calls = pack("infdit.memory.plan").MemoryPlan, pack("infdit.config").InfDiTConfig(), list[Any]()
+
+    def today(size: float, device: object, keep_loaded: Any = (), for_dynamic: bool = False, pins_required: int = 0,
+              ram_required: int = 0) -> None:  # fmt: skip
+        calls.append(["free", size, len(keep_loaded), for_dynamic, pins_required, ram_required])
+
+    def oldest(size: float, device: object, keep_loaded: Any = ()) -> None:
+        calls.append(["free", size, len(keep_loaded)])
+
+    patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"), model_size=lambda: 7)
+    dynamic = SimpleNamespace(is_dynamic=lambda: True, pinned_memory_size=lambda: 3 * gib)
+    plain, found = SimpleNamespace(is_dynamic=lambda: False), dict[str, Any]()
+    away = plans(1, 1, "streamed", "host", "host", peak_bytes=5, host_bytes=9)
+    small = plans(1, 1, peak_bytes=5, host_bytes=9)
+    for name, free_memory, other, plan in (
+        ("streamed", today, dynamic, away),
+        ("unpinned", today, dynamic, replace(away, pinned=False)),
+        ("small", today, dynamic, small),
+        ("small beside plain", today, plain, small),
+        ("streamed in 0.8.0", oldest, plain, away),
+        ("clip", today, dynamic, None),
+        ("clip beside plain", today, plain, None),
+    ):
+        calls.clear()
+        loaded = SimpleNamespace(device=CARD, model=other, model_loaded_memory=lambda: 8 * gib)
+        with patched(
+            mm,
+            free_memory=free_memory,
+            load_models_gpu=lambda models, **kwargs: calls.append(["load"]),
+            soft_empty_cache=lambda: None,
+            current_loaded_models=[loaded],
+            get_free_memory=lambda device: gib,
+            MAX_PINNED_MEMORY=5 * gib,
+            TOTAL_PINNED_MEMORY=4 * gib,
+        ):
+            if plan is None:
+                with memory.clip_at_work(memory.ManagedCLIP("clip", Network(config, []), patcher)):
+                    pass
+            else:
+                model = memory.ManagedModel("published", Network(config, []), patcher)
+                memory.with_weights(model, plan, lambda network: None)
+            found[name] = {"calls": list(calls), "pinnable": memory.pinnable() / gib}
+    return found
+
+
+@case
+def host_that_is_full() -> dict:
+    """A run that the host has no room for: older results are thrown away, and it is planned again."""
+    memory, planner, gib = pack("nodes.comfy_memory"), pack("infdit.memory.planner"), 2**30
+    config = pack("infdit.config").InfDiTConfig()
+    workload = pack("infdit.memory.plan").Workload(config, 4096, 4096, device=CARD, source=(1024, 1024, 3))
+    free, asked = [gib], []
+
+    def release(size: float) -> None:
+        asked.append(size)
+        free[0] = int(size * 0.9) + 1
+
+    module = SimpleNamespace(extra_ram_release=release)
+    with (
+        mock.patch.dict(sys.modules, {"comfy.memory_management": module}),
+        patched(planner, free_bytes=lambda device: free[0]),
+        patched(mm, get_free_memory=lambda device: 4 * gib, extra_reserved_memory=lambda: 0, current_loaded_models=[]),
+    ):
+        plan = memory.plan_run(workload, gib // 2).plan
+    return {"asked": asked, "host": plan.host_bytes}
 
 
 @case
