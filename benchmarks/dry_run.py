@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
-from infdit.memory.plan import MemoryPlan, Tier, Workload
+from infdit.memory.plan import MemoryPlan, Place, Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import GatherNeighbours, InfDiT, Layer
 from infdit.run import Report, Run
@@ -82,7 +82,7 @@ def _streams() -> Iterator[None]:
         yield
 
 
-def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Tier, int]:
+def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Place, int]:
     """Bytes that `upscale` holds at most, on the device and on the host; `Workload.footprint` predicts them.
 
     Args:

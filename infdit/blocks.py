@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .disk import folder_of, like
 from .grid import BlockGrid, BlockIndex
 
 
@@ -43,12 +44,13 @@ class Canvas:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
         self.blocks += len(coordinates)
         grid, size = self._grid, self._grid.block
-        if len(coordinates) == grid.blocks:  # all at once: no write in place, so that it can be differentiated
+        if len(coordinates) == grid.blocks and folder_of(self._like) is None:
+            # all at once: no write in place, so that it can be differentiated
             order = "(r c)" if grid.by_rows else "(c r)"
             self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
         if self._image is None:
-            self._image = torch.empty_like(self._like)
+            self._image = like(self._like)
         for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
             self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
 

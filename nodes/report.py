@@ -98,7 +98,7 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
     blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
     lines = [f"plan: {layers} and {blocks} of {grid.block} px at a time"]
     if not workload.unified_memory:
-        places = {"device": "on the card", "host": "in main memory"}
+        places = {"device": "on the card", "host": "in main memory", "disk": "on disk"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"
         hidden = f"hidden states {places[plan.hidden]}, " if plan.group < depth else ""
         plain = "" if plan.pinned else "; main memory is not pinned, so copies take longer"

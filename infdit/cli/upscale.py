@@ -176,7 +176,8 @@ def _upscale_one(
     model, device, taken, image = recipe.model, recipe.device, recipe.receipt, picture.pixels[None]
     height, width = image.shape[1:3]
     size = target_size(height, width, 1, taken.size) if taken else _result_size(options, height, width)
-    workload = workload_of(model, image.shape, size, recipe.sampler, device, fitted=recipe.fidelity > 0)
+    folder = os.environ.get("TMPDIR") or target.parent  # where pictures lie that memory does not hold
+    workload = workload_of(model, image.shape, size, recipe.sampler, device, fitted=recipe.fidelity > 0, folder=folder)
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
@@ -203,7 +204,7 @@ def _upscale_one(
         result = upscale(
             model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
             fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector, budget=options.budget,
-            plan=plan, progress=progress, device=device, report=report, resume=resume,
+            plan=plan, progress=progress, device=device, report=report, resume=resume, folder=folder,
         )  # fmt: skip
         shown.close()
         receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))
