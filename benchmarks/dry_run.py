@@ -29,7 +29,7 @@ from infdit import attention, stages
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory.offload import Transfer, distribute_weights
-from infdit.memory.plan import MemoryPlan, Tier, Workload
+from infdit.memory.plan import MemoryPlan, Place, Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import InfDiT, KeepNeighbours, Layer, MakeWindow
 from infdit.run import Report, Run
@@ -87,7 +87,7 @@ def _streams() -> Iterator[None]:
         yield
 
 
-def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Tier, int]:
+def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> dict[Place, int]:
     """Bytes that `upscale` holds at most, on the device and on the host; `Workload.footprint` predicts them.
 
     Args:

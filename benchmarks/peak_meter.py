@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from infdit.memory.plan import Tier
+from infdit.disk import folder_of
+from infdit.memory.plan import Place
 
 
 class PeakMeter(TorchDispatchMode):
@@ -36,13 +37,13 @@ class PeakMeter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._unified_memory = one_memory or torch.device(device).type == "cpu"
-        self.live: dict[Tier, int] = {"device": 0, "host": 0}
-        self.peak: dict[Tier, int] = {"device": 0, "host": 0}
+        self.live: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}
+        self.peak: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}
         self.on: dict[str, int] = defaultdict(int)
         self.most: dict[str, int] = defaultdict(int)
         self.events: list[tuple[int, int]] = []
         self._seen = WeakIdKeyDictionary()
-        self._watches: dict[int, tuple[weakref.ref, Tier, str, int]] = {}  # they go with the meter: weights outlive it
+        self._watches: dict[int, tuple[weakref.ref, Place, str, int]] = {}  # they go with the meter: weights outlive it
         for tensor in held:
             self._count(tensor)
 
@@ -67,7 +68,8 @@ class PeakMeter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._seen:
             return
-        tier: Tier = "device" if self._unified_memory or tensor.device.type != "cpu" else "host"
+        tier: Place = "device" if self._unified_memory or tensor.device.type != "cpu" else "host"
+        tier = "disk" if folder_of(tensor) else tier
         size, place = storage.nbytes(), str(tensor.device)
         self._seen[storage] = True
         self.on[place] += size

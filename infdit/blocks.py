@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .disk import like
 from .grid import BlockGrid, BlockIndex
 
 
@@ -42,7 +43,7 @@ class Canvas:
     def take(self) -> None:
         """Take memory for the image, unless that is there."""
         if self._image is None:
-            self._image = torch.empty_like(self._like)
+            self._image = like(self._like)
 
     def paste(self, coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
@@ -54,8 +55,7 @@ class Canvas:
             return
         self.take()
         for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
-            self._image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
-
+            self.image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
 
     def there(self, stride: int) -> Tensor:
         """Of every `stride`-th pixel both ways: whether its block is there."""

@@ -44,7 +44,8 @@ LANCZOS = Kernel(lambda x: torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x
 
 
 def conditioning_pictures(
-    image: Tensor, size: tuple[int, int], padded: tuple[int, int], told: Callable[[int], None] = lambda rows: None
+    image: Tensor, size: tuple[int, int], padded: tuple[int, int], told: Callable[[int], None] = lambda rows: None,
+    empty: Callable[[tuple[int, ...]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What Inf-DiT is conditioned on.
 
@@ -55,25 +56,31 @@ def conditioning_pictures(
         size: height and width of the target.
         padded: height and width of the grid of whole blocks that covers it, multiples of 4.
         told: is called with the rows of the larger picture that were made, every few milliseconds, sometimes with 0.
+        empty: makes room for both on the CPU, in place of memory.
 
     Returns:
         lr (B, 3, H/4, W/4) and lr_upscaled (B, 3, H, W), clipped to [-1, 1], at the padded size.
     """
     ratios = image.shape[-2] / size[0], image.shape[-1] / size[1]
+    small, large = (
+        None if empty is None else empty((*image.shape[:2], *(side // factor for side in padded)))
+        for factor in (LR_FACTOR, 1)
+    )
     lr = resample(
         image,
         (LR_FACTOR * ratios[0], LR_FACTOR * ratios[1]),
         range(padded[0] // LR_FACTOR),
         range(padded[1] // LR_FACTOR),
         told=lambda rows: told(0),
+        into=small,
     )
-    return lr, resample(image, ratios, range(padded[0]), range(padded[1]), (-1, 1), told=told)
+    return lr, resample(image, ratios, range(padded[0]), range(padded[1]), (-1, 1), told=told, into=large)
 
 
 def resample(
     image: Tensor, ratios: tuple[float, float], rows: range, columns: range,
     bounds: tuple[float, float] = (-math.inf, math.inf), kernel: Kernel = BICUBIC,
-    told: Callable[[int], None] = lambda rows: None,
+    told: Callable[[int], None] = lambda rows: None, into: Tensor | None = None,
 ) -> Tensor:
     """Some rows and columns of an image that is resampled by (vertical, horizontal) ratios.
 
@@ -87,11 +94,12 @@ def resample(
         bounds: to which values are clipped.
         kernel: weights by distance.
         told: is called with the number of rows after each strip of them.
+        into: takes the result, in place of a new tensor.
 
     Returns:
         (B, c, rows, columns), like the image.
     """
-    result = image.new_empty((*image.shape[:2], len(rows), len(columns)))
+    result = image.new_empty((*image.shape[:2], len(rows), len(columns))) if into is None else into
     height, width = (max(8, int(PIECE / max(ratio, 1))) for ratio in ratios)  # of a piece
     across = [kernel_matrix(image.shape[-1], ratios[1], piece, kernel) for piece in _pieces(columns, width)]
     left, right = min(taps.start for taps, _ in across), max(taps.stop for taps, _ in across)
@@ -175,7 +183,9 @@ def take_colour(strip: Tensor, grey: Tensor, top: int, height: int) -> None:
         channel.copy_(torch.where(where, mean, channel))
 
 
-def upscale_alpha(alpha: Tensor, size: tuple[int, int], told: Callable[[int], None] = lambda rows: None) -> Tensor:
-    """Lanczos to (height, width): alpha (B, 1, h, w) in 0..1 in, and float32 on the CPU out; told: see `resample`."""
+def upscale_alpha(
+    alpha: Tensor, size: tuple[int, int], told: Callable[[int], None] = lambda rows: None, into: Tensor | None = None
+) -> Tensor:
+    """Lanczos to (height, width): alpha (B, 1, h, w) in 0..1 in, and float32 on the CPU out; see `resample`."""
     ratios = alpha.shape[-2] / size[0], alpha.shape[-1] / size[1]
-    return resample(alpha.float().cpu(), ratios, range(size[0]), range(size[1]), (0, 1), LANCZOS, told)
+    return resample(alpha.float().cpu(), ratios, range(size[0]), range(size[1]), (0, 1), LANCZOS, told, into)

@@ -216,7 +216,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _add(h: Tensor, more: Tensor) -> Tensor:
-    """The sum, in the place of `h` unless it is to be differentiated: so tokens stay where an allocator has put them."""
+    """The sum, in the place of `h` unless it is to be differentiated: tokens stay where an allocator has put them."""
     return h + more if more.requires_grad else h.add_(more)
 
 

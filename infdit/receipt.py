@@ -76,6 +76,7 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
         "bytes": {
             "foretold": plan.get("peak_bytes"),
             "foretold_host": plan.get("host_bytes"),
+            "foretold_disk": plan.get("disk_bytes"),
             "measured": report.peak_bytes,
             "reserved": report.reserved_bytes,
         },

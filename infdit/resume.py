@@ -79,7 +79,7 @@ class SavedRun:
         if step:
             skip(step)
             self._note(f"picture {number + 1} goes on after step {step} of {steps}{called}", logging.INFO)
-            start[0] = saved[0].to(start[0].device, copy=True)
+            start[0].copy_(saved[0])
         if step == steps:
             return start.pop()
         first = step - len(saved[1:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .device import (
     out_of_memory,
     same_device,
 )
+from .disk import empty_in
 from .fidelity import Likeness
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Weights, Workload
@@ -115,6 +117,11 @@ class Run:
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled."""
         return self.workload.device if self._planned.plan.images == "device" else CPU
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for a picture that is made on the CPU, float32: in memory or, if the plan says so, on disk."""
+        on_disk = self._planned.plan.images == "disk"
+        return empty_in((self.workload.folder or tempfile.gettempdir()) if on_disk else None, shape)
 
     def begin(self, doing: str, size: tuple[int, int] | None = None) -> None:
         """Say what is done from now on, and to a picture of which size if that is another.

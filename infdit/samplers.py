@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from .disk import each
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,7 +70,8 @@ def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback
     for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
-        x = x + (x - denoised) * ((following - sigma) / sigma)
+        share = (following - sigma) / sigma
+        x = each(lambda x, denoised, share=share: x + (x - denoised) * share, x, denoised)
     return x
 
 
@@ -76,11 +80,16 @@ def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callback 
     for i, sigma, following in _steps(sigmas):
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
-        slope = (x - denoised) / sigma
-        euler = x + slope * (following - sigma)
+        step = following - sigma
+        slope = each(lambda x, denoised, sigma=sigma: (x - denoised) / sigma, x, denoised)
+        euler = each(lambda x, slope, step=step: x + slope * step, x, slope)
         if following > 0:
-            slope = (slope + (euler - denoise(euler, _level(following, sigmas))) / following) / 2
-            euler = x + slope * (following - sigma)
+            again = denoise(euler, _level(following, sigmas))
+
+            def heun(x: Tensor, slope: Tensor, euler: Tensor, again: Tensor, at: float, step: float) -> Tensor:
+                return x + (slope + (euler - again) / at) / 2 * step
+
+            euler = each(partial(heun, at=following, step=step), x, slope, euler, again)
         x = euler
     return x
 
@@ -96,12 +105,13 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
         denoised = denoise(x, _level(sigma, sigmas))
         _report(callback, x, i, _level(sigma, sigmas), denoised)
         h = math.log(sigma / following) if following > 0 else math.inf
-        target = denoised
-        if last is not None and following > 0:
-            weight = h / (2 * h_last)
-            target = (1 + weight) * denoised - weight * last
-        ratio = following / sigma  # e^(−h)
-        x = ratio * x + (1 - ratio) * target
+        ratio, weight = following / sigma, 0.0 if last is None or following <= 0 else h / (2 * h_last)  # e^(−h)
+
+        def stepped(x: Tensor, denoised: Tensor, last: Tensor, ratio: float, weight: float) -> Tensor:
+            target = (1 + weight) * denoised - weight * last if weight else denoised
+            return ratio * x + (1 - ratio) * target
+
+        x = each(partial(stepped, ratio=ratio, weight=weight), x, denoised, denoised if last is None else last)
         last, h_last = denoised, h
     return x
 
@@ -121,14 +131,22 @@ def sample_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
         if following <= 0:
             return denoised
         h, ratio = math.log(sigma / following), following / sigma
-        x = ratio * x + (1 - ratio) * denoised
         m1 = h - (1 - ratio)
-        if last is not None:
-            slope = (denoised - last) / h_last  # D[i, i−1]
-            x = x + m1 * slope
-            if before is not None:
-                slope = slope - (last - before) / h_older
-                x = x + (h * h - 2 * m1 + h_last * m1) / (h_last + h_older) * slope
+
+        def stepped(
+            x: Tensor, *known: Tensor, ratio: float = ratio, m1: float = m1, h: float = h, h_last: float = h_last,
+            h_older: float = h_older,
+        ) -> Tensor:
+            x = ratio * x + (1 - ratio) * known[0]
+            if known[1:]:
+                slope = (known[0] - known[1]) / h_last  # D[i, i−1]
+                x = x + m1 * slope
+                if known[2:]:
+                    slope = slope - (known[1] - known[2]) / h_older
+                    x = x + (h * h - 2 * m1 + h_last * m1) / (h_last + h_older) * slope
+            return x
+
+        x = each(stepped, x, *(answer for answer in (denoised, last, before) if answer is not None))
         last, before, h_last, h_older = denoised, last, h, h_last
     return x
 
@@ -164,9 +182,9 @@ class SamplerInfo:
 
 SAMPLER_INFO = {
     "heun": SamplerInfo(sample_heun, 2, 6, 5, 0),
-    "euler": SamplerInfo(sample_euler, 1, 4, 3, 0),
-    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 7, 4, 1),
-    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 8, 5, 2),
+    "euler": SamplerInfo(sample_euler, 1, 3, 3, 0),
+    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 4, 4, 1),
+    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 5, 5, 2),
 }
 SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in SAMPLER_INFO.items()}
 

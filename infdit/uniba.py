@@ -75,7 +75,7 @@ class KVRing:
         self._size = size
         self.kept: Tensor | None = None  # (2, B, size, T, H, d), keys and values
 
-    def take(self, like: Tensor, shape: tuple[int, int, int, int]) -> None:
+    def take(self, like: Tensor, shape: tuple[int, ...]) -> None:
         """Take memory for (B, T, H, d) of each block, of the dtype and on the device of a tensor."""
         if self.kept is None:
             self.kept = like.new_empty((2, shape[0], self._size, *shape[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from weakref import WeakSet
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from .conditioning import conditioning_pictures, take_colour, upscale_alpha, visible_colour, without_colour
 from .denoiser import Conditioning
 from .device import same_device
+from .disk import like
 from .fidelity import make_faithful, strips
 from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
@@ -36,6 +38,7 @@ OVERSHOOT = 0.5  # beyond 0..1: what resampling and sharpening may leave there, 
 DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many together, and all are as in one draw
 STRIP = 256  # rows of a result that are finished at a time
 
+Folder = str | Path | None
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
 Finish = Callable[[Run, Tensor, Tensor], None]
 
@@ -51,8 +54,8 @@ def upscale(
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
     callback: Callable[[PictureState], None] | None = None,
-    device: torch.device | str | Sequence[torch.device | str] | None = None,
-    report: Report | None = None, preset: str | None = None, resume: SavedRun | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None, report: Report | None = None,
+    preset: str | None = None, resume: SavedRun | None = None, folder: Folder = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -80,6 +83,7 @@ def upscale(
             layers and work at the same time, see `stages`; the model should be on the CPU then.
         report: is filled in with what was done.
         resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
+        folder: where pictures may lie that memory does not hold, the result too, in files that nobody sees.
 
     Returns:
         (B, height, width, 3 or 4) float32 in 0..1 on the CPU.
@@ -96,14 +100,14 @@ def upscale(
     vectors = _clip_vectors(model, clip_embedding, len(image))
     seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
-        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted)
+        plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, folder)
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
     work, report, drawn = replace(plan.workload, fitted=fitted), report or Report(), None if noise else seed
     report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
     run, shown = _begin(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
-    noises = [draw(shape=(len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
+    noises = [draw(run.empty, (len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
 
@@ -128,6 +132,7 @@ def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo,
     device: torch.device | str | Sequence[torch.device | str] | None,
     budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
+    folder: Folder = None,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:
@@ -136,7 +141,7 @@ def _planned(
     device, *beside = map(torch.device, given)
     there = device.type != "cpu" and same_device(model.device, device)
     weights: WeightsKept | None = "resident" if there else None
-    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted)
+    workload = workload_of(model, image.shape, target, sampler, device, noise_given, weights, fitted, folder)
     workload = replace(workload, beside=tuple(beside))
     held = Weights.of(model.config, model.dtype).total if there else 0
 
@@ -150,6 +155,7 @@ def _planned(
 def workload_of(
     model: InfDiT, shape: Sequence[int], target: tuple[int, int], sampler: str | SamplerInfo, device: torch.device,
     noise_given: bool = False, weights: WeightsKept | None = None, fitted: bool = False,
+    folder: Folder = None,
 ) -> Workload:
     """What it takes to upscale pictures of a shape (B, h, w, c) to (height, width); see `Workload`."""
     batch, height, width, channels = shape
@@ -165,6 +171,7 @@ def workload_of(
         noise_given=noise_given,
         fitted=fitted,
         evaluations=model.defaults.steps * get_sampler(sampler).evaluations,
+        folder=None if folder is None else str(folder),
     )
 
 
@@ -189,7 +196,8 @@ def _check_sigmas(sigmas: Tensor) -> Tensor:
 
 
 def _noise_per_image(
-    seed: int, noise: MakeNoise | None, share: float, shape: tuple[int, int, int, int], told: Callable[[], None]
+    seed: int, noise: MakeNoise | None, share: float, empty: Callable[[tuple[int, ...]], Tensor],
+    shape: tuple[int, int, int, int], told: Callable[[], None],
 ) -> Iterator[Tensor | None]:
     """The noise of one picture after the other, (1, 3, H, W) each; None where the start has none.
 
@@ -198,7 +206,7 @@ def _noise_per_image(
     if noise is None:
         generator = torch.Generator("cpu").manual_seed(seed)
         for _ in range(shape[0]):  # no variable here may keep what becomes the start
-            yield _draw((1, *shape[1:]), generator, told).mul_(share) if share else None
+            yield _draw(empty((1, *shape[1:])), generator, told).mul_(share) if share else None
         return
     given = noise(shape)
     if given.shape != shape:
@@ -207,9 +215,8 @@ def _noise_per_image(
         yield one.float().cpu().clone()  # it becomes the start, in place
 
 
-def _draw(shape: tuple[int, ...], generator: torch.Generator, told: Callable[[], None]) -> Tensor:
-    """As one draw of `torch.randn`; told: is called every few milliseconds."""
-    noise = torch.empty(shape, dtype=torch.float32, device="cpu")
+def _draw(noise: Tensor, generator: torch.Generator, told: Callable[[], None]) -> Tensor:
+    """Filled as by one draw of `torch.randn`; told: is called every few milliseconds."""
     for piece in noise.view(-1).split(DRAW):
         piece.normal_(generator=generator)
         told()
@@ -228,14 +235,14 @@ def upscale_batch(
         finish: is called with the run, the picture given and the result.
     """
     size, channels = (run.workload.height, run.workload.width), image.shape[-1]
-    results = torch.empty((len(image), *size, channels), dtype=torch.float32, device="cpu")
+    results = run.empty((len(image), *size, channels))
     passes = run.workload.passes
     for i, given in enumerate(image.split(1)):
         picture = given
         for left, part, noise in zip(range(len(passes))[::-1], passes, noises, strict=True):
             step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
             vector = None if vectors is None else vectors[i]
-            result = results[i : i + 1] if not left else results.new_empty((1, part.height, part.width, channels))
+            result = results[i : i + 1] if not left else run.empty((1, part.height, part.width, channels))
             sample = partial(_sample, sampler)
             if resume is not None:
                 skip = partial(_skip, run, part, sampler, sigmas)
@@ -278,7 +285,7 @@ def _upscale_one(
         run.advance(0)
     if picture.shape[-1] == 4:
         alpha = picture[..., 3:].detach().float().cpu().clamp(0, 1).movedim(-1, 1)
-        result[..., 3:] = upscale_alpha(alpha, (height, width), lambda rows: run.advance(0)).movedim(1, -1)
+        upscale_alpha(alpha, (height, width), lambda rows: run.advance(0), result[..., 3:].movedim(-1, 1))
 
 
 def _prepare(
@@ -289,7 +296,7 @@ def _prepare(
     run.advance(0)
     grey = without_colour(colour) if run.keeps_grey else None
     padded = part.grid.height, part.grid.width
-    pictures = conditioning_pictures(colour, (part.height, part.width), padded, run.advance)
+    pictures = conditioning_pictures(colour, (part.height, part.width), padded, run.advance, run.empty)
     lr, up = (x.to(run.images) for x in pictures)
     del colour, pictures
     start = [_noisy_start(up, sigmas[0], next(noises))]
@@ -311,7 +318,7 @@ def _colour(picture: Tensor) -> Tensor:
 
 def _noisy_start(up: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
     """x = up + σ·ε, not σ·ε alone: that keeps the colours, as the authors do. x = up for a bridge."""
-    return up.clone() if noise is None else noise.mul_(sigma.cpu()).to(up.device).add_(up)
+    return like(up).copy_(up) if noise is None else noise.mul_(sigma.cpu()).to(up.device).add_(up)
 
 
 def check_image(image: Tensor) -> None:

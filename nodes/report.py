@@ -102,7 +102,7 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
     if shares:
         lines.append(f"at the same time: {shares}")
     if not workload.unified_memory:
-        places = {"device": "on the card", "host": "in main memory"}
+        places = {"device": "on the card", "host": "in main memory", "disk": "on disk"}
         weights = "on the card" if plan.weights == "resident" else "streamed from main memory"
         hidden = f"hidden states {places[plan.hidden]}, " if plan.group < depth else ""
         plain = "" if plan.pinned else "; main memory is not pinned, so copies take longer"

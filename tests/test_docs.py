@@ -248,8 +248,9 @@ def test_help_is_where_comfyui_is_told() -> None:
 
 
 def test_requirements_are_the_packages_dependencies_and_clips() -> None:
-    """What a user of ComfyUI installs is what the package says it needs, with what its CLIP nodes need."""
+    """What a user of ComfyUI installs is what the package says it needs, with what CLIP nodes and deep TIFF need."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = {*project["dependencies"], *project["optional-dependencies"]["clip"]}
+    extras = project["optional-dependencies"]
+    wanted = {*project["dependencies"], *extras["clip"], *extras["tiff"]}
     assert set((ROOT / "requirements.txt").read_text(encoding="utf-8").split()) == wanted

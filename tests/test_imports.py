@@ -123,14 +123,15 @@ def levels(edges: dict[str, set[str]]) -> dict[str, int]:
 def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
     """Rooms from the ground up: what is in one imports from those below it, or from its own."""
     edges = graph(LIBRARY, everywhere=True)
-    assert max(levels(edges).values()) <= 7
+    assert max(levels(edges).values()) <= 8
     rooms = {name: room_of(name) for name in edges}
     upward = [(a, b) for a, others in edges.items() for b in others if rooms[b] > rooms[a]]
     assert upward == []
 
 
 ROOMS = (  # architecture.md draws them
-    ("attention", "config", "grid", "rotary", "samplers", "presets", "tune", "device", "names", "sizes", "tensorfile"),
+    ("attention", "config", "grid", "rotary", "samplers", "presets", "tune", "device"),
+    ("names", "sizes", "tensorfile", "disk"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.measure", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
     ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),

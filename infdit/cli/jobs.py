@@ -12,9 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..picture import PictureError, read_note, target_explained
+from ..picture import PictureError, check_png, read_note, target_explained
 from ..receipt import Receipt, ReceiptError, parse_receipt
 from ..resume import difference
 from ..tensorfile import printable
@@ -63,7 +61,7 @@ def _below(source: Path, options: argparse.Namespace) -> Path:
 def check_existing(target: Path, made_from: Mapping[str, Any]) -> bool:
     """Whether a target is there and was made by the same model from the same picture with the same settings.
 
-    made_from: "model" and "picture", their digests, and settings, see `resume.settings_of`.
+    made_from: "model" and "picture", their digests, "bits" of a channel, and settings, see `resume.settings_of`.
 
     Raises:
         LeftOut: a target that was not.
@@ -72,13 +70,12 @@ def check_existing(target: Path, made_from: Mapping[str, Any]) -> bool:
         return False
     try:
         receipt = parse_receipt(read_note(target))
-        with Image.open(target, formats=["PNG"]) as image:
-            image.verify()
-        stated = {"model": receipt.sha256, "picture": receipt.picture, **receipt.settings}
+        bits = check_png(target)
+        stated = {"model": receipt.sha256, "picture": receipt.picture, "bits": bits, **receipt.settings}
         reason = difference(stated, made_from)
     except ReceiptError:
         reason = "it says nothing of how it was made"
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = f"it is damaged: {error}"
     if reason:
         raise LeftOut(f"{target} exists and is not what would be made now ({reason}): --force replaces it")

@@ -13,7 +13,7 @@ from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
 from ..device import default_device, default_dtype, known_device
 from ..memory import measure
-from ..memory.plan import Weights, Workload
+from ..memory.plan import MemoryPlan, Weights, Workload
 from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..presets import PRESETS, sampling
 from ..samplers import SAMPLERS, evaluations
@@ -51,14 +51,15 @@ def run(options: argparse.Namespace) -> int:
     chosen = sampling(defaults, options.preset, options.steps, options.sampler)
     count = evaluations(chosen.sampler, chosen.sigmas)
     workload = Workload(
-        config, height, width, 1, dtype, device, chosen.sampler, source=source, evaluations=count, beside=tuple(beside)
-    )
+        config, height, width, 1, dtype, device, chosen.sampler, source=source, evaluations=count,
+        beside=tuple(beside), folder=".",
+    )  # fmt: skip
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     told = "; ".join(filter(None, (defaults.start, chosen.words)))
     for line in _table(workload, count, told, options.budget, not elsewhere):
         print(line)
     if not elsewhere:
-        print(f"\nthe first row: {fastest_plan(workload, options.budget, sys.maxsize).reason}")
+        print(f"\nthe first row: {_planned(workload, options.budget).reason}")
     return 0
 
 
@@ -75,22 +76,27 @@ def _table(workload: Workload, count: int, start: str, budget: int | None, own_r
     known = f"of a {workload.device.type} in general" if here is None else f"of this {workload.device.type}"
     yield f"times are rough, {known}; memory is exact to a few percent"
     yield ""
-    yield f"{'budget':>10}  {'device':>11} {'host':>11} {'time':>9}   schedule"
+    yield f"{'budget':>10}  {'device':>11} {'host':>11} {'disk':>11} {'time':>9}   schedule"
     if own_row:
         yield f"{'free' if budget is None else 'asked':>10}  {_outcome(workload, budget, count)}"
     for gib in BUDGETS:
         yield f"{f'{gib} GiB':>10}  {_outcome(workload, int(gib * GIB), count)}"
 
 
+def _planned(workload: Workload, budget: int | None) -> MemoryPlan:
+    """The plan within a budget, on a host and a disk of any size."""
+    return fastest_plan(workload, budget, sys.maxsize, sys.maxsize)
+
+
 def _outcome(workload: Workload, budget: int | None, count: int) -> str:
     """A row of the table: what a budget gives, or the least that works."""
     try:
-        plan = fastest_plan(workload, budget, sys.maxsize)
+        plan = _planned(workload, budget)
     except BudgetTooSmall as error:
         return f"at least {error.least / GIB:.3g} GiB"
     seconds = count * seconds_per_evaluation(workload, plan)
     kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
-    memory = f"{(plan.peak_bytes or 0) / GIB:7.3g} GiB {(plan.host_bytes or 0) / GIB:7.3g} GiB"
+    memory = " ".join(f"{(held or 0) / GIB:7.3g} GiB" for held in (plan.peak_bytes, plan.host_bytes, plan.disk_bytes))
     shares = " + ".join(map(str, plan.layers)) or plan.group
     return f"{memory} {format_seconds(seconds):>9}   {shares} layers × {plan.chunk} blocks; {kept}"
 

@@ -30,10 +30,12 @@ from ..memory.plan import CPU, MemoryPlan, Workload
 from ..memory.planner import OutOfMemory, free_bytes
 from ..model import InfDiT
 from ..picture import (
+    DEPTHS,
     Picture,
     PictureError,
     TargetError,
     check_target,
+    depth_of,
     find_pictures,
     place_for,
     read_picture,
@@ -80,6 +82,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--fidelity", type=float, default=0.0, metavar="X", help=faithful)
     p.add_argument("--colour-match", action="store_true", help="give the result the input's mean and spread of colours")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    bits = "a channel of the results: 8, 16 (PNG, TIFF) or 32 (TIFF of floats); default: the input's, if OUT can"
+    p.add_argument("--bits", type=int, choices=DEPTHS, help=bits)
     p.add_argument("--clip", type=Path, metavar="FILE", help="CLIP ViT-L-14 weights; default: those beside the model")
     p.add_argument("--positive", default="", metavar="TEXT", help=f'what to lead the picture to, like "{POSITIVE}"')
     p.add_argument("--negative", default="", metavar="TEXT", help=f'what to lead it away from, like "{NEGATIVE}"')
@@ -173,14 +177,21 @@ def _upscale_one(
     model, devices, taken, image = recipe.model, recipe.devices, recipe.receipt, picture.pixels[None]
     height, width = image.shape[1:3]
     size = target_size(height, width, 1, taken.size) if taken else _result_size(options, height, width)
-    workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=recipe.fidelity > 0)
+    folder = os.environ.get("TMPDIR") or target.parent  # where pictures lie that memory does not hold
+    fitted = recipe.fidelity > 0
+    workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=fitted, folder=folder)
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
-    if not options.force and check_existing(target, {"model": model.digest, "picture": digest, **settings}):
+    picture = replace(picture, bits=options.bits or picture.bits)
+    check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
+    bits = depth_of(target, picture.bits)
+    if options.bits not in (None, bits):
+        raise PictureError(f"{target}: {target.suffix} holds {bits} bits a channel, not {options.bits}: save as .tif")
+    made_from = {"model": model.digest, "picture": digest, "bits": bits, **settings}
+    if not options.force and check_existing(target, made_from):
         return None
     plan = _plan(taken, workload, digest, settings, options) if taken else None
-    check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
     resume = options.resume and SavedRun(options.resume / _state_name(source, target))
     report, began = Report(), time.monotonic()
     with place_for(target) as write, ExitStack() as shown:
@@ -195,7 +206,7 @@ def _upscale_one(
         result = upscale(
             model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
             fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector, budget=options.budget,
-            plan=plan, progress=progress, device=devices, report=report, resume=resume,
+            plan=plan, progress=progress, device=devices, report=report, resume=resume, folder=folder,
         )  # fmt: skip
         shown.close()
         receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))

@@ -17,11 +17,13 @@ import torch
 from ..attention import fused, piece_bytes
 from ..config import LR_FACTOR, InfDiTConfig
 from ..device import one_memory, slab_bytes
+from ..disk import PIECE
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
 from ..sizes import passes
 
 Tier = Literal["device", "host"]
+Place = Literal["device", "host", "disk"]
 WeightsKept = Literal["resident", "streamed"]
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
@@ -41,12 +43,13 @@ class MemoryPlan:
         chunk: blocks that are computed together.
         weights: "resident" on the device, or "streamed" from the host a group at a time, the next group meanwhile.
         hidden: place of hidden states between groups, "device" or "host".
-        images: place of the pictures and the sampler's state, "device" or "host".
+        images: place of the pictures and the sampler's state, "device", "host" or "disk", where results are too then.
         sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
         pinned: whether what is on the host is pinned, so that it is copied beside the arithmetic; where it cannot be
             had, copies are plain and all wait for them.
         layers: how many of them each of several devices has in turn, which work at the same time; empty: one has all.
-        peak_bytes, host_bytes, reason: predictions of the planner and why it chose; empty for a plan made by hand.
+        peak_bytes, host_bytes, disk_bytes, reason: predictions of the planner and why it chose; empty for a plan made
+            by hand.
 
     A group or chunk beyond what exists means all of it.
 
@@ -58,18 +61,19 @@ class MemoryPlan:
     chunk: int = 4
     weights: WeightsKept = "resident"
     hidden: Tier = "device"
-    images: Tier = "device"
+    images: Place = "device"
     sweep: Sweep = "auto"
     peak_bytes: int | None = field(default=None, compare=False)
     host_bytes: int | None = field(default=None, compare=False)
     reason: str = field(default="", compare=False)
     pinned: bool = True
     layers: tuple[int, ...] = ()
+    disk_bytes: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.chunk < 1:
             raise ValueError(f"group {self.group} and chunk {self.chunk} must be at least 1: a layer, a block")
-        for name, kinds in (("weights", WeightsKept), ("hidden", Tier), ("images", Tier), ("sweep", Sweep)):
+        for name, kinds in (("weights", WeightsKept), ("hidden", Tier), ("images", Place), ("sweep", Sweep)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
 
@@ -109,6 +113,7 @@ class Workload:
         fitted: whether results are made faithful to the pictures given, see `fidelity`.
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
+        folder: where pictures may lie that memory does not hold; None: nowhere.
     """
 
     config: InfDiTConfig
@@ -125,6 +130,7 @@ class Workload:
     fitted: bool = False
     beside: tuple[torch.device, ...] = ()
     evaluations: int = 40
+    folder: str | None = None
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -167,11 +173,15 @@ class Workload:
             weights, hidden = sum(held.host_weights for held in shares), sum(held.host_hidden for held in shares)
             return replace(max(shares, key=lambda held: held.device), host_weights=weights, host_hidden=hidden)
         parts = self.passes
-        always = self._always(parts)
-        phases = [held for part in parts for held in part._phases(plan, always + part._passing(parts))]
+        given, made = self._always(parts)
+        phases: list[Footprint] = []
+        for part in parts:
+            read, between = part._passing(parts)
+            phases += part._phases(plan, given + read, made + between)
         device = max(phases, key=lambda held: held.device)
         host = max(phases, key=lambda held: held.host)
-        return replace(device, host_hidden=host.host_hidden, host_images=host.host_images)
+        disk = max(held.disk for held in phases)
+        return replace(device, host_hidden=host.host_hidden, host_images=host.host_images, disk=disk)
 
     def footprints(self, plan: MemoryPlan) -> list[tuple[torch.device, Footprint]]:
         """The same of each of several devices."""
@@ -189,10 +199,10 @@ class Workload:
         tokens = chunk * config.block_tokens * config.hidden_size * self.dtype.itemsize
         return replace(held, hidden=held.hidden + 2 * tokens)
 
-    def _phases(self, plan: MemoryPlan, given: int) -> list[Footprint]:
+    def _phases(self, plan: MemoryPlan, given: int, made: int) -> list[Footprint]:
         """What one pass holds while an evaluation runs, between two of them, and when it is finished.
 
-        given: bytes of pictures that are beside the sampler's.
+        given, made: bytes of pictures that are beside the sampler's: those given, and results.
         """
         config, method = self.config, get_sampler(self.sampler)
         grid = BlockGrid.covering(self.height, self.width, config.block_size, plan.sweep)
@@ -202,22 +212,24 @@ class Workload:
         ring = 2 * (1 if chunk == grid.blocks else group) * min(grid.line + 1 + chunk, grid.blocks) * unit
         kept = grid.blocks * unit if group < config.num_layers else 0
         picture = 3 * FLOAT32 * grid.height * grid.width
-        streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images == "host"
+        streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images != "device"
+        on_disk = plan.images == "disk"
         # copies to or from the device; beside a host of its own they are never the most that the device holds
         on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
-        one, always = self.unified_memory and not images_away, 0 if self.unified_memory else on_the_way
+        one, always = self.unified_memory and plan.images != "host", 0 if self.unified_memory else on_the_way
 
         segments = SEGMENTS if self.device.type == "cuda" else 0
 
         def phase(held: int, on_the_way: int = always, **parts: int) -> Footprint:
             """What is held beside so many bytes of pictures."""
-            beside = given + on_the_way
+            beside = given + on_the_way + (0 if on_disk else made) + (chunk * _pixels(config) if images_away else 0)
             around = beside if one else 0
             return Footprint(
                 **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
                 images=around + (0 if images_away else held),
+                disk=made + held if on_disk else 0,
                 host_weights=self._slabs(plan, weights.streamable, weights.largest) if streamed else 0,
-                host_images=beside - around + (held + chunk * _pixels(config) if images_away else 0),
+                host_images=beside - around + (held if plan.images == "host" else 0),
             )
 
         conditioning, at_rest = picture + picture // LR_FACTOR**2, weights.resident if streamed else weights.total
@@ -231,24 +243,31 @@ class Workload:
             "weights": weights.resident + weights.streamed(group) if streamed else weights.total,
             "hidden": min(kept, 3 * chunk * unit) if hidden_away else kept,
         }
+        strips = 3 * min(picture, FLOAT32 * PIECE)  # of the sampler's arithmetic
         return [
             phase(conditioning + method.evaluating * picture, **sampling | evaluating),
-            phase(conditioning + method.pictures * picture, weights=at_rest, **sampling),
+            phase(
+                conditioning + method.pictures * picture + (0 if on_disk else strips),
+                always + (strips if on_disk else 0),
+                weights=at_rest,
+                **sampling,
+            ),
             phase(conditioning + picture, on_the_way, weights=at_rest),
             phase(0, self._fitting(), weights=at_rest),
         ]
 
-    def _always(self, parts: Sequence[Workload]) -> int:
-        """Bytes of what goes in and comes out: all pictures given and all results, and noise that is given."""
+    def _always(self, parts: Sequence[Workload]) -> tuple[int, int]:
+        """Bytes of what goes in, all pictures and noise that is given, and of what comes out, all results."""
         (height, width, channels), result = parts[0]._read, self.height * self.width
         noise = sum(part.grid.height * part.grid.width for part in parts) if self.noise_given else 0
-        return FLOAT32 * self.batch * (channels * (result + height * width) + 3 * noise)
+        pixels = FLOAT32 * self.batch
+        return pixels * (channels * height * width + 3 * noise), pixels * channels * result
 
-    def _passing(self, parts: Sequence[Workload]) -> int:
-        """Bytes of one picture in this pass of all: as it is read, what the pass before made of it, and this one."""
+    def _passing(self, parts: Sequence[Workload]) -> tuple[int, int]:
+        """Bytes of one picture in this pass of all: as it is read, and what the pass before and this one make of it."""
         (height, width, channels), result = self._read, self.height * self.width
-        pictures = (2 + (self is not parts[0])) * height * width + (self is not parts[-1]) * result
-        return FLOAT32 * (channels * pictures + 2 * (channels - 3) * result)  # alpha is on its way
+        made = (self is not parts[0]) * height * width + (self is not parts[-1]) * result
+        return FLOAT32 * channels * 2 * height * width, FLOAT32 * channels * made
 
     def _fitting(self) -> int:
         """Bytes that `fidelity` holds: small pictures of the sizes given, strips and weights of both sides."""
@@ -318,7 +337,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What fills the device and the host when a run holds most, in bytes."""
+    """What fills the device, the host and the disk when a run holds most, in bytes."""
 
     weights: int
     ring: int
@@ -328,6 +347,7 @@ class Footprint:
     host_weights: int
     host_hidden: int
     host_images: int
+    disk: int = 0
 
     @property
     def device(self) -> int:

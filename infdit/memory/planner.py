@@ -16,15 +16,17 @@ import torch
 
 from ..config import InfDiTConfig
 from ..device import one_memory
+from ..disk import free_in
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
 from . import measure
-from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Tier, Weights, WeightsKept, Workload, workspace
+from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Place, Weights, WeightsKept, Workload, workspace
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
 MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
 EFFICIENCY = 0.7  # of the speed of a bare product, what a whole evaluation reaches: the rest waits for memory
+DISK = 5e8  # bytes a second to and from a disk
 PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
@@ -34,10 +36,10 @@ class BudgetTooSmall(ValueError):  # noqa: N818 - the interface's name
 
     Attributes:
         least: the least number of bytes that works on `tier`.
-        tier: "device", or "host" where it is the host that is too small.
+        tier: "device", or "host" or "disk" where it is that that is too small.
     """
 
-    def __init__(self, message: str, least: int, tier: Tier = "device") -> None:
+    def __init__(self, message: str, least: int, tier: Place = "device") -> None:
         super().__init__(message)
         self.least, self.tier = least, tier
 
@@ -101,7 +103,8 @@ class CostModel:
         compute = arithmetic + launches if self.overlap_loss == 1 else max(arithmetic, launches)
         bus, loss = (self.bus, self.overlap_loss) if plan.pinned else (min(self.bus, PLAIN_BUS), 1)
         copies = _traffic(config, grid, plan, dtype) / bus
-        return max(compute, copies) + loss * min(compute, copies)
+        on_disk = 3 * 3 * FLOAT32 * grid.height * grid.width / DISK if plan.images == "disk" else 0  # x, up, result
+        return max(compute, copies) + loss * min(compute, copies) + on_disk
 
     def longest_chunk(self, config: InfDiTConfig) -> int:
         """Blocks of which one layer takes at most MAX_LAYER_SECONDS; at least one."""
@@ -119,7 +122,8 @@ class Candidate:
 
     def explained(self, reason: str) -> MemoryPlan:
         """The plan, with what was predicted and why it was chosen."""
-        return replace(self.plan, peak_bytes=self.peak, host_bytes=self.held.host, reason=reason)
+        held = self.held
+        return replace(self.plan, peak_bytes=self.peak, host_bytes=held.host, disk_bytes=held.disk, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,15 @@ class PlannedRun:
             OutOfMemory: there is none.
         """
         peak = self.plan.peak_bytes or self.workload.footprint(self.plan).device
+        # pictures are made already, and stay out of the way only where they lie
+        workload = self.workload if self.plan.images == "disk" else replace(self.workload, folder=None)
         try:
-            return replace(self, plan=fastest_plan(self.workload, max(1, min(self.free(), peak * 3 // 4))))
+            return replace(self, plan=fastest_plan(workload, max(1, min(self.free(), peak * 3 // 4))))
         except BudgetTooSmall as error:
             if error.tier == "device" and error.least < peak:
-                return replace(self, plan=fastest_plan(self.workload, error.least))
+                return replace(self, plan=fastest_plan(workload, error.least))
             if self.plan.layers and error.tier == "device" and error.least <= self.free():
-                alone = replace(self.workload, beside=())
+                alone = replace(workload, beside=())
                 return replace(self, workload=alone, plan=fastest_plan(alone, self.free()))
             refusal = str(error)
         raise OutOfMemory(f"out of memory on {self.workload.device}, and no smaller plan works: {refusal}")
@@ -184,14 +190,17 @@ def plan_memory(
     return fastest_plan(workload, budget, host_budget)
 
 
-def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int | None = None) -> MemoryPlan:
-    """The fastest plan within a budget, and of equally fast ones the smallest.
+def fastest_plan(
+    workload: Workload, budget: int | None = None, host_budget: int | None = None, disk_budget: int | None = None
+) -> MemoryPlan:
+    """The fastest plan within a budget, and of equally fast ones the smallest; pictures are on disk if they must be.
 
     Args:
         workload: what is computed.
         budget: bytes on the device that the whole of `upscale()` may hold; None: what is free there, less a margin. Of
             several devices on each.
         host_budget: bytes on the host; None: what is free there, less a margin.
+        disk_budget: bytes in the workload's folder; None: what is free there, less a margin.
 
     Several devices share the layers where that is faster and all find room on them; else the first has them all.
 
@@ -205,7 +214,26 @@ def fastest_plan(workload: Workload, budget: int | None = None, host_budget: int
     if shared is not None:
         return shared
     budget = free_bytes(workload.device) if budget is None else budget
-    plans = candidates(workload)
+    try:
+        return _fastest(workload, candidates(workload), budget, host_budget)
+    except BudgetTooSmall:
+        if workload.folder is None:
+            raise
+    plan = _fastest(workload, candidates(workload, on_disk=True), budget, host_budget)
+    room = free_in(workload.folder) if disk_budget is None else disk_budget
+    needed = plan.disk_bytes or 0
+    if needed > room:
+        raise BudgetTooSmall(
+            f"{workload.width}×{workload.height} is more than memory holds, and takes {format_bytes(needed)} of the "
+            f"disk of {workload.folder}, where {format_bytes(room)} are free: make room, or set TMPDIR to a folder on "
+            "another disk",
+            needed,
+            "disk",
+        )
+    return plan
+
+
+def _fastest(workload: Workload, plans: list[Candidate], budget: int, host_budget: int | None) -> MemoryPlan:
     fitting = [candidate for candidate in plans if candidate.peak <= budget]
     if not fitting:
         least = min(plans, key=lambda candidate: candidate.peak)
@@ -289,13 +317,14 @@ def _split(workload: Workload, plan: MemoryPlan, rooms: Sequence[int]) -> tuple[
     return tuple(counts)
 
 
-def candidates(workload: Workload) -> list[Candidate]:
-    """What `schedules` lists, with its cost."""
+def candidates(workload: Workload, on_disk: bool = False) -> list[Candidate]:
+    """What `schedules` lists, with its cost; on_disk: with pictures there, wherever they were."""
     config, grid = workload.config, workload.grid
     costs = CostModel.of(workload.device, workload.dtype)
     found: list[Candidate] = []
     for plan in schedules(config, grid, workload.unified_memory, costs.longest_chunk(config)):
-        if workload.weights in (None, plan.weights):
+        if workload.weights in (None, plan.weights) and not (on_disk and plan.images == "host"):
+            plan = replace(plan, images="disk") if on_disk else plan
             held = workload.footprint(plan)
             if workload.pinnable is not None and held.host_weights + held.host_hidden > workload.pinnable:
                 plan = replace(plan, pinned=False)
@@ -424,6 +453,6 @@ def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: tor
         total += Weights.of(config, dtype).streamable
     if plan.hidden == "host":
         total += 2 * (groups - 1) * hidden
-    if plan.images == "host":
+    if plan.images != "device":
         total += pictures * (2 * dtype.itemsize + 9 / 16 * dtype.itemsize + FLOAT32)
     return total

@@ -3,71 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import struct
+import importlib
+import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageFile as ImageFileModule
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIFD, TiffImageFile
 
-from .notes import strip_notes
-
-log = logging.getLogger(__package__)
+from .notes import LARGEST, strip_notes
+from .picture import Picture, PictureError, damage_explained, log
+from .profile import fitting_profile, srgb_profile, to_srgb
+from .tiff import read_tiff
 
 SUFFIXES: frozenset[str] = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".jxl"}
 )
 # not all that Pillow knows, for one of them starts Ghostscript; AVIF last, for Pillow before 11.3 lacks it
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
+# what is read only where somebody has its package: how it begins, of whom, and what has to be imported and called
+_PLUGINS = {
+    "HEIF": (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "pillow-heif", "pillow_heif", "register_heif_opener"),
+    "JXL": (rb"\xff\n|\0\0\0\x0cJXL \r\n\x87\n", "pillow-jxl-plugin", "pillow_jxl", ""),
+}
+_EXR = b"\x76\x2f\x31\x01"
+_PLANES = 284  # TIFF's tag
+_KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
+_KEPT_PARTS = (0x8769, 0x8825)  # EXIF's own, and where it was taken
+_OF_THE_FILE = (40962, 40963, 40965)  # its sides, and a place in it
 _GREY_16 = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _NEW_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF's tags for what a picture is of others in its file
-_BLACK_POINT = cast("ImageCms.Flags", 0x2000)  # Flags.BLACKPOINTCOMPENSATION, a name Pillow 10.0 does not have
-_BAD_PROFILE = (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError)  # ImportError: no LittleCMS
-
-
-class PictureError(ValueError):
-    """A picture that cannot be read or written: which file, what is wrong, the way out, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Pixels and what a file of them needs to look the same.
-
-    Args:
-        pixels: (h, w, 3) or (h, w, 4), float32, 0..1, as the file has them (not linear light); alpha straight.
-        icc_profile: the ICC profile of these pixels, of a grey space where `grey`, else RGB; None means sRGB.
-        grey: whether the picture has no colour and is written as L or LA (the mean of the three channels).
-        note: written into a PNG, see `read_note`; ASCII.
-    """
-
-    pixels: torch.Tensor
-    icc_profile: bytes | None
-    grey: bool
-    note: str = ""
-
-
-@contextlib.contextmanager
-def damage_explained(path: Path, problem: str, remedy: str) -> Iterator[None]:
-    """Whatever Pillow raises on a damaged file or a full disk, as a PictureError of one sentence."""
-    try:
-        yield
-    except PictureError:
-        raise
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(reason.split()).rstrip(".") or type(error).__name__
-        raise PictureError(f"{path}: {problem} ({reason}); {remedy}.") from error
 
 
 def find_pictures(inputs: Iterable[Path], recursive: bool = False, leave: Path | None = None) -> list[Path]:
@@ -94,28 +69,39 @@ def find_pictures(inputs: Iterable[Path], recursive: bool = False, leave: Path |
 def read_picture(path: Path) -> Picture:
     """Reads the first picture of a file: upright, right colours, 0..1.
 
-    Grey of 16 bits keeps its precision; colour of 16 bits is read as 8, with a warning.
+    PNG and TIFF keep the precision of 16 bits, and TIFF of floats; what else has more than 8 is warned of.
 
     Raises:
         PictureError: if the file is missing, damaged, too large, or of a kind that cannot be shown faithfully.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with _opened(path) as (image, file):
+        if image is None or image.mode == "F" or _deep_planes(image):
+            samples, bits, grey, icc, said = read_tiff(path, file)
+            return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, b"", *said)
         stored = _stored_mode(image)  # before loading, which forgets it
-        _check_kind(path, image, stored)
+        low = _low_bytes(image, stored)
+        _check_kind(path, image, stored, low is not None)
         image.load()
         _turn_upright(path, image)
         shown, icc = _as_shown(path, image, stored)
         black, white = _black_and_white(path, image, stored)
-        alpha = _colour_key(image, stored)
         samples = np.asarray(shown).astype(np.float32).reshape(shown.height, shown.width, -1)
+        if low is not None:
+            low.load()
+            _turn_upright(path, low)
+            below = np.asarray(low if low.mode != "RGBX" else low.convert("RGB"))
+            samples, white = samples * 256 + (below[..., 1::2] if samples.shape[2] == 2 else below), 65535
+        alpha = _colour_key(image, stored, None if low is None else samples)
+        said = _said(path, image)
     samples -= black
     samples /= white - black
     grey = samples.shape[2] < 3
     if grey or alpha is not None:
         colour = [samples[..., :1]] * 3 + [samples[..., 1:]] if grey else [samples]
         samples = np.concatenate(colour if alpha is None else [*colour, alpha], axis=2)
-    return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey)
+    bits = 8 if {black, white} == {0, 255} else 16
+    return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, *said)
 
 
 def _pictures_at(given: Path, recursive: bool, leave: Path | None) -> list[Path]:
@@ -148,8 +134,11 @@ def _is_within(folder: Path, leave: Path | None) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[ImageFile]:
-    """The image in a file, not yet decoded; what Pillow raises while it is open is explained."""
+def _opened(path: Path) -> Iterator[tuple[ImageFile | None, BinaryIO]]:
+    """The image in a file, not yet decoded, None for a TIFF that Pillow does not know, and the file.
+
+    What Pillow raises while it is open is explained.
+    """
     with damage_explained(path, "cannot be opened", "check the path and its permissions"):
         if not path.is_file():
             raise PictureError(f"{path}: there is no such file; check the path.")
@@ -162,10 +151,10 @@ def _opened(path: Path) -> Iterator[ImageFile]:
         # who upscales brings big pictures on purpose, and beyond twice the size warned of Pillow refuses them;
         # filters are the process's before Python 3.14: at worst, threads leave this one warning silent
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield _identified(path, file)
+        yield _identified(path, file), file
 
 
-def _identified(path: Path, file: BinaryIO) -> ImageFile:
+def _identified(path: Path, file: BinaryIO) -> ImageFile | None:
     """By the contents: names lie more often than headers."""
     if not file.read(1):
         raise PictureError(f"{path}: the file is empty; save the picture again.")
@@ -178,15 +167,38 @@ def _identified(path: Path, file: BinaryIO) -> ImageFile:
             image.info["icc_profile"] = stripped.profile
         return image
     except (UnidentifiedImageError, KeyError):  # KeyError: there is no AVIF in Pillow before 11.3
-        raise PictureError(
-            f"{path}: cannot be read, for it is damaged or no picture of a known format; "
-            "save it as PNG, JPEG, WebP, TIFF, BMP, GIF, PPM or AVIF."
-        ) from None
+        return _of_another_format(path, file)
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise PictureError(
             f"{path}: it has more than {most:,} pixels, the most that are read; cut the picture into parts."
         ) from None
+
+
+def _of_another_format(path: Path, file: BinaryIO) -> ImageFile | None:
+    """What Pillow does not know by itself: an image that a plugin opens, or None for a TIFF."""
+    file.seek(0)
+    head = file.read(12)
+    file.seek(0)
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    if head.startswith(_EXR):
+        raise PictureError(f"{path}: EXR is not read, for its light has no white to end at; save it as 16-bit .png.")
+    for name, (begins, package, module, opener) in _PLUGINS.items():
+        if re.match(begins, head, re.DOTALL):
+            try:
+                plugin = importlib.import_module(module)
+            except ImportError:
+                raise PictureError(
+                    f"{path}: {name} is read by the package {package}, which is not installed; "
+                    f"pip install {package}, or save the picture as .png."
+                ) from None
+            getattr(plugin, opener, lambda: None)()
+            return Image.open(file, formats=[name])
+    raise PictureError(
+        f"{path}: cannot be read, for it is damaged or no picture of a known format; "
+        "save it as PNG, JPEG, WebP, TIFF, BMP, GIF, PPM or AVIF."
+    )
 
 
 def _stored_mode(image: ImageFile) -> str:
@@ -198,15 +210,37 @@ def _stored_mode(image: ImageFile) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _check_kind(path: Path, image: ImageFile, stored: str) -> None:
-    """Refuses what Pillow would show wrongly, warns of what is left out: further frames, low bytes of colour."""
-    if image.mode == "F":
-        raise PictureError(
-            f"{path}: its 32-bit float values have no fixed white, and 8 or 16 bits are read; save it as 16-bit .png."
-        )
-    # Pillow reads uncompressed planes as if they had 8 bits
-    if isinstance(image, TiffImageFile) and len(stored) == 1 and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
-        raise PictureError(f"{path}: 16-bit TIFF in separate planes cannot be read; save it as .png.")
+def _deep_planes(image: ImageFile) -> bool:
+    """Whether colours of more than 8 bits lie in planes, of which Pillow reads the high bytes or less."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(_PLANES) == 2 and _tiff_bits(image) > 8
+
+
+def _tiff_bits(image: TiffImageFile) -> int:
+    return max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+
+
+def _low_bytes(image: ImageFile, stored: str) -> ImageFile | None:
+    """The picture again as what Pillow leaves out of colours of 16 bits, not loaded; None where that cannot be had.
+
+    Pillow has room for 8 bits of a colour and takes the high byte. Asked for the other order of bytes, it takes the
+    low one; LA is read as four bytes, of which the second and fourth are the low ones.
+    """
+    match = re.fullmatch(r"(RGB|RGBA|RGBX|LA);16([BLN])", stored)
+    if match is None or image.format not in ("PNG", "TIFF"):
+        return None
+    ours = {"N": sys.byteorder[0].upper()}.get(match[2], match[2])
+    raw = "RGBA" if match[1] == "LA" else f"{match[1]};16{'L' if ours == 'B' else 'B'}"
+    low = Image.open(cast(BinaryIO, image.fp), formats=[image.format])
+    # in Pillow 10.0 a tile is a plain tuple
+    make = getattr(ImageFileModule, "_Tile", lambda *parts: parts)
+    args = [tile[3] for tile in low.tile]
+    raws = [(raw, *arg[1:]) if isinstance(arg, tuple) else raw for arg in args]
+    low.tile = cast(Any, [make(*tile[:3], raw) for tile, raw in zip(low.tile, raws, strict=True)])
+    return low
+
+
+def _check_kind(path: Path, image: ImageFile, stored: str, whole: bool) -> None:
+    """Refuses what Pillow would show wrongly, warns of what is left out: further frames, low bytes unless `whole`."""
     if isinstance(image, TiffImageFile) and _is_preview(image):
         raise PictureError(
             f"{path}: only a small preview of the picture in it can be read, as is usual for a camera's raw file; "
@@ -215,7 +249,7 @@ def _check_kind(path: Path, image: ImageFile, stored: str) -> None:
     # MPO is a camera's JPEG, and what lies behind it a preview or a depth map
     if getattr(image, "is_animated", False) and image.format != "MPO":
         log.warning("%s: the file holds several pictures; only the first is read", path)
-    if ";16" in stored and image.mode not in _GREY_16:
+    if ";16" in stored and image.mode not in _GREY_16 and not whole:
         log.warning("%s: 16 bits a channel are read as 8", path)
 
 
@@ -273,59 +307,39 @@ def _black_and_white(path: Path, image: ImageFile, stored: str) -> tuple[int, in
     return 0, white
 
 
-def _colour_key(image: ImageFile, stored: str) -> NDArray[np.float32] | None:
-    """(h, w, 1) alpha of a file that declares one grey or one colour transparent (PNG's tRNS chunk), else None."""
+def _colour_key(image: ImageFile, stored: str, deep: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """(h, w, 1) alpha of a file that declares one grey or one colour transparent (PNG's tRNS chunk), else None.
+
+    deep: the samples in full depth, if they are more than the image has.
+    """
     key = image.info.get("transparency")
     if key is None or image.mode not in _GREY_16 | {"1", "L", "RGB"}:
         return None
     # the key is in the file's bits, the pixels no longer are
     key = np.atleast_1d(key) * {"L;2": 85, "L;4": 17}.get(stored, 1)
-    if stored.startswith("RGB;16"):
-        key >>= 8
     if image.mode == "1":
         key = key > 0  # 0 or 1 in Pillow 10, 0 or 255 later
-    values = np.asarray(image).reshape(image.height, image.width, -1)
+    values = np.asarray(image).reshape(image.height, image.width, -1) if deep is None else deep
     return (values != key).any(axis=2, keepdims=True).astype(np.float32)
 
 
-def fitting_profile(path: Path, icc: bytes | None, grey: bool) -> bytes | None:
-    """The profile if it is one for such a picture, else None, with a warning."""
-    if not icc:
-        return None
+def _said(path: Path, image: ImageFile) -> tuple[bytes, bytes, tuple[float, float] | None]:
+    """EXIF, XMP and dpi of an image that is upright now; what cannot be read is left out, with a warning."""
+    exif, kept = b"", Image.Exif()
     try:
-        ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        fits = icc[16:20] == (b"GRAY" if grey else b"RGB ")
-    except _BAD_PROFILE:
-        fits = False
-    if not fits:
-        kind = "grey" if grey else "RGB"
-        log.warning("%s: the ICC profile is left out: it cannot be read or is not for %s pictures", path, kind)
-    return icc if fits else None
-
-
-def to_srgb(image: Image.Image, icc: bytes) -> Image.Image | None:
-    """The picture as RGB in sRGB, or RGBA from LA or RGBA; None if the profile cannot do that."""
-    # Relative colorimetric with the black point moved: what photographers' tools do when they convert.
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colour = image if alpha is None else image.convert(image.mode[:-1])
-    try:
-        converted = ImageCms.profileToProfile(
-            colour,
-            ImageCms.ImageCmsProfile(io.BytesIO(icc)),
-            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
-            flags=_BLACK_POINT,
-        )
-    except _BAD_PROFILE:
-        return None
-    if converted is not None and alpha is not None:
-        converted.putalpha(alpha)
-    return converted
-
-
-def srgb_profile() -> bytes:
-    """A profile that says sRGB, always the same bytes."""
-    icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    icc[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the time of making, else no two runs write the same
-    return bytes(icc)
+        with damage_explained(path, "its EXIF data is damaged", "it is left out"):
+            found = image.getexif()
+            kept.update({tag: found[tag] for tag in _KEPT_TAGS if tag in found})
+            for part in _KEPT_PARTS:
+                if said := {tag: value for tag, value in found.get_ifd(part).items() if tag not in _OF_THE_FILE}:
+                    kept[part] = said
+            exif = kept.tobytes() if kept else b""
+    except PictureError as error:
+        log.warning("%s", error)
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    # the picture is upright now, and readers of Pillow's kind look here too
+    xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", rb"\g<1>1", xmp) if isinstance(xmp, bytes) else b""
+    sides = [float(side) for side in image.info.get("dpi", ())]
+    dpi = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 1e5 for side in sides) else None
+    return exif, xmp if len(xmp) < LARGEST else b"", dpi

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from .notes import KEYWORD, LARGEST
-from .reading import Picture, PictureError, damage_explained, fitting_profile, log, srgb_profile, to_srgb
+from .picture import Picture, PictureError, damage_explained, log
+from .png import write_png
+from .profile import fitting_profile, srgb_profile, to_srgb
+from .tiff import has_tifffile, write_tiff
 
 try:
     import fcntl
 except ImportError:  # Windows, which deletes no file that somebody holds open
     fcntl = None
 
-_BAND = 256  # rows rounded at a time, so that writing needs no second float copy of a large picture
+_BAND = 64  # rows rounded at a time, so that writing needs no second copy of a large picture
+DEPTHS = (8, 16, 32)  # bits of a channel; 32 are floats
+_MOST_EXIF = 65533 - 6  # bytes, in JPEG
 
 
 class TargetError(PictureError):
@@ -41,16 +46,15 @@ class _Writer:
     name: str
     max_side: int = 2**31 - 1
     max_bytes: int | None = None  # of uncompressed pixels
+    bits: tuple[int, ...] = (8,)
     alpha: bool = True
     grey_profile: bool = True
     max_profile: int = 2**31 - 1  # bytes
     options: dict[str, object] = field(default_factory=dict)
 
 
-_PNG, _TIFF = (
-    _Writer("PNG", max_profile=LARGEST - 1),
-    _Writer("TIFF", max_bytes=2**32 - 2**25),
-)  # less: room for tags and a profile
+_PNG = _Writer("PNG", bits=(8, 16), max_profile=LARGEST - 1)
+_TIFF = _Writer("TIFF", max_bytes=2**32 - 2**25, bits=DEPTHS)  # less than 4 GiB: room for tags and a profile
 _BMP = _Writer("BMP", max_bytes=2**32 - 2**16, alpha=False, grey_profile=False, max_profile=0)
 # 65500, not the 65535 of the file format: the limit of libjpeg
 _JPEG = _Writer("JPEG", max_side=65500, alpha=False, max_profile=255 * 65519, options={"quality": 95, "subsampling": 0})
@@ -62,7 +66,8 @@ _WRITERS = {".png": _PNG, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP, ".tif":
 def write_picture(path: Path, picture: Picture) -> None:
     """Writes a picture in the format of the suffix: PNG, JPEG (quality 95, 4:4:4), WebP (lossless), TIFF or BMP.
 
-    Values are clipped to 0..1 and rounded half up to 8 bits. The file appears whole or not at all.
+    Values are clipped to 0..1 and rounded half up to the picture's bits, or to 8 where the format has no more; TIFF
+    holds floats too. The file appears whole or not at all.
 
     Raises:
         PictureError: for a suffix or size the format cannot have, values that are not numbers, a failing disk.
@@ -89,10 +94,10 @@ def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
 
     def write(picture: Picture) -> None:
         writer = _WRITERS[path.suffix.lower()]
-        image, icc = _with_profile(path, Image.fromarray(_bytes(path, picture, writer)), picture, writer)
         with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
             file.seek(0)
-            image.save(file, format=writer.name, icc_profile=icc or b"", **_note(picture, writer), **writer.options)
+            file.truncate()
+            _encode(path, file, picture, writer)
             file.close()  # a full disk may be told only now, and Windows renames nothing that is open
             part.replace(path)
 
@@ -106,12 +111,68 @@ def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
             part.unlink(missing_ok=True)
 
 
-def _note(picture: Picture, writer: _Writer) -> dict[str, PngInfo]:
-    if writer is not _PNG or not picture.note:
-        return {}
-    info = PngInfo()
-    info.add_text(KEYWORD, picture.note)
-    return {"pnginfo": info}
+def _encode(path: Path, file: IO[bytes], picture: Picture, writer: _Writer) -> None:
+    """Write the bytes of a file: PNG and what Pillow has no TIFF for by bands, the rest by Pillow."""
+    icc = fitting_profile(path, picture.icc_profile, picture.grey)
+    held = icc is None or (len(icc) <= writer.max_profile and (writer.grey_profile or not picture.grey))
+    bits = depth_of(path, picture.bits) if held else 8
+    (height, width), channels = picture.pixels.shape[:2], _channels(picture, writer)
+    bands = _bands(path, picture, writer, bits)
+    if not held:
+        image, icc = _in_srgb(path, _image(bands), icc or b"", picture, writer)
+        channels, bands = len(image.getbands()), iter([np.asarray(image).reshape(height, width, -1)])
+    if writer is _PNG:
+        write_png(file, (height, width), channels, bits, bands, _png_chunks(picture, icc))
+    elif writer is _TIFF and (bits > 8 or height * width * channels > (_TIFF.max_bytes or 0)):
+        dtype = np.dtype({8: "u1", 16: "u2", 32: "f4"}[bits])
+        shape = (height, width, channels)
+        write_tiff(path, file, shape, dtype, bands, _BAND, _tiff_tags(picture, icc), picture.dpi)
+    else:
+        _image(bands).save(file, format=writer.name, icc_profile=icc or b"", **_about(path, picture), **writer.options)
+
+
+def depth_of(path: Path, bits: int) -> int:
+    """Bits of a channel that a file of this name gets: as many as given, or the most that its format has."""
+    return max(min(bits, one) for one in _WRITERS[path.suffix.lower()].bits)
+
+
+def _channels(picture: Picture, writer: _Writer) -> int:
+    return (1 if picture.grey else 3) + (picture.pixels.shape[2] == 4 and writer.alpha)
+
+
+def _png_chunks(picture: Picture, icc: bytes | None) -> Iterator[tuple[bytes, bytes]]:
+    if icc:
+        yield b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)
+    if picture.dpi:
+        yield b"pHYs", b"".join(round(side / 0.0254).to_bytes(4, "big") for side in picture.dpi) + b"\1"
+    if picture.exif:
+        yield b"eXIf", picture.exif.removeprefix(b"Exif\0\0")
+    if picture.xmp:
+        yield b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + picture.xmp
+    if picture.note:
+        yield b"tEXt", f"{KEYWORD}\0{picture.note}".encode("latin-1")
+
+
+def _tiff_tags(picture: Picture, icc: bytes | None) -> list[tuple[int, int, int, object]]:
+    """(number, type, count, value): the profile, XMP, and what of EXIF is text of the picture itself."""
+    exif, short, text = Image.Exif(), 7, 2
+    exif.load(picture.exif)
+    tags: list[tuple[int, int, int, object]] = [(n, text, 0, str(v)) for n, v in exif.items() if isinstance(v, str)]
+    return tags + [(n, short, len(v), v) for n, v in ((34675, icc), (700, picture.xmp)) if v]
+
+
+def _about(path: Path, picture: Picture) -> dict[str, Any]:
+    """What Pillow is told of a picture beside its pixels."""
+    about: dict[str, Any] = {"exif": picture.exif, "xmp": picture.xmp, "dpi": picture.dpi}
+    if path.suffix.lower() in (".tif", ".tiff") and picture.xmp:  # a tag like others, which Pillow writes if told so
+        about["exif"] = exif = Image.Exif()
+        exif.load(picture.exif)
+        exif[700] = picture.xmp
+    for name, most in (("exif", _MOST_EXIF), ("xmp", 65504)):
+        if path.suffix.lower() in (".jpg", ".jpeg") and len(about[name]) > most:
+            log.warning("%s: its %s is too large for JPEG and is left out", path, name.upper())
+            del about[name]
+    return {name: value for name, value in about.items() if value}
 
 
 def sweep(folder: Path) -> None:
@@ -167,20 +228,24 @@ def check_target(path: Path, picture: Picture) -> None:
             f"{path}: {width}×{height} is too large for {writer.name}, whose sides are at most {writer.max_side}; "
             "save as .png."
         )
-    size = height * width * ((1 if picture.grey else 3) + (pixels.shape[2] == 4 and writer.alpha))
-    if writer.max_bytes and size > writer.max_bytes:
+    bits = depth_of(path, picture.bits)
+    large = bool(writer.max_bytes) and height * width * _channels(picture, writer) > writer.max_bytes
+    if large and writer is not _TIFF:
         raise PictureError(
             f"{path}: {width}×{height} is too large for {writer.name}, which holds at most 4 GiB; save as .png."
         )
+    if writer is _TIFF and (large or bits > 8) and not has_tifffile():
+        what = "TIFF above 4 GiB" if large else f"TIFF of {bits} bits"
+        raise PictureError(f"{path}: {what} is written by the package tifffile; pip install tifffile, or save as .png.")
     if not path.parent.is_dir():
         raise PictureError(f"{path}: its folder is not there; make it first.")
     if path.is_dir():
         raise PictureError(f"{path}: this is a folder; choose another name.")
 
 
-def _bytes(path: Path, picture: Picture, writer: _Writer) -> NDArray[np.uint8]:
-    """(h, w), (h, w, 2), (h, w, 3) or (h, w, 4): L, LA, RGB or RGBA."""
-    bands, covered = [], True
+def _bands(path: Path, picture: Picture, writer: _Writer, bits: int) -> Iterator[NDArray[Any]]:
+    """(n, w, 1 to 4) at a time, of uint8, uint16 or float32: L, LA, RGB or RGBA."""
+    covered, white = True, 2**bits - 1
     for band in picture.pixels.detach().split(_BAND):
         band = band.to("cpu", torch.float32)
         if not band.isfinite().all():
@@ -192,20 +257,21 @@ def _bytes(path: Path, picture: Picture, writer: _Writer) -> NDArray[np.uint8]:
             colour, alpha = colour * alpha + (1 - alpha), alpha[..., :0]
         if picture.grey:
             colour = colour.mean(2, keepdim=True)
-        bands.append((torch.cat([colour, alpha], 2) * 255 + 0.5).floor().to(torch.uint8).numpy())
+        band = torch.cat([colour, alpha], 2).numpy()
+        yield band if bits == 32 else (band * white + 0.5).astype(f"u{bits // 8}")
     if not covered:
         log.warning("%s: %s has no transparency; the picture is laid over white", path, writer.name)
-    values = np.concatenate(bands)
-    return values[..., 0] if values.shape[2] == 1 else values
 
 
-def _with_profile(
-    path: Path, image: Image.Image, picture: Picture, writer: _Writer
+def _image(bands: Iterator[NDArray[np.uint8]]) -> Image.Image:
+    values = np.concatenate(list(bands))
+    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+
+
+def _in_srgb(
+    path: Path, image: Image.Image, icc: bytes, picture: Picture, writer: _Writer
 ) -> tuple[Image.Image, bytes | None]:
-    """The image and the profile to write with it, converted to sRGB where the format has no place for the profile."""
-    icc = fitting_profile(path, picture.icc_profile, picture.grey)
-    if icc is None or (len(icc) <= writer.max_profile and (writer.grey_profile or not picture.grey)):
-        return image, icc
+    """The image converted to sRGB, for the format has no place for its profile, and the profile to write with it."""
     if len(icc) > writer.max_profile > 0:
         log.warning("%s: the ICC profile is too large for %s, and the colours become sRGB", path, writer.name)
     converted = to_srgb(image, icc)
