@@ -133,7 +133,7 @@ ROOMS = (  # architecture.md draws them
     ("attention", "config", "grid", "rotary", "samplers", "presets", "tune", "device"),
     ("names", "sizes", "tensorfile", "disk"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.measure", "memory.offload", "memory.planner", "memory"),
-    ("uniba", "denoiser"),
+    ("uniba", "stages", "denoiser"),
     ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),
     ("clip", "sidecar", "checkpoint", "picture"),
     ("", "cli", "__main__"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from packing import packed
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
 
@@ -70,22 +70,16 @@ def test_changelog_begins_with_the_version() -> None:
 
 
 def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
-    """`comfy node pack` takes tracked files less those of .comfyignore, whose patterns are git's."""
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-
-    def files(*options: str) -> set[str]:
-        return set(subprocess.check_output([git, "ls-files", *options], cwd=ROOT, text=True).splitlines())
-
-    packed = files() - files("--ignored", "--cached", "--exclude-from=.comfyignore")
-    assert {path.split("/")[0] for path in packed if "/" in path} == {
-        "api_client", "benchmarks", "docs", "infdit", "locales", "nodes", "pictures", "subgraphs", "web", "workflows",
+    """tests/comfy installs it and runs it."""
+    files = packed()
+    assert {path.split("/")[0] for path in files if "/" in path} == {
+        "api_client", "docs", "infdit", "locales", "nodes", "pictures", "subgraphs", "web", "workflows",
     }  # fmt: skip
-    assert {path for path in packed if "/" not in path} == {
+    assert {path for path in files if "/" not in path} == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
-    assert not [path for path in packed if path.startswith("docs/") and path.endswith(".py")]
+    assert not [path for path in files if path.startswith("docs/") and path.endswith(".py")]
+    assert sum((ROOT / path).stat().st_size for path in files) < 11e6, "8 MB of it is the bundled model"
 
 
 # ---- the forge

@@ -95,8 +95,7 @@ def checkout(request: pytest.FixtureRequest) -> Checkout:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def python(checkout: Checkout) -> Path:
+def find_python(checkout: Checkout) -> Path:
     places = python_places(checkout)
     found = next(filter(runs_comfyui, places), None)
     if found is None:
@@ -105,17 +104,22 @@ def python(checkout: Checkout) -> Path:
 
 
 @pytest.fixture(scope="session")
+def python(checkout: Checkout) -> Path:
+    return find_python(checkout)
+
+
+def make_base(base: Path) -> Path:
+    """A base directory: ComfyUI's models, custom_nodes, input, output, temp and user folders."""
+    for folder in ("models/infdit", "custom_nodes", "input", "output", "temp", "user"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
+    return base
+
+
+@pytest.fixture(scope="session")
 def new_base(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes a base directory: ComfyUI's models, custom_nodes, input, output, temp and user folders."""
-
-    def make(name: str) -> Path:
-        base = tmp_path_factory.mktemp(f"{name}-{checkout.version}")
-        for folder in ("models/infdit", "custom_nodes", "input", "output", "temp", "user"):
-            (base / folder).mkdir(parents=True)
-        (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
-        return base
-
-    return make
+    """Makes a base directory of that name."""
+    return lambda name: make_base(tmp_path_factory.mktemp(f"{name}-{checkout.version}"))
 
 
 class Findings(dict[str, dict]):
@@ -165,17 +169,22 @@ def _wait(server: subprocess.Popen, url: str, log: Path) -> None:
 
 
 @contextmanager
-def _serving(checkout: Checkout, python: Path, base: Path, *flags: str) -> Iterator[str]:
-    """The address of a server over a base directory, for as long as it is needed."""
-    port, log = _free_port(), base / "server.log"
+def _serving(
+    checkout: Checkout, python: Path, base: Path, *flags: str, port: int = 0, processes: dict | None = None
+) -> Iterator[str]:
+    """The address of a server over a base directory, for as long as it is needed; its process by the address."""
+    port, log = port or _free_port(), base / "server.log"
     own = f"--cpu --listen 127.0.0.1 --port {port} --disable-auto-launch --disable-api-nodes --log-stdout"
     place = ["--database-url", "sqlite:///:memory:", "--base-directory", base]
     command = [python, "main.py", *own.split(), *place, *flags]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=checkout.path, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    if processes is not None:
+        processes[address] = process
     try:
-        _wait(process, f"http://127.0.0.1:{port}/system_stats", log)
-        yield f"http://127.0.0.1:{port}"
+        _wait(process, f"{address}/system_stats", log)
+        yield address
     finally:
         process.terminate()
         try:
@@ -189,6 +198,24 @@ def _serving(checkout: Checkout, python: Path, base: Path, *flags: str) -> Itera
 def serving(checkout: Checkout, python: Path) -> Callable[..., AbstractContextManager[str]]:
     """Starts a server of its own over a base directory, with more flags: `with serving(base) as address`."""
     return functools.partial(_serving, checkout, python)
+
+
+@pytest.fixture
+def every_server(tmp_path_factory: pytest.TempPathFactory) -> list[Callable[..., AbstractContextManager[str]]]:
+    """Starts a server of each version that is here, over a new base directory each time: newest first."""
+    if not CHECKOUTS:
+        pytest.skip("no ComfyUI")
+
+    def start(checkout: Checkout, **options: object) -> AbstractContextManager[str]:
+        base = make_base(tmp_path_factory.mktemp(f"many-{checkout.version}"))
+        return _serving(checkout, find_python(checkout), base, **options)
+
+    return [functools.partial(start, checkout) for checkout in CHECKOUTS]
+
+
+@pytest.fixture
+def free_port() -> int:
+    return _free_port()
 
 
 @pytest.fixture(scope="session")

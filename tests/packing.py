@@ -1,0 +1,33 @@
+"""The zip that ComfyUI's registry would serve, made as `comfy node pack` makes it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def packed() -> set[str]:
+    """What is packed: tracked files less those of .comfyignore, whose patterns are git's."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+
+    def files(*options: str) -> set[str]:
+        listed = subprocess.check_output([git, "ls-files", "-z", *options], cwd=ROOT, text=True)
+        return {path for path in listed.split("\0") if path and (ROOT / path).exists()}
+
+    return files() - files("--ignored", "--cached", "--exclude-from=.comfyignore")
+
+
+def pack(path: Path) -> Path:
+    """Write the zip."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(packed()):
+            archive.write(ROOT / name, name)
+    return path
