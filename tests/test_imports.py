@@ -130,7 +130,7 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 
 ROOMS = (  # architecture.md draws them
-    ("config", "grid", "rotary", "samplers", "presets", "tune", "device", "names", "sizes", "tensorfile"),
+    ("config", "grid", "rotary", "samplers", "presets", "tune", "device", "names", "sizes", "tensorfile", "draft"),
     ("conditioning", "blocks", "model", "memory.plan", "memory.offload", "memory.planner", "memory"),
     ("uniba", "denoiser"),
     ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),

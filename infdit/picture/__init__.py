@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .notes import read_note
 from .reading import SUFFIXES, Picture, PictureError, find_pictures, read_picture
-from .writing import TargetError, check_target, place_for, sweep, target_explained, write_picture
+from .writing import TargetError, check_target, place_for, target_explained, write_picture
 
 __all__ = [
     "SUFFIXES",
@@ -23,7 +23,6 @@ __all__ = [
     "place_for",
     "read_note",
     "read_picture",
-    "sweep",
     "target_explained",
     "write_picture",
 ]

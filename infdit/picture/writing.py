@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -15,13 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..draft import draft, sweep
 from .notes import KEYWORD, LARGEST
 from .reading import Picture, PictureError, damage_explained, fitting_profile, log, srgb_profile, to_srgb
-
-try:
-    import fcntl
-except ImportError:  # Windows, which deletes no file that somebody holds open
-    fcntl = None
 
 _BAND = 256  # rows rounded at a time, so that writing needs no second float copy of a large picture
 
@@ -69,6 +63,7 @@ def write_picture(path: Path, picture: Picture) -> None:
     """
     path = Path(path)
     check_target(path, picture)
+    sweep(path.parent)
     with place_for(path) as write:
         write(picture)
 
@@ -77,33 +72,22 @@ def write_picture(path: Path, picture: Picture) -> None:
 def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
     """A place for a picture, found before the picture is made: a function that writes it, whole or not at all.
 
-    Its hidden file is locked as long as this process lives, which tells it from what a killed one has left.
-
     Raises:
         TargetError: in the folder nothing can be written, now or later.
         PictureError (when written): as `write_picture`.
     """
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    with target_explained(path):
-        file = part.open("xb")
+    with contextlib.ExitStack() as held:
+        with target_explained(path):
+            part = held.enter_context(draft(path))
+        yield lambda picture: _write(part, path, picture)
 
-    def write(picture: Picture) -> None:
-        writer = _WRITERS[path.suffix.lower()]
-        image, icc = _with_profile(path, Image.fromarray(_bytes(path, picture, writer)), picture, writer)
-        with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
-            file.seek(0)
-            image.save(file, format=writer.name, icc_profile=icc or b"", **_note(picture, writer), **writer.options)
-            file.close()  # a full disk may be told only now, and Windows renames nothing that is open
-            part.replace(path)
 
-    try:
-        _lock(file)
-        yield write
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+def _write(part: Path, path: Path, picture: Picture) -> None:
+    writer = _WRITERS[path.suffix.lower()]
+    image, icc = _with_profile(path, Image.fromarray(_bytes(path, picture, writer)), picture, writer)
+    with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
+        image.save(part, format=writer.name, icc_profile=icc or b"", **_note(picture, writer), **writer.options)
+        part.replace(path)
 
 
 def _note(picture: Picture, writer: _Writer) -> dict[str, PngInfo]:
@@ -112,26 +96,6 @@ def _note(picture: Picture, writer: _Writer) -> dict[str, PngInfo]:
     info = PngInfo()
     info.add_text(KEYWORD, picture.note)
     return {"pnginfo": info}
-
-
-def sweep(folder: Path) -> None:
-    """Remove the hidden files that a killed process has left: those that nobody holds locked or, on Windows, open."""
-    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
-        with contextlib.suppress(OSError):
-            with part.open("rb") as file:
-                if not _lock(file):
-                    continue
-            part.unlink()
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed; False: somebody else has."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # or there are no locks on that disk
-        return False
 
 
 @contextlib.contextmanager
