@@ -83,7 +83,7 @@ def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, nois
         return "sampling: none, this is the plain enlargement"
     taken = f"sampling: {steps} {'step' if steps == 1 else 'steps'} of {sampler}"
     if not noise:
-        return f"{taken}; {defaults.start}"
+        return f"{taken}; {'is given no noise' if defaults.start_noise else defaults.start}"
     made_for = [defaults.sigma_max, defaults.sigma_min][: 1 if steps == 1 else 2]
     ends = [levels[0], *([] if steps == 1 else [levels[-1] or levels[-2]])]
     own = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(ends, made_for, strict=True))

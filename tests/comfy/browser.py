@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # imported late, so that its absence can be told
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
-EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale after SDXL with Inf-DiT"
-SIXTEEN, BLUEPRINT = "Upscale sixteen times with Inf-DiT", "Upscale with Inf-DiT"
+EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale what SDXL made with Inf-DiT"
+SIXTEEN, BLUEPRINT = "Upscale up to 16 times with Inf-DiT", "Upscale with Inf-DiT"
 LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
 WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
 RENDERERS = {"canvas": False, "vue": True}
@@ -68,6 +68,7 @@ NODES = """() => app.graph.nodes.map(node => {
     return {
         id: Number(node.id), type: node.type, known, waits: Boolean(waits), drawn_by: element ? 'vue' : 'canvas',
         box: box.map(Math.round), pictures: shown.map(picture => [picture.naturalWidth, picture.naturalHeight]),
+        titles: (node.widgets ?? []).map(w => w.label ?? w.name),
         texts: (node.widgets ?? []).filter(w => /text-preview|preview_text/.test(w.name)).map(w => w.value),
     }
 })"""

@@ -82,9 +82,24 @@ def test_sampler_samples_from_the_distribution(inside: dict, name: str) -> None:
     ],
 )
 def test_noise_that_does_not_fit_is_said(inside: dict, name: str, words: str) -> None:
-    notes = inside["noise_notes"][name]
+    notes = [line for line in inside["noise_notes"][name] if line.startswith("note: ")]
     assert len(notes) == bool(words)
     assert words in "".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("as made for", "1 step of euler, noise 0.1, seed 7"),
+        ("none", "1 step of euler; is given no noise"),
+        ("bundled", "1 step of euler; starts without noise: the seed changes nothing"),
+        ("bundled, some", "1 step of euler, noise 0.03, seed 7"),
+    ],
+)
+def test_noise_is_said_where_there_is_any(inside: dict, name: str, words: str) -> None:
+    report = inside["noise_notes"][name]
+    assert report[1] == f"sampling: {words}"
+    assert report[-1].startswith("receipt: {")
 
 
 @pytest.mark.parametrize("name", [*WORKING, *ADDING])
