@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -24,6 +25,7 @@ BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
 
 _lines: set[str] = set()  # nodes on which a line of text stands
+_failed: set[str] = set()  # those of them on which it says why they failed
 
 
 def from_image(image: Tensor) -> Tensor:
@@ -48,10 +50,13 @@ def to_image(image: Tensor) -> Tensor:
     return image.to(mm.intermediate_device(), dtype)
 
 
+def _server() -> Any:  # noqa: ANN401 - ComfyUI's
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # tests run without one
+
+
 def tell(text: str, node_id: str | None) -> None:
     """Put a line of text on a node, where there is a page to show it; an empty one only in place of another."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)  # not imported: tests run without one
-    send = getattr(getattr(server, "instance", None), "send_progress_text", None)
+    send = getattr(_server(), "send_progress_text", None)
     if send is None or node_id is None or not (text or node_id in _lines):
         return
     (_lines.add if text else _lines.discard)(node_id)
@@ -61,7 +66,7 @@ def tell(text: str, node_id: str | None) -> None:
 def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """A node that says on its own line of text why it fails: the page hides it elsewhere.
 
-    When a run begins, the line of the last one goes.
+    When a run begins, the line of the last one goes; `forget_failures` sees to nodes that do not run then.
     """
     execute: Any = node.execute.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -72,15 +77,34 @@ def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         tell("", node_id)
         try:
             return execute(cls, **inputs)
-        except mm.InterruptProcessingException:
-            tell("stopped", node_id)
-            raise
-        except Exception as error:
-            tell(str(error) or type(error).__name__, node_id)
+        except BaseException as error:
+            tell(_reason(error), node_id)
+            _failed.update([node_id] if node_id else [])
             raise
 
     node.execute = classmethod(told)
     return node
+
+
+def _reason(error: BaseException) -> str:
+    """Short, for a node shows two lines: of a file the name without its folders."""
+    if isinstance(error, mm.InterruptProcessingException):
+        return "stopped"
+    path = str(getattr(error, "path", ""))
+    return str(error).replace(path, Path(path).name) if path else str(error) or type(error).__name__
+
+
+def forget_failures() -> None:
+    """Have what failed nodes say taken away when the next prompt comes: what it finds in the cache does not run."""
+
+    def forget(prompt: object) -> object:
+        while _failed:
+            tell("", _failed.pop())
+        return prompt
+
+    register = getattr(_server(), "add_on_prompt_handler", None)
+    if register is not None:
+        register(forget)
 
 
 def wants_pictures() -> bool:

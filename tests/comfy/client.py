@@ -194,6 +194,7 @@ async def refused(browser: Browser) -> dict:
         "broken": await browser.run(workflow(loader={"model_name": "broken.safetensors"})),
         "scale": await browser.run(workflow(upscale={"size.scale": 17})),
         "budget": await browser.run(workflow(upscale={"memory_budget": 0.001})),
+        "again": await browser.run(workflow()),
     }
 
 

@@ -266,3 +266,12 @@ def test_what_is_refused(online: dict) -> None:
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
+
+
+def test_why_a_node_failed_is_said_on_it_until_the_next_prompt(online: dict) -> None:
+    """Even if nothing has to be run then; of a file its name, for a node shows two lines."""
+    found = online["refused"]
+    assert found["broken"]["texts"][-1]["text"].startswith("broken.safetensors: is not a complete")
+    assert "memory_budget 0.001 is too little" in found["budget"]["texts"][-1]["text"]
+    assert found["again"]["end"] == "success"
+    assert found["again"]["texts"][0] == {"node": found["budget"]["texts"][-1]["node"], "text": ""}
