@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
+from aiohttp import web
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
@@ -20,12 +21,15 @@ from torch import Tensor
 from ..infdit import Report
 from ..infdit.progress import PREVIEW_SIDE, Preview
 from ..infdit.upscale import check_image
+from .words import in_language
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
+MOST_PAGES = 1000  # whose language is remembered
 
 _lines: set[str] = set()  # nodes on which a line of text stands
 _failed: set[str] = set()  # those of them on which it says why they failed
+_languages: dict[str, str] = {}  # of pages, by the id of their client; the newest last
 
 
 def from_image(image: Tensor) -> Tensor:
@@ -60,13 +64,13 @@ def tell(text: str, node_id: str | None) -> None:
     if send is None or node_id is None or not (text or node_id in _lines):
         return
     (_lines.add if text else _lines.discard)(node_id)
-    send(text, node_id)
+    send(in_language(text, page_language()), node_id)
 
 
 def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """A node that says on its own line of text why it fails: the page hides it elsewhere.
 
-    When a run begins, the line of the last one goes; `forget_failures` sees to nodes that do not run then.
+    When a run begins, the line of the last one goes; `listen_to_pages` sees to nodes that do not run then.
     """
     execute: Any = node.execute.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -94,17 +98,36 @@ def _reason(error: BaseException) -> str:
     return str(error).replace(path, Path(path).name) if path else str(error) or type(error).__name__
 
 
-def forget_failures() -> None:
-    """Have what failed nodes say taken away when the next prompt comes: what it finds in the cache does not run."""
+def page_language() -> str:
+    """Of the page whose prompt runs, by its short name; English for programs."""
+    return _languages.get(getattr(_server(), "client_id", None) or "", "en")
+
+
+def listen_to_pages() -> None:
+    """Have pages tell their language (web/language.js), and a prompt take away what nodes that failed before say.
+
+    What the prompt finds in ComfyUI's cache does not run, and would keep it.
+    """
+    server = _server()
+    if server is None:
+        return
 
     def forget(prompt: object) -> object:
         while _failed:
             tell("", _failed.pop())
         return prompt
 
-    register = getattr(_server(), "add_on_prompt_handler", None)
-    if register is not None:
-        register(forget)
+    @server.routes.post("/infdit/language")
+    async def learn(request: web.Request) -> web.Response:
+        said = await request.json()
+        client, language = str(said["client"])[:64], str(said["language"])[:16]
+        _languages.pop(client, None)
+        _languages[client] = language
+        while len(_languages) > MOST_PAGES:
+            del _languages[next(iter(_languages))]
+        return web.Response()
+
+    server.add_on_prompt_handler(forget)
 
 
 def wants_pictures() -> bool:

@@ -16,8 +16,9 @@ from ..infdit.receipt import receipt_of
 from ..infdit.resume import model_digest
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, with_weights
-from .comfy_page import Bar, duration
+from .comfy_page import Bar, duration, page_language
 from .report import overshoot_note, run_report, seconds_foretold
+from .words import RECEIPT, in_language
 
 
 def run_upscale(
@@ -67,7 +68,8 @@ def run_upscale(
     lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
     about = {"name": model.name, "sha256": model_digest(model.network)}
     receipt = json.dumps(receipt_of(done, seconds, model=about, device=workload.device.type))
-    return result, f"{run_report(model.name, sampling, steps, planned, done, seconds, lines)}\nreceipt: {receipt}"
+    report = run_report(model.name, sampling, steps, planned, done, seconds, lines)
+    return result, f"{in_language(report, page_language())}\n{RECEIPT}{receipt}"
 
 
 def conditioning_lines(model: ManagedModel, conditioning: GuidedVector | None) -> list[str]:

@@ -34,6 +34,7 @@ RENDERERS = {"canvas": False, "vue": True}
 # a user who is not new; a dialog that could be switched off is on
 SETTINGS = {
     "Comfy.InstalledVersion": "9.9.9",
+    "Comfy.Locale": "en",
     "Comfy.Release.Status": "skipped",
     "Comfy.TutorialCompleted": True,
     "Comfy.Validation.Workflows": True,
@@ -230,6 +231,8 @@ def main(address: str, pack: Path, out: Path) -> None:
                     findings[name] = {"traceback": traceback.format_exc()}
                 print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
             frontend.page.close()
+        frontend = Frontend(browser, address, {"Comfy.Locale": "zh"})
+        findings["chinese"] = run(frontend, pack / "workflows" / f"{EVERYDAY}.json")
     out.write_text(json.dumps(findings))
 
 

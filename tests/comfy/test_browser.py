@@ -159,6 +159,12 @@ def test_blueprint_is_a_node_with_the_model_in_it(seen: dict, renderer: str) -> 
     assert inside["InfDiTUpscale"]["size.scale"] == 4
 
 
+def test_a_chinese_page_is_told_in_chinese(seen: dict) -> None:
+    texts = {node["type"]: node["texts"][0] for node in seen["chinese"]["nodes"] if node["texts"]}
+    assert "256×192，用时 " in texts["InfDiTUpscale"]
+    assert "\n采样：" in texts["PreviewAny"]
+
+
 @renderers
 def test_only_sdxl_is_missing_where_no_model_is(seen: dict, renderer: str) -> None:
     (said,) = seen[f"{renderer} absent Upscale what SDXL made with Inf-DiT"]["dialogs"]

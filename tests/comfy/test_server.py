@@ -258,6 +258,13 @@ def test_stop_button_and_the_run_after_it(online: dict) -> None:
     assert [result["size"] for result in found["results"]] == [[256, 192]]
 
 
+def test_a_page_is_told_in_its_own_language(online: dict) -> None:
+    found = online["in_chinese"]
+    assert found["status"] == 200
+    assert re.fullmatch(r"256×192，用时 [\d.]+ 秒", found["zh"][-1]["text"])
+    assert re.fullmatch(r"256×192 in [\d.]+ s", found["other"][-1]["text"])
+
+
 def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
