@@ -25,6 +25,7 @@ from .words import in_language
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
+BLANK = " "  # a line that says nothing: pages ignore empty ones
 MOST_PAGES = 1000  # whose language is remembered
 
 _lines: set[str] = set()  # nodes on which a line of text stands
@@ -59,11 +60,11 @@ def _server() -> Any:  # noqa: ANN401 - ComfyUI's
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Put a line of text on a node, where there is a page to show it; an empty one only in place of another."""
+    """Put a line of text on a node, where there is a page to show it; BLANK only in place of another."""
     send = getattr(_server(), "send_progress_text", None)
-    if send is None or node_id is None or not (text or node_id in _lines):
+    if send is None or node_id is None or (text == BLANK and node_id not in _lines):
         return
-    (_lines.add if text else _lines.discard)(node_id)
+    (_lines.discard if text == BLANK else _lines.add)(node_id)
     send(in_language(text, page_language()), node_id)
 
 
@@ -78,7 +79,7 @@ def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     def told(cls: type[io.ComfyNode], **inputs: object) -> io.NodeOutput:
         context = get_executing_context()
         node_id = None if context is None else context.node_id
-        tell("", node_id)
+        tell(BLANK, node_id)
         try:
             return execute(cls, **inputs)
         except BaseException as error:
@@ -114,7 +115,7 @@ def listen_to_pages() -> None:
 
     def forget(prompt: object) -> object:
         while _failed:
-            tell("", _failed.pop())
+            tell(BLANK, _failed.pop())
         return prompt
 
     @server.routes.post("/infdit/language")

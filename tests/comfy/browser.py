@@ -52,6 +52,9 @@ FOLLOW = """() => {
         app.api.addEventListener('execution_' + end, () => { window.ended = end }, { once: true })
 }"""
 EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
+SET = """([type, name, value]) => {
+    app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+}"""
 GROUPS = "app.graph.groups.map(group => [...group.pos, ...group.size].map(Math.round))"
 # of Vue's nodes the elements say where they are and what they show
 NODES = """() => app.graph.nodes.map(node => {
@@ -133,9 +136,10 @@ class Frontend:
         self.page.evaluate(OPEN, [drawn, name])
         self.page.evaluate(FIT)
 
-    def run(self) -> str:
-        """Press Run and wait; how it ended. Nothing comes out of ComfyUI's cache, so there is something to see."""
-        self._post("free", {"free_memory": True})
+    def run(self, afresh: bool = True) -> str:
+        """Press Run and wait; how it ended. Afresh: out of ComfyUI's cache comes nothing, so there is a run to see."""
+        if afresh:
+            self._post("free", {"free_memory": True})
         self.page.evaluate(FOLLOW)
         self.page.get_by_test_id("queue-button").click()
         return self.page.wait_for_function("window.ended", timeout=PATIENCE).json_value()
@@ -173,6 +177,16 @@ def opened(frontend: Frontend, path: Path) -> dict:
 def run(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
     return {"end": frontend.run(), **frontend.seen()}
+
+
+def failed(frontend: Frontend, path: Path) -> dict:
+    """The workflow after a run, with a budget that is too small, and as before, which finds all in ComfyUI's cache."""
+    opened(frontend, path)
+    found = [{"end": frontend.run(), **frontend.seen()}]
+    for budget in (0.001, 0):
+        frontend.page.evaluate(SET, ["InfDiTUpscale", "memory_budget", budget])
+        found.append({"end": frontend.run(afresh=False), **frontend.seen()})
+    return {"runs": found}
 
 
 def core(frontend: Frontend, path: Path) -> dict:
@@ -214,7 +228,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     for path in drawn:
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
-    for case in (core, broken):
+    for case in (failed, core, broken):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

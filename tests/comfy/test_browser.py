@@ -159,6 +159,17 @@ def test_blueprint_is_a_node_with_the_model_in_it(seen: dict, renderer: str) -> 
     assert inside["InfDiTUpscale"]["size.scale"] == 4
 
 
+@renderers
+def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, renderer: str) -> None:
+    """Not even where the next run finds its result in the cache."""
+    runs = seen[f"{renderer} failed {EVERYDAY}"]["runs"]
+    lines = [text for run in runs for node in run["nodes"] if node["type"] == "InfDiTUpscale" for text in node["texts"]]
+    assert [run["end"] for run in runs] == ["success", "error", "success"]
+    assert lines[0].startswith("256×192 in ")
+    assert lines[1].startswith("memory_budget 0.001 is too little: type 0.0")
+    assert "too little" not in lines[2]
+
+
 def test_a_chinese_page_is_told_in_chinese(seen: dict) -> None:
     texts = {node["type"]: node["texts"][0] for node in seen["chinese"]["nodes"] if node["texts"]}
     assert "256×192，用时 " in texts["InfDiTUpscale"]

@@ -281,4 +281,4 @@ def test_why_a_node_failed_is_said_on_it_until_the_next_prompt(online: dict) -> 
     assert found["broken"]["texts"][-1]["text"].startswith("broken.safetensors: is not a complete")
     assert "memory_budget 0.001 is too little" in found["budget"]["texts"][-1]["text"]
     assert found["again"]["end"] == "success"
-    assert found["again"]["texts"][0] == {"node": found["budget"]["texts"][-1]["node"], "text": ""}
+    assert found["again"]["texts"][0] == {"node": found["budget"]["texts"][-1]["node"], "text": " "}
