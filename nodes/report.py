@@ -66,7 +66,7 @@ def faithful_lines(done: Report) -> list[str]:
         return []
     least = min(done.faithful, key=lambda likeness: likeness.consistency)
     which = ", the least of all pictures" if len(done.faithful) > 1 else ""
-    seen = "; more fidelity or less denoise brings it closer" if least.colour > SEEN else ""
+    seen = "; more fidelity or less denoise helps" if least.colour > SEEN else ""
     return [f"made small again, against the input: {least}{which}{seen}"]
 
 

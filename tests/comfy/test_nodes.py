@@ -197,7 +197,7 @@ def test_report_says_what_helps_where_the_result_is_not_like_the_picture(inside:
     for name, differs in (("bundled", False), ("bundled, sharp", True)):
         (line,) = (line for line in inside["reports"][name]["report"].splitlines() if line.startswith("made small"))
         assert (float(re.search(r"ΔE2000 ([\d.]+)", line)[1]) > 2) == differs
-        assert line.endswith("; more fidelity or less denoise brings it closer") == differs
+        assert line.endswith("; more fidelity or less denoise helps") == differs
 
 
 def test_all_that_reports_say_has_chinese_words(inside: dict) -> None:
