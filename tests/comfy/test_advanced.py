@@ -206,7 +206,7 @@ def test_plan_of_pictures_is_that_of_the_run(inside: dict) -> None:
 def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
     assert "of the budget of 30.7 MiB" in inside["plans"]["budget"]["report"]
     refused = inside["plans"]["too little"]["report"]
-    assert re.search(r"memory_budget 0.01 is too little: type [\d.]+ at least for 256×192", refused)
+    assert re.search(r"memory 0.01 GiB is too little: type [\d.]+ at least for 256×192", refused)
     assert "is all that can be had here now" in inside["plans"]["too large"]["report"]
 
 

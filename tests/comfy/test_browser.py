@@ -166,7 +166,7 @@ def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, rend
     lines = [text for run in runs for node in run["nodes"] if node["type"] == "InfDiTUpscale" for text in node["texts"]]
     assert [run["end"] for run in runs] == ["success", "error", "success"]
     assert lines[0].startswith("256×192 in ")
-    assert lines[1].startswith("memory_budget 0.001 is too little: type 0.0")
+    assert lines[1].startswith("memory 0.001 GiB is too little: type 0.0")
     assert "too little" not in lines[2]
 
 

@@ -269,7 +269,7 @@ def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
     assert found["budget"]["end"] == "error"
-    assert "memory_budget 0.001 is too little: type 0.0" in found["budget"]["message"]
+    assert "memory 0.001 GiB is too little: type 0.0" in found["budget"]["message"]
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
@@ -279,6 +279,6 @@ def test_why_a_node_failed_is_said_on_it_until_the_next_prompt(online: dict) -> 
     """Even if nothing has to be run then; of a file its name, for a node shows two lines."""
     found = online["refused"]
     assert found["broken"]["texts"][-1]["text"].startswith("broken.safetensors: is not a complete")
-    assert "memory_budget 0.001 is too little" in found["budget"]["texts"][-1]["text"]
+    assert "memory 0.001 GiB is too little" in found["budget"]["texts"][-1]["text"]
     assert found["again"]["end"] == "success"
     assert found["again"]["texts"][0] == {"node": found["budget"]["texts"][-1]["node"], "text": " "}
