@@ -26,6 +26,7 @@ from torch import Tensor
 from .clip.loader import CHECKPOINT_PREFIX, CONVERTED
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
+from .draft import draft, sweep
 from .grid import SLOTS
 from .model import InfDiT
 from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
@@ -291,18 +292,16 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], hashed: Callable[[], None]) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file."""
+    """Write a file that appears whole or not at all."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = metadata | {"format": "pt", "sha256": tensor_digest(tensors, hashed)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, str(temporary), metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        sweep(path.parent)
+        with draft(path) as part:
+            save_file(tensors, str(part), metadata)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
         raise CheckpointError(path, f"cannot be written ({why(error)})", remedy) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import SamplingDefaults
+from .draft import draft, sweep
 from .memory.plan import Workload
 from .model import InfDiT
 from .samplers import SAMPLER_INFO, Callback, Denoise, SamplerInfo, State
@@ -51,11 +52,12 @@ class SavedRun:
     def begin(self, settings: Mapping[str, object], notes: list[str]) -> None:
         """Say what is run, all that changes a pixel beside the picture; notes: gets a sentence of each state found."""
         self._settings, self._notes = dict(settings), notes
+        sweep(self._path.parent)
 
     def remove(self) -> None:
         """Remove the states: the result is safe."""
         for file in self._path.parent.iterdir():
-            if re.fullmatch(rf"{re.escape(self._path.name)}\.\d+(\.\d+)?\.state(\.part)?", file.name):
+            if re.fullmatch(rf"{re.escape(self._path.name)}\.\d+(\.\d+)?\.state", file.name):
                 with suppress(OSError):
                     file.unlink()
 
@@ -130,18 +132,16 @@ class SavedRun:
 
     def _write(self, file: Path, run: Mapping[str, object], step: int, tensors: dict[str, Tensor]) -> None:
         """Write a state; a disk that is full ends no run."""
-        part = file.with_name(f"{file.name}.part")
         try:
             header = json.dumps({"format": FORMAT, "step": step, "run": run})
             metadata = {"state": header, "sha256": _stamp(header, tensors)}
-            save_file(tensors, str(part), metadata)
-            with part.open("rb+") as written:
-                os.fsync(written.fileno())
-            part.replace(file)
+            with draft(file) as part:
+                save_file(tensors, str(part), metadata)
+                with part.open("rb+") as written:
+                    os.fsync(written.fileno())
+                part.replace(file)
             _sync_folder(file.parent)
         except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             if not self._broken:
                 self._note(f"{file}: the state cannot be written ({why(error)}); the run goes on", logging.WARNING)
             self._broken = True

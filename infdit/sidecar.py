@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .draft import draft, sweep
 from .tensorfile import CheckpointError, why
 from .tune import MOST, Fit, Levels
 
@@ -48,16 +47,14 @@ def write_fits(path: Path, model: str, fits: Mapping[str, Mapping[int, Fit]]) ->
         CheckpointError: it cannot be written.
     """
     stated = {"model": model, "fits": {made: [asdict(fit) for fit in of.values()] for made, of in fits.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(json.dumps(stated, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        sweep(path.parent)
+        with draft(path) as part:
+            part.write_text(json.dumps(stated, indent=1), encoding="utf-8")
+            part.replace(path)
     except OSError as error:
         remedy = "free some space, or give a model in a folder that can be written to"
         raise CheckpointError(path, f"cannot be written ({why(error)})", remedy) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def tuned_levels(path: str | Path, model: str | None) -> list[Levels]:

@@ -100,11 +100,13 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
             sigmas,
             conditioning,
             cls.hidden.unique_id,
-            sampling_line(name, sigmas, model.defaults, f"seed {seed}"),
+            lambda: (
+                sampling_line(name, sigmas, model.defaults, f"seed {seed}" if any(spread) else ""),
+                noise_notes(model.defaults, sigmas, spread[0]),
+            ),
             noise=make_noise,
             callback=keep,
         )
-        report = "\n".join([report, *noise_notes(model.defaults, sigmas, spread[0])])
         denoised = torch.cat(last) if last else result[..., :3]
         return io.NodeOutput(to_image(result), to_image(denoised), report)
 

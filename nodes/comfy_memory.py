@@ -285,7 +285,7 @@ def _refusal(workload: Workload, budget: int | None, room: int, least: int) -> s
     size, needed = f"{workload.width}×{workload.height}", math.ceil(least / GIB * 100) / 100
     if budget is not None and least <= room:
         return (
-            f"memory_budget {budget / GIB:.3g} is too little: type {needed:g} at least for {size}, or 0, which is "
+            f"memory {budget / GIB:.3g} GiB is too little: type {needed:g} at least for {size}, or 0, which is "
             "automatic"
         )
     place = "of memory" if workload.unified_memory else "on the graphics card"
@@ -310,7 +310,7 @@ def with_weights(model: ManagedModel, plan: MemoryPlan, work: Callable[[InfDiT],
             raise
         reason = str(error).partition("\n")[0]
         failure = (
-            f"out of memory on {model.device} beyond what was planned ({reason}): set memory_budget below "
+            f"out of memory on {model.device} beyond what was planned ({reason}): set memory GiB below "
             f"{max(0.01, (plan.peak_bytes or 0) / GIB):.2f}, close other programs, or make a smaller picture"
         )
     finally:

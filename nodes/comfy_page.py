@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
 import torch
+from aiohttp import web
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
@@ -19,11 +21,16 @@ from torch import Tensor
 from ..infdit import Report
 from ..infdit.progress import PREVIEW_SIDE, Preview
 from ..infdit.upscale import check_image
+from .words import in_language
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
+BLANK = " "  # a line that says nothing: pages ignore empty ones
+MOST_PAGES = 1000  # whose language is remembered
 
 _lines: set[str] = set()  # nodes on which a line of text stands
+_failed: set[str] = set()  # those of them on which it says why they failed
+_languages: dict[str, str] = {}  # of pages, by the id of their client; the newest last
 
 
 def from_image(image: Tensor) -> Tensor:
@@ -48,20 +55,23 @@ def to_image(image: Tensor) -> Tensor:
     return image.to(mm.intermediate_device(), dtype)
 
 
+def _server() -> Any:  # noqa: ANN401 - ComfyUI's
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # tests run without one
+
+
 def tell(text: str, node_id: str | None) -> None:
-    """Put a line of text on a node, where there is a page to show it; an empty one only in place of another."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)  # not imported: tests run without one
-    send = getattr(getattr(server, "instance", None), "send_progress_text", None)
-    if send is None or node_id is None or not (text or node_id in _lines):
+    """Put a line of text on a node, where there is a page to show it; BLANK only in place of another."""
+    send = getattr(_server(), "send_progress_text", None)
+    if send is None or node_id is None or (text == BLANK and node_id not in _lines):
         return
-    (_lines.add if text else _lines.discard)(node_id)
-    send(text, node_id)
+    (_lines.discard if text == BLANK else _lines.add)(node_id)
+    send(in_language(text, page_language()), node_id)
 
 
 def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """A node that says on its own line of text why it fails: the page hides it elsewhere.
 
-    When a run begins, the line of the last one goes.
+    When a run begins, the line of the last one goes; `listen_to_pages` sees to nodes that do not run then.
     """
     execute: Any = node.execute.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -69,18 +79,56 @@ def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     def told(cls: type[io.ComfyNode], **inputs: object) -> io.NodeOutput:
         context = get_executing_context()
         node_id = None if context is None else context.node_id
-        tell("", node_id)
+        tell(BLANK, node_id)
         try:
             return execute(cls, **inputs)
-        except mm.InterruptProcessingException:
-            tell("stopped", node_id)
-            raise
-        except Exception as error:
-            tell(str(error) or type(error).__name__, node_id)
+        except BaseException as error:
+            tell(_reason(error), node_id)
+            _failed.update([node_id] if node_id else [])
             raise
 
     node.execute = classmethod(told)
     return node
+
+
+def _reason(error: BaseException) -> str:
+    """Short, for a node shows two lines: of a file the name without its folders."""
+    if isinstance(error, mm.InterruptProcessingException):
+        return "stopped"
+    path = str(getattr(error, "path", ""))
+    return str(error).replace(path, Path(path).name) if path else str(error) or type(error).__name__
+
+
+def page_language() -> str:
+    """Of the page whose prompt runs, by its short name; English for programs."""
+    return _languages.get(getattr(_server(), "client_id", None) or "", "en")
+
+
+def listen_to_pages() -> None:
+    """Have pages tell their language (web/language.js), and a prompt take away what nodes that failed before say.
+
+    What the prompt finds in ComfyUI's cache does not run, and would keep it.
+    """
+    server = _server()
+    if server is None:
+        return
+
+    def forget(prompt: object) -> object:
+        while _failed:
+            tell(BLANK, _failed.pop())
+        return prompt
+
+    @server.routes.post("/infdit/language")
+    async def learn(request: web.Request) -> web.Response:
+        said = await request.json()
+        client, language = str(said["client"])[:64], str(said["language"])[:16]
+        _languages.pop(client, None)
+        _languages[client] = language
+        while len(_languages) > MOST_PAGES:
+            del _languages[next(iter(_languages))]
+        return web.Response()
+
+    server.add_on_prompt_handler(forget)
 
 
 def wants_pictures() -> bool:

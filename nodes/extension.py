@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .advanced import InfDiTScheduler, InfDiTUpscaleAdvanced
 from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
-from .comfy_page import telling
+from .comfy_page import listen_to_pages, telling
 from .files import register_model_folder
 from .loader import InfDiTModelLoader
 from .plan import InfDiTMemoryPlan
@@ -33,4 +33,5 @@ class InfDiTExtension(ComfyExtension):
 async def comfy_entrypoint() -> InfDiTExtension:
     """ComfyUI calls this once, after the user's extra model paths are known."""
     register_model_folder()
+    listen_to_pages()
     return InfDiTExtension()

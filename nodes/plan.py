@@ -13,11 +13,12 @@ from ..infdit.memory.plan import CPU, Workload
 from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
 from ..infdit.upscale import schedule
 from .comfy_memory import ManagedModel, budget_bytes, obtainable, plan_run
-from .comfy_page import from_image, to_image
+from .comfy_page import from_image, page_language, to_image
 from .plot import MemoryBar, draw
 from .report import model_line, plan_lines, seconds_foretold, size_line, way_lines
 from .schema import CATEGORY, BudgetedNode, memory_budget_input, model_input, number, search_aliases
 from .size import MAX_SIDE, Size, result_size, size_input
+from .words import in_language
 
 
 class InfDiTMemoryPlan(BudgetedNode):
@@ -81,7 +82,8 @@ class InfDiTMemoryPlan(BudgetedNode):
         named = model_line(model.name, workload)
         plot = draw(title, preview.verdict, preview.fits, preview.bars, [named, *lines])
         report = [title, named, preview.verdict, *(bar.line for bar in preview.bars), *lines]
-        return io.NodeOutput("\n".join(report), to_image(plot), ui=ui.PreviewImage(plot, cls=cls))
+        text = in_language("\n".join(report), page_language())
+        return io.NodeOutput(text, to_image(plot), ui=ui.PreviewImage(plot, cls=cls))
 
 
 def _side_input(name: str) -> io.Input:

@@ -13,6 +13,8 @@ from ..infdit.memory.planner import PlannedRun, format_bytes, seconds_per_evalua
 from ..infdit.samplers import evaluations
 from .comfy_page import duration
 
+SEEN = 2.0  # ΔE2000, on average over a picture
+
 
 def run_report(
     name: str, sampling: str, steps: int, planned: PlannedRun, done: Report, seconds: float, notes: Sequence[str]
@@ -64,7 +66,8 @@ def faithful_lines(done: Report) -> list[str]:
         return []
     least = min(done.faithful, key=lambda likeness: likeness.consistency)
     which = ", the least of all pictures" if len(done.faithful) > 1 else ""
-    return [f"made small again, against the input: {least}{which}"]
+    seen = "; more fidelity or less denoise helps" if least.colour > SEEN else ""
+    return [f"made small again, against the input: {least}{which}{seen}"]
 
 
 def model_line(name: str, workload: Workload) -> str:
@@ -83,7 +86,7 @@ def sampling_line(sampler: str, sigmas: Tensor, defaults: SamplingDefaults, nois
         return "sampling: none, this is the plain enlargement"
     taken = f"sampling: {steps} {'step' if steps == 1 else 'steps'} of {sampler}"
     if not noise:
-        return f"{taken}; {defaults.start}"
+        return f"{taken}; {'is given no noise' if defaults.start_noise else defaults.start}"
     made_for = [defaults.sigma_max, defaults.sigma_min][: 1 if steps == 1 else 2]
     ends = [levels[0], *([] if steps == 1 else [levels[-1] or levels[-2]])]
     own = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(ends, made_for, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from ..infdit.receipt import receipt_of
 from ..infdit.resume import model_digest
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, with_weights
-from .comfy_page import Bar, duration
+from .comfy_page import Bar, duration, page_language
 from .report import overshoot_note, run_report, seconds_foretold
+from .words import RECEIPT, in_language
 
 
 def run_upscale(
@@ -27,8 +28,7 @@ def run_upscale(
     sigmas: Tensor,
     conditioning: GuidedVector | None,
     node_id: str | None,
-    sampling: str,
-    notes: Sequence[str] = (),
+    told: Callable[[], tuple[str, Sequence[str]]],
     **given: Any,  # noqa: ANN401 - seed, noise, callback: as `upscale` has them
 ) -> tuple[Tensor, str]:
     """The enlarged pictures, float32 on the CPU, and the report.
@@ -40,7 +40,7 @@ def run_upscale(
         sigmas: noise levels.
         conditioning: what CLIP says, if it was asked.
         node_id: of the node that runs.
-        sampling, notes: lines for the report.
+        told: what is known after the run of how it was sampled, for the report: a line, and notes.
         given: passed on to `upscale`.
     """
     workload, done, bar = planned.workload, Report(), Bar(node_id, planned.workload.batch)
@@ -64,10 +64,12 @@ def run_upscale(
     bar.fill()
     bar.tell(f"{workload.width}×{workload.height} in {duration(seconds)}")
     steps = (len(sigmas) - 1) * workload.batch * len(workload.passes)
+    sampling, notes = told()
     lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
     about = {"name": model.name, "sha256": model_digest(model.network)}
     receipt = json.dumps(receipt_of(done, seconds, model=about, device=workload.device.type))
-    return result, f"{run_report(model.name, sampling, steps, planned, done, seconds, lines)}\nreceipt: {receipt}"
+    report = run_report(model.name, sampling, steps, planned, done, seconds, lines)
+    return result, f"{in_language(report, page_language())}\n{RECEIPT}{receipt}"
 
 
 def conditioning_lines(model: ManagedModel, conditioning: GuidedVector | None) -> list[str]:

@@ -95,8 +95,10 @@ class InfDiTUpscale(schema.BudgetedNode):
             sigmas,
             conditioning,
             cls.hidden.unique_id,
-            sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
-            [*preset_note(chosen.words, planned, sigmas), *steps_note(steps, defaults)],
+            lambda: (
+                sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
+                [*preset_note(chosen.words, planned, sigmas), *steps_note(steps, defaults)],
+            ),
             seed=seed,
             fidelity=fidelity,
             colour_match=bool(colour_match),

@@ -152,7 +152,7 @@ def test_workflow_can_be_read_at_the_zoom_at_which_it_opens(path: Path) -> None:
 
 def test_models_named_by_workflows_have_addresses_and_digests() -> None:
     """So the page can offer them; the digests are those that the library and the world know."""
-    nodes = workflow("Upscale after SDXL with Inf-DiT")["nodes"]
+    nodes = workflow("Upscale what SDXL made with Inf-DiT")["nodes"]
     models = {node["type"]: node["properties"]["models"][0] for node in nodes if "models" in node["properties"]}
     for kind, model in models.items():
         assert [model["name"]] == next(node["widgets_values"] for node in nodes if node["type"] == kind)
@@ -186,6 +186,14 @@ def test_blueprint_is_one_node_around_the_two() -> None:
     assert outside["type"] == inside["id"]
     assert [node["type"] for node in inside["nodes"]] == ["InfDiTModelLoader", "InfDiTUpscale"]
     assert [entry["name"] for entry in outside["inputs"]] == [entry["name"] for entry in inside["inputs"]]
+
+
+def test_the_everyday_template_is_found_first() -> None:
+    """ComfyUI's search puts the title of the fewest words first, where all hold what is searched for."""
+    words = {path.stem: len(path.stem.split()) for path in WORKFLOWS.glob("*.json")}
+    everyday = words.pop("Upscale a picture with Inf-DiT")
+    assert everyday < min(words.values())
+    assert max(map(len, words)) <= 35  # what is longer ends in dots there
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import infdit
 from infdit.config import InfDiTConfig
+from infdit.draft import draft, sweep
 from infdit.model import InfDiT
 from infdit.tensorfile import CheckpointError
 
@@ -200,12 +201,10 @@ class Session:
             "length": list(self.length),
             "provenance": self.provenance,
         }
-        draft = self.state_file.with_suffix(f".{os.getpid()}.part")
-        try:
-            torch.save(state, draft)
-            draft.replace(self.state_file)
-        finally:
-            draft.unlink(missing_ok=True)
+        sweep(self.folder)
+        with draft(self.state_file) as part:
+            torch.save(state, part)
+            part.replace(self.state_file)
 
     def export(self, name: str, remark: str = "") -> None:
         """Write the averaged weights as NAME.safetensors."""

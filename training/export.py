@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import infdit
 from infdit.config import LR_PATCH, InfDiTConfig, SamplingDefaults
+from infdit.draft import draft, sweep
 from infdit.names import SLOT_EMBED, TO_PUBLISHED, translated
 
 DEFAULTS = SamplingDefaults(steps=4, sampler="dpmpp_2m", sigma_max=1.0, sigma_min=0.01)
@@ -69,12 +69,10 @@ def bridge_defaults(sigma_max: float) -> SamplingDefaults:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], defaults: SamplingDefaults) -> None:
     metadata = metadata | {"defaults": json.dumps(defaults.stated())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.draft.safetensors")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(draft), metadata)
-        infdit.convert(draft, path)  # checks every tensor, adds a SHA-256, puts the file in place
-    finally:
-        draft.unlink(missing_ok=True)
+    sweep(path.parent)
+    with draft(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(part), metadata)
+        infdit.convert(part, path)  # checks every tensor, adds a SHA-256, puts the file in place
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from infdit.conditioning import conditioning_pictures
+from infdit.draft import draft, sweep
 
 from . import drawings, teachers
 from .data import Crops
@@ -101,6 +101,7 @@ class Answers:
     def __init__(self, teacher: Path, folder: Path) -> None:
         self._teacher, self._folder = teacher, folder / teachers.digest(teacher)
         self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
         self._network: torch.nn.Module | None = None
 
     def __call__(self, tile: Tile) -> np.ndarray:
@@ -108,9 +109,9 @@ class Answers:
         file = self._folder / f"{hashlib.sha256(tile.low.tobytes()).hexdigest()[:24]}.png"
         if not file.exists():
             answer = self._ask(tile.low)
-            draft = file.with_suffix(f".{os.getpid()}.part")
-            Image.fromarray(_grey(answer) if tile.grey else answer).save(draft, "PNG", compress_level=1)
-            draft.replace(file)
+            with draft(file) as part:
+                Image.fromarray(_grey(answer) if tile.grey else answer).save(part, "PNG", compress_level=1)
+                part.replace(file)
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
 

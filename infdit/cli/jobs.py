@@ -6,12 +6,12 @@ import argparse
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..draft import draft, sweep
 from ..picture import PictureError, check_png, read_note, target_explained
 from ..receipt import Receipt, ReceiptError, parse_receipt
 from ..resume import difference
@@ -122,17 +122,14 @@ def receipts_at(path: Path | None, sources: list[Path], force: bool) -> Iterator
         raise PictureError(f"{path}: a receipt is written as .json: let its name end so")
     if path.exists() and (not force or any(path.samefile(source) for source in sources)):
         raise PictureError(f"{path} exists: choose another name for the receipt, or replace it with --force")
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
 
     def write(receipts: list[dict[str, Any]]) -> None:
         with target_explained(path):
             part.write_text(json.dumps(receipts if len(receipts) > 1 else receipts[0], indent=1), "utf-8")
             part.replace(path)
 
-    try:
+    with ExitStack() as held:
+        sweep(path.parent)
         with target_explained(path):
-            part.touch(exist_ok=False)
+            part = held.enter_context(draft(path))
         yield write
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

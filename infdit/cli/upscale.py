@@ -26,6 +26,7 @@ from ..checkpoint import clip_path, load_model, read_checkpoint
 from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
 from ..conditioning import visible_colour
 from ..device import WrongNumbers, default_dtype, devices_of, one_memory, out_of_memory
+from ..draft import sweep
 from ..memory.plan import CPU, MemoryPlan, Workload
 from ..memory.planner import OutOfMemory, free_bytes
 from ..model import InfDiT
@@ -39,7 +40,6 @@ from ..picture import (
     find_pictures,
     place_for,
     read_picture,
-    sweep,
     write_picture,
 )
 from ..presets import PRESETS, sampling

@@ -16,7 +16,7 @@ from .notes import read_note
 from .picture import Picture, PictureError
 from .png import check_png
 from .reading import SUFFIXES, find_pictures, read_picture
-from .writing import DEPTHS, TargetError, check_target, depth_of, place_for, sweep, target_explained, write_picture
+from .writing import DEPTHS, TargetError, check_target, depth_of, place_for, target_explained, write_picture
 
 __all__ = [
     "DEPTHS",
@@ -31,7 +31,6 @@ __all__ = [
     "place_for",
     "read_note",
     "read_picture",
-    "sweep",
     "target_explained",
     "write_picture",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,16 +14,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..draft import draft, sweep
 from .notes import KEYWORD, LARGEST
 from .picture import Picture, PictureError, damage_explained, log
 from .png import write_png
 from .profile import fitting_profile, srgb_profile, to_srgb
 from .tiff import has_tifffile, write_tiff
-
-try:
-    import fcntl
-except ImportError:  # Windows, which deletes no file that somebody holds open
-    fcntl = None
 
 _BAND = 64  # rows rounded at a time, so that writing needs no second copy of a large picture
 DEPTHS = (8, 16, 32)  # bits of a channel; 32 are floats
@@ -74,6 +69,7 @@ def write_picture(path: Path, picture: Picture) -> None:
     """
     path = Path(path)
     check_target(path, picture)
+    sweep(path.parent)
     with place_for(path) as write:
         write(picture)
 
@@ -82,33 +78,22 @@ def write_picture(path: Path, picture: Picture) -> None:
 def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
     """A place for a picture, found before the picture is made: a function that writes it, whole or not at all.
 
-    Its hidden file is locked as long as this process lives, which tells it from what a killed one has left.
-
     Raises:
         TargetError: in the folder nothing can be written, now or later.
         PictureError (when written): as `write_picture`.
     """
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    with target_explained(path):
-        file = part.open("xb")
+    with contextlib.ExitStack() as held:
+        with target_explained(path):
+            part = held.enter_context(draft(path))
+        yield lambda picture: _write(part, path, picture)
 
-    def write(picture: Picture) -> None:
-        writer = _WRITERS[path.suffix.lower()]
-        with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
-            file.seek(0)
-            file.truncate()
+
+def _write(part: Path, path: Path, picture: Picture) -> None:
+    writer = _WRITERS[path.suffix.lower()]
+    with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
+        with part.open("w+b") as file:  # a full disk may be told only when it is closed
             _encode(path, file, picture, writer)
-            file.close()  # a full disk may be told only now, and Windows renames nothing that is open
-            part.replace(path)
-
-    try:
-        _lock(file)
-        yield write
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        part.replace(path)
 
 
 def _encode(path: Path, file: IO[bytes], picture: Picture, writer: _Writer) -> None:
@@ -173,26 +158,6 @@ def _about(path: Path, picture: Picture) -> dict[str, Any]:
             log.warning("%s: its %s is too large for JPEG and is left out", path, name.upper())
             del about[name]
     return {name: value for name, value in about.items() if value}
-
-
-def sweep(folder: Path) -> None:
-    """Remove the hidden files that a killed process has left: those that nobody holds locked or, on Windows, open."""
-    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
-        with contextlib.suppress(OSError):
-            with part.open("rb") as file:
-                if not _lock(file):
-                    continue
-            part.unlink()
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed; False: somebody else has."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # or there are no locks on that disk
-        return False
 
 
 @contextlib.contextmanager

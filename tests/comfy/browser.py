@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # imported late, so that its absence can be told
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
-EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale after SDXL with Inf-DiT"
-SIXTEEN, BLUEPRINT = "Upscale sixteen times with Inf-DiT", "Upscale with Inf-DiT"
+EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale what SDXL made with Inf-DiT"
+SIXTEEN, BLUEPRINT = "Upscale up to 16 times with Inf-DiT", "Upscale with Inf-DiT"
 LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
 WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
 RENDERERS = {"canvas": False, "vue": True}
@@ -34,6 +34,7 @@ RENDERERS = {"canvas": False, "vue": True}
 # a user who is not new; a dialog that could be switched off is on
 SETTINGS = {
     "Comfy.InstalledVersion": "9.9.9",
+    "Comfy.Locale": "en",
     "Comfy.Release.Status": "skipped",
     "Comfy.TutorialCompleted": True,
     "Comfy.Validation.Workflows": True,
@@ -51,6 +52,9 @@ FOLLOW = """() => {
         app.api.addEventListener('execution_' + end, () => { window.ended = end }, { once: true })
 }"""
 EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
+SET = """([type, name, value]) => {
+    app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+}"""
 GROUPS = "app.graph.groups.map(group => [...group.pos, ...group.size].map(Math.round))"
 # of Vue's nodes the elements say where they are and what they show
 NODES = """() => app.graph.nodes.map(node => {
@@ -68,6 +72,7 @@ NODES = """() => app.graph.nodes.map(node => {
     return {
         id: Number(node.id), type: node.type, known, waits: Boolean(waits), drawn_by: element ? 'vue' : 'canvas',
         box: box.map(Math.round), pictures: shown.map(picture => [picture.naturalWidth, picture.naturalHeight]),
+        titles: (node.widgets ?? []).map(w => w.label ?? w.name),
         texts: (node.widgets ?? []).filter(w => /text-preview|preview_text/.test(w.name)).map(w => w.value),
     }
 })"""
@@ -131,9 +136,10 @@ class Frontend:
         self.page.evaluate(OPEN, [drawn, name])
         self.page.evaluate(FIT)
 
-    def run(self) -> str:
-        """Press Run and wait; how it ended. Nothing comes out of ComfyUI's cache, so there is something to see."""
-        self._post("free", {"free_memory": True})
+    def run(self, afresh: bool = True) -> str:
+        """Press Run and wait; how it ended. Afresh: out of ComfyUI's cache comes nothing, so there is a run to see."""
+        if afresh:
+            self._post("free", {"free_memory": True})
         self.page.evaluate(FOLLOW)
         self.page.get_by_test_id("queue-button").click()
         return self.page.wait_for_function("window.ended", timeout=PATIENCE).json_value()
@@ -171,6 +177,16 @@ def opened(frontend: Frontend, path: Path) -> dict:
 def run(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
     return {"end": frontend.run(), **frontend.seen()}
+
+
+def failed(frontend: Frontend, path: Path) -> dict:
+    """The workflow after a run, with a budget that is too small, and as before, which finds all in ComfyUI's cache."""
+    opened(frontend, path)
+    found = [{"end": frontend.run(), **frontend.seen()}]
+    for budget in (0.001, 0):
+        frontend.page.evaluate(SET, ["InfDiTUpscale", "memory_budget", budget])
+        found.append({"end": frontend.run(afresh=False), **frontend.seen()})
+    return {"runs": found}
 
 
 def core(frontend: Frontend, path: Path) -> dict:
@@ -212,7 +228,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     for path in drawn:
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
-    for case in (core, broken):
+    for case in (failed, core, broken):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 
@@ -229,6 +245,8 @@ def main(address: str, pack: Path, out: Path) -> None:
                     findings[name] = {"traceback": traceback.format_exc()}
                 print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
             frontend.page.close()
+        frontend = Frontend(browser, address, {"Comfy.Locale": "zh"})
+        findings["chinese"] = run(frontend, pack / "workflows" / f"{EVERYDAY}.json")
     out.write_text(json.dumps(findings))
 
 

@@ -273,14 +273,16 @@ def masks() -> dict:
 def reports() -> dict:
     """What a run says of itself: alone, and of several pictures with a budget."""
     found = {}
+    PICTURES["sharp"] = torch.rand((1, 32, 32, 3), generator=torch.Generator().manual_seed(5))
     for name, picture, asked in (
         ("plain", "small", {"steps": 3, "sampler_name": "euler", "seed": 5}),
         ("budget", "batch", {"memory_budget": 0.02, "denoise": 0.5}),
         ("one step", "small", {"steps": 1, "sampler_name": "euler", "seed": 5}),
         ("none", "small", {"denoise": 0.0}),
         ("bundled", "small", {"steps": 4, "sampler_name": "euler", "seed": 5}),
+        ("bundled, sharp", "sharp", {"size.scale": 1.0}),
     ):
-        file = BUNDLED if name == "bundled" else NOISY
+        file = BUNDLED if name.startswith("bundled") else NOISY
         ended = run(prompt(picture, {"model_name": file}, **asked))
         found[name] = {"end": ended["end"], "report": TAKEN.get("report", ended["message"])}
     return found

@@ -188,12 +188,24 @@ async def stopped(browser: Browser) -> dict:
     return ended | {"after": after["end"], "results": await browser.results(after["id"])}
 
 
+async def in_chinese(browser: Browser) -> dict:
+    """After a page has told its language, as web/language.js does; and what another page is told then."""
+    said = {"client": browser.id, "language": "zh"}
+    async with browser.session.post(ADDRESS + "/infdit/language", json=said) as reply:
+        status = reply.status
+    chinese = await browser.run(workflow(upscale={"seed": 98}))
+    other = await Browser(browser.session).run(workflow(upscale={"seed": 97}))
+    await browser.session.post(ADDRESS + "/infdit/language", json=said | {"language": "en"})
+    return {"status": status, "zh": chinese["texts"], "other": other["texts"]}
+
+
 async def refused(browser: Browser) -> dict:
     return {
         "missing": await browser.run(workflow(loader={"model_name": "nowhere.safetensors"})),
         "broken": await browser.run(workflow(loader={"model_name": "broken.safetensors"})),
         "scale": await browser.run(workflow(upscale={"size.scale": 17})),
         "budget": await browser.run(workflow(upscale={"memory_budget": 0.001})),
+        "again": await browser.run(workflow()),
     }
 
 
@@ -201,7 +213,7 @@ async def main() -> None:
     findings = {}
     async with aiohttp.ClientSession() as session:
         browser = Browser(session)
-        for case in (describe, templates, as_shipped, stopped, refused):
+        for case in (describe, templates, as_shipped, stopped, in_chinese, refused):
             began = time.perf_counter()
             try:
                 findings[case.__name__] = await case(browser)

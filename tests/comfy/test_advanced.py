@@ -82,9 +82,24 @@ def test_sampler_samples_from_the_distribution(inside: dict, name: str) -> None:
     ],
 )
 def test_noise_that_does_not_fit_is_said(inside: dict, name: str, words: str) -> None:
-    notes = inside["noise_notes"][name]
+    notes = [line for line in inside["noise_notes"][name] if line.startswith("note: ")]
     assert len(notes) == bool(words)
     assert words in "".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("as made for", "1 step of euler, noise 0.1, seed 7"),
+        ("none", "1 step of euler; is given no noise"),
+        ("bundled", "1 step of euler; starts without noise: the seed changes nothing"),
+        ("bundled, some", "1 step of euler, noise 0.03, seed 7"),
+    ],
+)
+def test_noise_is_said_where_there_is_any(inside: dict, name: str, words: str) -> None:
+    report = inside["noise_notes"][name]
+    assert report[1] == f"sampling: {words}"
+    assert report[-1].startswith("receipt: {")
 
 
 @pytest.mark.parametrize("name", [*WORKING, *ADDING])
@@ -191,7 +206,7 @@ def test_plan_of_pictures_is_that_of_the_run(inside: dict) -> None:
 def test_plan_names_the_least_and_the_limit(inside: dict) -> None:
     assert "of the budget of 30.7 MiB" in inside["plans"]["budget"]["report"]
     refused = inside["plans"]["too little"]["report"]
-    assert re.search(r"memory_budget 0.01 is too little: type [\d.]+ at least for 256×192", refused)
+    assert re.search(r"memory 0.01 GiB is too little: type [\d.]+ at least for 256×192", refused)
     assert "is all that can be had here now" in inside["plans"]["too large"]["report"]
 
 

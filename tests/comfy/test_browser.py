@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
-RUN = [name for name in SHIPPED if "SDXL" not in name and "sixteen" not in name]  # as browser.py says
+RUN = [name for name in SHIPPED if "SDXL" not in name and "16" not in name]  # as browser.py says
 # named by workflows: empty files do, for nothing reads them; CLIP by the one that was saved
 MODELS = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")
 PAGE_ONLY = ("ImageStitch", "PreviewImage")  # what a script has no use for
@@ -153,13 +153,31 @@ def test_blueprint_is_a_node_with_the_model_in_it(seen: dict, renderer: str) -> 
     found = seen[f"{renderer} opened Upscale with Inf-DiT"]
     assert complaints(seen, renderer, found) == []
     assert [node["known"] for node in found["nodes"]] == [True]
+    assert found["nodes"][0]["titles"] == ["model", "size", "scale (up to ×16)", "denoise", "memory GiB (0 = auto)"]
     inside = {node["class_type"]: node["inputs"] for node in json.loads(found["exported"]).values()}
     assert inside["InfDiTModelLoader"]["model_name"] == "mini (bundled)"
     assert inside["InfDiTUpscale"]["size.scale"] == 4
 
 
 @renderers
+def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, renderer: str) -> None:
+    """Not even where the next run finds its result in the cache."""
+    runs = seen[f"{renderer} failed {EVERYDAY}"]["runs"]
+    lines = [text for run in runs for node in run["nodes"] if node["type"] == "InfDiTUpscale" for text in node["texts"]]
+    assert [run["end"] for run in runs] == ["success", "error", "success"]
+    assert lines[0].startswith("256×192 in ")
+    assert lines[1].startswith("memory 0.001 GiB is too little: type 0.0")
+    assert "too little" not in lines[2]
+
+
+def test_a_chinese_page_is_told_in_chinese(seen: dict) -> None:
+    texts = {node["type"]: node["texts"][0] for node in seen["chinese"]["nodes"] if node["texts"]}
+    assert "256×192，用时 " in texts["InfDiTUpscale"]
+    assert "\n采样：" in texts["PreviewAny"]
+
+
+@renderers
 def test_only_sdxl_is_missing_where_no_model_is(seen: dict, renderer: str) -> None:
-    (said,) = seen[f"{renderer} absent Upscale after SDXL with Inf-DiT"]["dialogs"]
+    (said,) = seen[f"{renderer} absent Upscale what SDXL made with Inf-DiT"]["dialogs"]
     assert "absent.safetensors" in said
     assert not re.search("clip|infdit", said, re.IGNORECASE)

@@ -39,7 +39,7 @@ def test_budgets_change_the_plan_and_not_the_picture(inside: dict) -> None:
 def test_budget_that_is_too_small_names_the_least(inside: dict) -> None:
     found = inside["budgets"]["2 MiB"]
     assert (found["end"], found["type"].rpartition(".")[2]) == ("error", "BudgetTooSmall")
-    assert re.search(r"memory_budget 0.00195 is too little: type 0.0\d at least for 192×192, or 0", found["message"])
+    assert re.search(r"memory 0.00195 GiB is too little: type 0.0\d at least for 192×192, or 0", found["message"])
     assert inside["budgets"]["as it was told to type"]["end"] == "success"
 
 
@@ -59,7 +59,7 @@ def test_more_than_the_host_has_is_refused_at_once(inside: dict) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("always", "out of memory on cpu, and no smaller plan works"), ("outside", "set memory_budget below ")],
+    [("always", "out of memory on cpu, and no smaller plan works"), ("outside", "set memory GiB below ")],
 )
 def test_out_of_memory_is_one_clear_error(inside: dict, name: str, words: str) -> None:
     found = inside["out_of_memory"][name]

@@ -9,6 +9,8 @@ import re
 
 import pytest
 
+from nodes.words import in_language
+
 pytestmark = pytest.mark.comfy
 
 BAR_INTERVAL = 0.1  # seconds: what the bar may be moved at most, beside its pictures
@@ -175,7 +177,7 @@ def test_report_says_what_ran(inside: dict) -> None:
     assert re.fullmatch(r"10×12 to 40×48 in [\d.]+ s \([\d.]+ s a step\)", lines[0])
     assert lines[1] == "sampling: 3 steps of euler, noise 0.1 to 0.01, seed 5"
     assert lines[2] == "model: noisy.safetensors, float32 on cpu"
-    assert re.fullmatch(r"made small again, against the input: [\d.]+ dB, ΔE2000 [\d.]+", lines[3])
+    assert re.fullmatch(r"made small again, against the input: [\d.]+ dB, ΔE2000 [\d.]+(; .+)?", lines[3])
     assert lines[4].startswith("plan: ")
     assert re.fullmatch(r"peak: [\d.]+ MiB predicted; more memory would save less than 10% of the time", lines[5])
     assert len(lines) == 6
@@ -188,6 +190,26 @@ def test_report_of_the_bundled_model(inside: dict) -> None:
     assert lines[1] == "sampling: 1 step of euler; starts without noise: the seed changes nothing"
     assert lines[2].startswith("model: mini (bundled)")
     assert lines[3] == "note: one step is all that this model gains from, so not the 4 asked for are taken"
+
+
+def test_report_says_what_helps_where_the_result_is_not_like_the_picture(inside: dict) -> None:
+    """The bundled model takes away the blur of ×4: what is sharp, at ×1, it makes too sharp."""
+    for name, differs in (("bundled", False), ("bundled, sharp", True)):
+        (line,) = (line for line in inside["reports"][name]["report"].splitlines() if line.startswith("made small"))
+        assert (float(re.search(r"ΔE2000 ([\d.]+)", line)[1]) > 2) == differs
+        assert line.endswith("; more fidelity or less denoise helps") == differs
+
+
+def test_all_that_reports_say_has_chinese_words(inside: dict) -> None:
+    cards = [[plan["verdict"], *plan["words"], *plan["alternatives"]] for plan in inside["plans_of_a_card"].values()]
+    found = [*inside["reports"].values(), *inside["plans"].values()]
+    texts = [run["report"].splitlines() for run in found if isinstance(run, dict)]
+    lines = {line for text in (*texts, *inside["noise_notes"].values(), *cards) for line in text}
+    assert len(lines) > 50
+    for line in lines:
+        if not line.startswith("receipt: ") and "host memory" not in line:
+            said = in_language(line, "zh").replace("mini (bundled)", "mini")
+            assert not re.search(r"[A-Za-z]{3,} [A-Za-z]{2,}", said), (line, said)
 
 
 def test_report_of_several_pictures_within_a_budget(inside: dict) -> None:
@@ -226,7 +248,7 @@ def test_bar_is_not_moved_too_often(inside: dict) -> None:
 
 def test_time_left_is_told_on_the_node(inside: dict) -> None:
     assert {node for _, node in inside["bar"]["told"]} == {"upscale"}
-    told = [text for text, _ in inside["bar"]["told"] if text]
+    told = [text for text, _ in inside["bar"]["told"] if text.strip()]
     assert len(told) >= 2
     assert re.fullmatch(r"about [\d.]+ s", told[0])  # before the first block is done
     assert all(re.fullmatch(r"preparing|\d+%, .+ left", text) for text in told[1:-1])
@@ -234,7 +256,7 @@ def test_time_left_is_told_on_the_node(inside: dict) -> None:
 
 
 def test_picture_of_a_batch_is_told_on_the_node(inside: dict) -> None:
-    told = [text for text, _ in inside["several_told"]["told"] if text]
+    told = [text for text, _ in inside["several_told"]["told"] if text.strip()]
     numbers = [int(text.split()[1]) for text in told[1:-1]]
     assert re.fullmatch(r"picture 2 of 3, \d+%, .+ left", told[len(told) // 2])
     assert numbers == sorted(numbers)
@@ -244,17 +266,19 @@ def test_picture_of_a_batch_is_told_on_the_node(inside: dict) -> None:
 def test_reason_is_told_on_the_node_that_fails(inside: dict) -> None:
     before, failed, after = ([text for text, _ in told] for told in inside["failed_after_success"]["told"])
     assert before[-1].startswith("100×40 in ")
-    assert failed[0] == ""  # the line of the last run goes when a run begins
+    assert failed[0] == " "  # the line of the last run goes when a run begins; pages ignore empty ones
     assert failed[1].startswith("longest_side 9000 is too large: type 960 at most, 16 times the picture's 60×24")
     assert len(failed) == 2
-    assert after[0] == ""
+    assert after[0] == " "
     assert after[-1].startswith("100×40 in ")
 
 
 def test_reason_is_told_on_a_loader(inside: dict) -> None:
     found = inside["failed_after_success"]
-    assert found["loader"] == [[found["message"].strip(), "loader"]]
-    assert "damaged.safetensors: is not a complete" in found["message"]
+    ((said, node),) = found["loader"]
+    assert node == "loader"
+    assert said.startswith("damaged.safetensors: is not a complete")
+    assert found["message"].strip().endswith(said)
 
 
 @pytest.mark.parametrize(("name", "shown"), [("none", False), ("auto", True), ("page", False)])

@@ -258,11 +258,27 @@ def test_stop_button_and_the_run_after_it(online: dict) -> None:
     assert [result["size"] for result in found["results"]] == [[256, 192]]
 
 
+def test_a_page_is_told_in_its_own_language(online: dict) -> None:
+    found = online["in_chinese"]
+    assert found["status"] == 200
+    assert re.fullmatch(r"256×192，用时 [\d.]+ 秒", found["zh"][-1]["text"])
+    assert re.fullmatch(r"256×192 in [\d.]+ s", found["other"][-1]["text"])
+
+
 def test_what_is_refused(online: dict) -> None:
     found = online["refused"]
     assert [found[name]["end"] for name in ("missing", "scale")] == ["rejected", "rejected"]
     assert found["budget"]["end"] == "error"
-    assert "memory_budget 0.001 is too little: type 0.0" in found["budget"]["message"]
+    assert "memory 0.001 GiB is too little: type 0.0" in found["budget"]["message"]
     assert "nowhere.safetensors" in found["missing"]["message"]
     assert found["broken"]["end"] == "error"
     assert "broken.safetensors: is not a complete" in found["broken"]["message"]
+
+
+def test_why_a_node_failed_is_said_on_it_until_the_next_prompt(online: dict) -> None:
+    """Even if nothing has to be run then; of a file its name, for a node shows two lines."""
+    found = online["refused"]
+    assert found["broken"]["texts"][-1]["text"].startswith("broken.safetensors: is not a complete")
+    assert "memory 0.001 GiB is too little" in found["budget"]["texts"][-1]["text"]
+    assert found["again"]["end"] == "success"
+    assert found["again"]["texts"][0] == {"node": found["budget"]["texts"][-1]["node"], "text": " "}

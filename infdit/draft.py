@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all: made in a hidden folder beside their place, then put there.
+
+The folder is locked as long as the process lives, which tells it from what a killed one has left. It is a folder
+because libraries that are given a name write under another one beside it first (safetensors does).
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows, which deletes no file that somebody holds open
+    fcntl = None
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A place for a file of the same name, on the same disk: whoever has written it there calls `replace(path)`.
+
+    Raises:
+        OSError: in the folder nothing can be written.
+    """
+    folder = path.with_name(f".{secrets.token_hex(8)}.part")
+    folder.mkdir()
+    try:
+        with (folder / _LOCK).open("xb") as file:
+            _lock(file)
+            yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts that a killed process has left: those that nobody holds locked or, on Windows, open."""
+    for left in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        with suppress(OSError):
+            with (left / _LOCK).open("rb") as file:
+                if not _lock(file):
+                    continue
+            (left / _LOCK).unlink()
+            shutil.rmtree(left)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; False: somebody else has."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:  # or there are no locks on that disk
+        return False
