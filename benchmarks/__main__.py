@@ -18,7 +18,7 @@ from infdit.memory.planner import fastest_plan, format_bytes
 from infdit.picture import PictureError, find_pictures
 from infdit.samplers import SAMPLERS
 
-from . import lines, quality, solvers, speed
+from . import lines, quality, scaling, solvers, speed
 from .dry_run import counted_peak
 
 
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--lines", action="store_true", help="how straight a model draws edges and lines of every angle")
     p.add_argument("--solvers", action="store_true", help="presets and samplers on posteriors that are known")
     p.add_argument("--fit", type=_steps, metavar="N,…", help="fit noise levels of N evaluations to such posteriors")
+    p.add_argument("--scaling", action="store_true", help="what one to eight cards would take, by the cost model")
     p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
     p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
     p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
@@ -68,8 +69,9 @@ def run(options: argparse.Namespace) -> int:
     """Time plans; or hold a model's pictures against limits, say how straight its lines are, count what a run holds."""
     if options.memory:
         return _memory(options)
-    if options.solvers or options.fit:
-        for text in solvers.fit(options.fit) if options.fit else solvers.report():
+    if options.solvers or options.fit or options.scaling:
+        told = scaling.report() if options.scaling else solvers.fit(options.fit) if options.fit else solvers.report()
+        for text in told:
             print(text, flush=True)
         return 0
     if not options.quality and not options.without_original and not options.lines:

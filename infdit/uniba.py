@@ -149,7 +149,7 @@ class Bench:
         for ring in self.rings:
             ring.take(like, (self._batch, T, H, d))
         if len(self.groups) > 1:
-            self.states.take(like, self._batch, (T, D))
+            self.states.take(like, (self._batch, len(self.chunks[0]), T, D))
 
     def clear(self) -> None:
         """Begin to work: a chunk may take the room."""

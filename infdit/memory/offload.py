@@ -83,10 +83,13 @@ class HiddenStates:
         self._kept: dict[range, Tensor] = {}
         self._ahead: dict[range, PendingCopy] = {}
 
-    def take(self, like: Tensor, batch: int, shape: tuple[int, int]) -> None:
-        """Room on the device for (T, D) tokens of each block, if that is where they are kept."""
-        if self._tier == "device" and self._room is None:
-            self._room = like.new_empty((batch, self._blocks, *shape))
+    def take(self, like: Tensor, shape: Sequence[int]) -> None:
+        """Room for all tokens, of which a chunk's are (B, n, T, D), if the device is where they are kept."""
+        if self._tier == "device" and not self._rooms:
+            batch, chunk, *token = shape
+            each = max(1, MOST_BYTES // (math.prod(shape) * like.itemsize)) * chunk
+            sizes = (min(each, self._blocks - first) for first in range(0, self._blocks, each))
+            self._rooms = [like.new_empty((batch, size, *token)) for size in sizes]
 
     def give_back(self) -> None:
         """Keep none any more, whoever holds a reference to this."""
@@ -99,10 +102,7 @@ class HiddenStates:
     def store(self, blocks: range, h: Tensor) -> None:
         """Keep the tokens (B, n, T, D) of a chunk until the next group."""
         if self._tier == "device":
-            if not self._rooms:
-                each = max(1, MOST_BYTES // h.nbytes) * len(blocks)
-                sizes = (min(each, self._blocks - first) for first in range(0, self._blocks, each))
-                self._rooms = [h.new_empty((h.shape[0], size, *h.shape[2:])) for size in sizes]
+            self.take(h, h.shape)
             self._place(blocks)[:] = h
             return
         if blocks not in self._kept:
