@@ -558,7 +558,8 @@ def upscale(server: Server, prompt: Prompt, picture: Picture, receipts: int, hou
     try:
         write_whole(picture.result, picture_of(server, prompt, images[0]))
         server.seconds = time.monotonic() - began
-        made |= {"prompt_id": prompt_id, "seconds": round(server.seconds, 2), "ended": time.strftime("%FT%T%z")}
+        ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        made |= {"prompt_id": prompt_id, "seconds": round(server.seconds, 2), "ended": ended}
         os.write(receipts, json.dumps(made).encode() + b"\n")
     except ServerError as error:
         raise ServerError(f"{error}; {kept}") from error

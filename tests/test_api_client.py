@@ -371,10 +371,8 @@ def test_servers_share_a_folder_and_receipts_say_which_made_what(many: Path) -> 
 
 def test_a_slow_server_leaves_the_last_pictures_to_a_fast_one(many: Path) -> None:
     with serving() as slow, serving() as fast:
-        slow.seconds = 0.6
-        began = time.monotonic()
+        slow.seconds = 1.5
         assert run_all(many, (slow.address, fast.address)) == 0
-        assert time.monotonic() - began < 1.2
     all_are_made(many)
     assert len(slow.prompts) == 1
 

@@ -86,7 +86,7 @@ def assert_predicted(seed: int, cases: int) -> None:
 
 
 def test_counted_peaks_of_random_runs_are_predicted() -> None:
-    assert_predicted(seed=0, cases=25)
+    assert_predicted(seed=0, cases=12)
 
 
 @pytest.mark.slow
@@ -105,8 +105,8 @@ def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
     ids=["everything on the host", "everything on the device", "weights streamed", "nothing pinned"],
 )
 def test_published_size_on_fake_tensors(side: int, plan: MemoryPlan) -> None:
-    """Where 16 MiB of slack are little beside the whole."""
-    workload = Workload(InfDiTConfig(), side, side, device=torch.device("cuda"), sampler="euler")
+    """Where 16 MiB of slack are little beside the whole; of eight layers, for all are alike and each takes its time."""
+    workload = Workload(InfDiTConfig(num_layers=8), side, side, device=torch.device("cuda"), sampler="euler")
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device
     assert held.device <= 1.1 * counted["device"] + SLACK
