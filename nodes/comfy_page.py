@@ -120,8 +120,11 @@ def listen_to_pages() -> None:
 
     @server.routes.post("/infdit/language")
     async def learn(request: web.Request) -> web.Response:
-        said = await request.json()
-        client, language = str(said["client"])[:64], str(said["language"])[:16]
+        try:
+            said = await request.json()
+            client, language = str(said["client"])[:64], str(said["language"])[:16]
+        except (ValueError, TypeError, KeyError):
+            return web.Response(status=400, text='send JSON as {"client": ID, "language": "en"}')
         _languages.pop(client, None)
         _languages[client] = language
         while len(_languages) > MOST_PAGES:

@@ -147,7 +147,9 @@ def test_workflow_can_be_read_at_the_zoom_at_which_it_opens(path: Path) -> None:
     assert zoom > LEAST_ZOOM
     for node in drawn["nodes"]:
         if node["type"] == "MarkdownNote":
-            assert node["widgets_values"][0].startswith("#"), "a note's plain text is too small to read from there"
+            (note,) = node["widgets_values"]
+            assert all(text.startswith("#") for text in note.split("\n\n")), "plain text is too small to read there"
+            assert re.search("[\u4e00-\u9fff]", note.split("\n\n")[-1]), "and the same in Chinese"
 
 
 def test_models_named_by_workflows_have_addresses_and_digests() -> None:
@@ -186,6 +188,13 @@ def test_blueprint_is_one_node_around_the_two() -> None:
     assert outside["type"] == inside["id"]
     assert [node["type"] for node in inside["nodes"]] == ["InfDiTModelLoader", "InfDiTUpscale"]
     assert [entry["name"] for entry in outside["inputs"]] == [entry["name"] for entry in inside["inputs"]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "locales").glob("*/report.json")), ids=lambda path: path.parent.name)
+def test_words_of_reports_are_patterns_and_what_they_become(path: Path) -> None:
+    for pattern, words in json.loads(path.read_text(encoding="utf-8")):
+        asked = [int(number) for number in re.findall(r"\\(\d)", words)]
+        assert max(asked, default=0) <= re.compile(pattern).groups, pattern
 
 
 def test_the_everyday_template_is_found_first() -> None:

@@ -181,11 +181,12 @@ async def as_shipped(browser: Browser) -> dict:
 
 
 async def stopped(browser: Browser) -> dict:
-    """Stop a run of about a minute, then run something small."""
+    """Stop a run of about a minute, at three moments, then run something small."""
     await browser.upload("large.png", picture(1000, 750))
-    ended = await browser.run(workflow(image={"image": "large.png"}), 2)
+    runs = [await browser.run(workflow(image={"image": "large.png"}), at) for at in (1, 9, 30)]
     after = await browser.run(workflow(upscale={"seed": 99}))
-    return ended | {"after": after["end"], "results": await browser.results(after["id"])}
+    return {"ends": [run["end"] for run in runs], "waited": [run["seconds_to_stop"] for run in runs],
+            "moves": runs[-1]["moves"], "after": after["end"], "results": await browser.results(after["id"])}
 
 
 async def in_chinese(browser: Browser) -> dict:
@@ -196,7 +197,9 @@ async def in_chinese(browser: Browser) -> dict:
     chinese = await browser.run(workflow(upscale={"seed": 98}))
     other = await Browser(browser.session).run(workflow(upscale={"seed": 97}))
     await browser.session.post(ADDRESS + "/infdit/language", json=said | {"language": "en"})
-    return {"status": status, "zh": chinese["texts"], "other": other["texts"]}
+    async with browser.session.post(ADDRESS + "/infdit/language", data=b"[1") as reply:
+        bad = reply.status
+    return {"status": status, "bad": bad, "zh": chinese["texts"], "other": other["texts"]}
 
 
 async def refused(browser: Browser) -> dict:
