@@ -339,7 +339,10 @@ class Stop(BaseException):
     """What a user's stop raises."""
 
 
-@pytest.mark.parametrize("plan", [MemoryPlan(1, 2), MemoryPlan(1, 2, "streamed", "host", "disk")], ids=lambda p: p.images)
+PLANS = MemoryPlan(1, 2), MemoryPlan(1, 2, "streamed", "host", "disk")
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.images)
 def test_a_stop_at_every_call_of_progress(plan: MemoryPlan, tmp_path: Path) -> None:
     model, options = tiny(), {**RUN, "budget": None, "plan": plan, "folder": tmp_path}
     calls: list[int] = []
