@@ -320,7 +320,10 @@ def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> 
     try:
         write(picture)
     except TargetError as error:
-        kept = Path(tempfile.mkdtemp(prefix="infdit-")) / target.name
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="infdit-")) / target.name
+        except OSError:  # that disk is full too
+            raise error from None
         try:
             write_picture(kept, picture)
         except PictureError:

@@ -1,0 +1,428 @@
+"""A campaign of faults: whatever happens ends in a right picture or in the error that is documented, soon.
+
+Files are damaged at random, cut, or filled with absurd numbers; memory runs out at every allocation in turn; a run is
+ended at every call of progress; disks fill up; a model's file is replaced. Few cases here, thousands with -m slow.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from PIL import Image
+from safetensors.torch import save_file
+from test_cli import make_picture, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import infdit
+from benchmarks.peak_meter import PeakMeter
+from infdit import InfDiTConfig, MemoryPlan
+from infdit.checkpoint import read_checkpoint
+from infdit.device import out_of_memory
+from infdit.memory.planner import OutOfMemory
+from infdit.model import InfDiT
+from infdit.picture import Picture, PictureError, check_png, read_note, read_picture, write_picture
+from infdit.receipt import ReceiptError, parse_receipt
+from infdit.resume import SavedRun
+from infdit.samplers import get_sampler
+from infdit.tensorfile import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+SOON = 10  # seconds
+ABSURD = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**16 - 1, 2**24)
+
+
+# ---------------------------------------------------------------- files that somebody made up
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Cut, with bits turned over, with bytes and numbers replaced, with parts moved, doubled or left out."""
+    found = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        size = max(1, len(found))
+        at = rng.randrange(min(size, 400)) if rng.random() < 0.6 else rng.randrange(size)  # heads matter most
+        end = min(size, at + rng.choice([1, 4, 8, 64, 1000]))
+        match rng.randrange(8):
+            case 0:
+                del found[at:]
+            case 1 if found:
+                found[at] ^= 1 << rng.randrange(8)
+            case 2 if found:
+                found[at] = rng.randrange(256)
+            case 3:
+                found[at : at + 4] = struct.pack(rng.choice("<>") + "I", rng.choice(ABSURD))
+            case 4:
+                found[at:at] = found[at:end]
+            case 5:
+                del found[at:end]
+            case 6:
+                found[at:end] = rng.randbytes(end - at)
+            case 7:
+                digits = [i for i in range(len(found)) if chr(found[i]).isdigit()][:2000]
+                if digits:  # of texts like JSON's
+                    i = rng.choice(digits)
+                    found[i : i + 1] = rng.choice([b"-1", b"1e999", b"NaN", b"99999999999999999999", b"[]", b'"'])
+    return mended(bytes(found)) if rng.random() < 0.5 else bytes(found)
+
+
+def mended(data: bytes) -> bytes:
+    """A PNG whose checksums are right again, so that more than these is put to the test."""
+    if not data.startswith(b"\x89PNG"):
+        return data
+    place, found = 8, data[:8]
+    while place + 12 <= len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        body = data[place + 4 : place + 8 + length]
+        found, place = found + data[place : place + 4] + body + struct.pack(">I", zlib.crc32(body)), place + length + 12
+    return found
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """Raise where something takes longer than it may."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {SOON} s")
+
+    alarm = hasattr(signal, "SIGALRM")
+    before = signal.signal(signal.SIGALRM, late) if alarm else None
+    began = time.monotonic()
+    try:
+        if alarm:
+            signal.alarm(SOON)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own remarks about the damage
+            yield
+    finally:
+        if alarm:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < SOON
+
+
+def pictures(folder: Path) -> list[Path]:
+    """One of every format and depth that is read."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (9, 14, 3), np.uint8))
+    kinds: dict[str, dict[str, Any]] = {
+        "a.png": {}, "b.jpg": {"dpi": (72, 72), "xmp": b"<x/>"}, "c.webp": {"lossless": True}, "d.webp": {},
+        "e.tif": {"compression": "tiff_lzw"}, "f.tif": {}, "g.bmp": {}, "h.gif": {}, "i.ppm": {},
+    }  # fmt: skip
+    for name, options in kinds.items():
+        exif = Image.Exif()
+        exif.update({271: "Maker", 306: "2026:01:02 03:04:05", 274: 6})
+        image.save(folder / name, **options, **({"exif": exif} if name[0] in "abce" else {}))
+    image.convert("CMYK").save(folder / "j.tif")
+    image.convert("P").save(folder / "k.png")
+    pixels = torch.from_numpy(rng.random((9, 14, 4), np.float32))
+    deep = Picture(pixels, None, False, note='{"receipt": 1}', bits=16, exif=b"", xmp=b"<x/>", dpi=(300, 300))
+    write_picture(folder / "l.png", deep)
+    with_tifffile = [("m.tif", 16), ("n.tif", 32)]
+    for name, bits in with_tifffile if _has("tifffile") else []:
+        write_picture(folder / name, replace(deep, bits=bits))
+    return sorted(folder.iterdir())
+
+
+def _has(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def read_any_picture(path: Path) -> None:
+    try:
+        seen = read_picture(path).pixels
+        assert seen.isfinite().all() and seen.min() >= 0 and seen.max() <= 1
+    except PictureError as error:
+        assert "\n" not in str(error)
+    read_note(path)
+    try:
+        check_png(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    tensors = {name: tensor.clone() for name, tensor in tiny().state_dict().items()}
+    save_file(tensors, folder / "plain.safetensors", {"config": json.dumps({"position_period": 64})})
+    shutil.copy(DATA / "tiny.mp_rank_00_model_states.pt", folder / "tiny.pt")
+    return sorted(folder.iterdir())
+
+
+def read_any_checkpoint(path: Path) -> None:
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+X = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+
+
+def sample_with(path: Path, stop: bool = False) -> torch.Tensor:
+    """What a sampler makes of X beside this state; stop: after a step."""
+    saved, calls = SavedRun(path), []
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(sigma)
+        if stop and len(calls) == 3:
+            raise KeyboardInterrupt
+        return x / 2
+
+    saved.begin({"seed": 1}, [])
+    sigmas, info = torch.tensor([1.0, 0.6, 0.4, 0.2, 0.1]), get_sampler("dpmpp_2m")
+    return saved.sample(0, None, X, lambda steps: None, info, denoise, [X.clone()], sigmas, lambda state: None)
+
+
+def states(folder: Path) -> list[Path]:
+    with pytest.raises(KeyboardInterrupt):
+        sample_with(folder / "run", stop=True)
+    return [folder / "run.0.state"]
+
+
+def read_any_state(path: Path) -> None:
+    """A state that is not as it was written counts for nothing: what comes out is right."""
+    name = path.with_name("run")
+    path.replace(name.with_name("run.0.state"))
+    assert torch.equal(sample_with(name), sample_with(path.with_name("afresh")))
+    for file in path.parent.glob("*.state"):
+        file.unlink()
+
+
+def receipts(folder: Path) -> list[Path]:
+    make_picture(folder / "in.png", (8, 6))
+    assert run("upscale", folder / "in.png", "-o", folder / "out.png", "--receipt", folder / "out.json") == 0
+    return [folder / "out.json", folder / "out.png"]
+
+
+def read_any_receipt(path: Path) -> None:
+    for text in (path.read_text("utf-8", "replace"), read_note(path)):
+        try:
+            parse_receipt(text)
+        except ReceiptError as error:
+            assert "\n" not in str(error)
+
+
+READERS: dict[str, tuple[Callable[[Path], list[Path]], Callable[[Path], None], int]] = {
+    "pictures": (pictures, read_any_picture, 6000),
+    "checkpoints": (checkpoints, read_any_checkpoint, 1500),
+    "states": (states, read_any_state, 1000),
+    "receipts": (receipts, read_any_receipt, 1500),
+}
+
+
+def fuzz(reader: str, folder: Path, cases: int, seed: int) -> None:
+    make, read, _ = READERS[reader]
+    (folder / "whole").mkdir()
+    (folder / "damaged").mkdir()
+    files, rng = [(path, path.read_bytes()) for path in make(folder / "whole")], random.Random(seed)
+    for case in range(cases):
+        path, data = files[case % len(files)]
+        target = folder / "damaged" / path.name
+        target.write_bytes(damaged(data, rng))
+        kept = target.read_bytes()
+        try:
+            with soon():
+                read(target)
+        except BaseException as error:
+            (folder / "culprit").write_bytes(kept)
+            raise AssertionError(f"case {case} of {path.name}, kept as {folder / 'culprit'}: {error!r}") from error
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_made_up_files_end_in_words(reader: str, tmp_path: Path) -> None:
+    fuzz(reader, tmp_path, READERS[reader][2] // 50, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_thousands_of_made_up_files_end_in_words(reader: str, tmp_path: Path) -> None:
+    """10,000 in all."""
+    fuzz(reader, tmp_path, READERS[reader][2], seed=1)
+
+
+# ---------------------------------------------------------------- runs that something happens to
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> InfDiT:
+    config = InfDiTConfig(2, 64, 2, block_size=16, vector_dim=0, position_period=64)
+    with torch.device("meta"):
+        model = InfDiT(config).to(dtype)
+    model.to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02, generator=generator)
+    return model.eval()
+
+
+IMAGE = torch.rand(1, 8, 10, 4, generator=torch.Generator().manual_seed(1))
+RUN: dict[str, Any] = {"steps": 2, "sampler": "dpmpp_2m", "fidelity": 1.0, "budget": 2**24}
+
+
+class RunsOut(TorchDispatchMode):
+    """Memory that runs out at one allocation: the `at`-th operation that makes a storage fails, as PyTorch says it."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.made = at, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result._base is None:
+            self.made += 1
+            if self.made == self.at:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return result
+
+
+def nothing_left(meter: PeakMeter) -> bool:
+    if any(meter.live.values()):
+        gc.collect()
+    return not any(meter.live.values())
+
+
+def out_at_every(step: int) -> None:
+    model = tiny()
+    right = infdit.upscale(model, IMAGE, **RUN)
+    with RunsOut(-1) as whole:
+        infdit.upscale(model, IMAGE, **RUN)
+    assert whole.made > 300
+    ended = 0
+    for at in range(1 + step // 2, whole.made + 1, step):
+        with soon():
+            try:
+                with PeakMeter() as meter, RunsOut(at):
+                    seen = infdit.upscale(model, IMAGE, **RUN)
+                assert torch.equal(seen, right), at
+                ended += 1
+                del seen
+            except (RuntimeError, MemoryError) as error:
+                assert isinstance(error, OutOfMemory) or out_of_memory(error), (at, error)
+        assert nothing_left(meter), at
+    assert torch.equal(infdit.upscale(model, IMAGE, **RUN), right)
+    assert ended, "evaluations are repeated"
+
+
+def test_memory_that_runs_out_anywhere() -> None:
+    out_at_every(61)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_everywhere() -> None:
+    out_at_every(1)
+
+
+class Stop(BaseException):
+    """What a user's stop raises."""
+
+
+PLANS = MemoryPlan(1, 2), MemoryPlan(1, 2, "streamed", "host", "disk")
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.images)
+def test_a_stop_at_every_call_of_progress(plan: MemoryPlan, tmp_path: Path) -> None:
+    model, options = tiny(), {**RUN, "budget": None, "plan": plan, "folder": tmp_path}
+    calls: list[int] = []
+    right = infdit.upscale(model, IMAGE, progress=lambda done, total, preview: calls.append(done), **options)
+    for last in range(len(calls)):
+        left = iter(range(last))
+
+        def progress(done: int, total: int, preview: object, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise Stop
+
+        with soon(), pytest.raises(Stop), PeakMeter() as meter:
+            infdit.upscale(model, IMAGE, progress=progress, **options)
+        assert nothing_left(meter), last
+        assert list(tmp_path.iterdir()) == []
+    assert torch.equal(infdit.upscale(model, IMAGE, **options), right)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 255.0])
+def test_numbers_that_no_picture_has(value: float) -> None:
+    image = IMAGE.clone()
+    image[0, 3, 4, 1] = value
+    with pytest.raises(ValueError, match=r"finite|0\.\.1"):
+        infdit.upscale(tiny(), image, **RUN)
+
+
+def test_a_model_that_is_replaced_during_a_run(tmp_path: Path, noisy_file: Path) -> None:
+    """As downloads replace files: the run goes on with what it was begun with."""
+    make_picture(tmp_path / "in.png")
+    model, options = tmp_path / "model.safetensors", {"steps": 2, "sampler": "euler"}
+    shutil.copy(noisy_file, model)
+    image, loaded = read_picture(tmp_path / "in.png").pixels[None], infdit.load_model(model, device="cpu")
+    right = infdit.upscale(loaded, image, **options)
+    del loaded
+
+    def progress(done: int, total: int, preview: object) -> None:
+        if model.stat().st_size > 9:
+            (tmp_path / "new").write_bytes(b"no model")
+            (tmp_path / "new").replace(model)
+
+    loaded = infdit.load_model(model, device="cpu")
+    assert torch.equal(infdit.upscale(loaded, image, progress=progress, **options), right)
+    with pytest.raises(CheckpointError):
+        infdit.load_model(model, device="cpu")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
+@pytest.mark.parametrize(
+    ("suffix", "kilobytes"), [("png", 0), ("png", 1), ("png", 40), ("tif", 40), ("jpg", 1), ("webp", 40)]
+)
+def test_a_disk_that_is_full(kilobytes: int, suffix: str, tmp_path: Path) -> None:
+    """As far as a limit on what files can hold stands in for one: one sentence, nothing half written."""
+    make_picture(tmp_path / "in.png", (64, 48))
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10},) * 2)\n"
+    code += "import sys; from infdit.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = "upscale", tmp_path / "in.png", "-o", tmp_path / f"out.{suffix}", "--scale", 3
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=120,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    if done.returncode == 0:  # a JPEG is small
+        assert Image.open(tmp_path / f"out.{suffix}").size == (192, 144)
+        return
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "cannot be" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_options_that_nobody_would_type(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, rng = make_picture(tmp_path / "in.png", (4, 3)), random.Random(seed)
+    names = ("scale", "size", "longest", "megapixels", "steps", "sampler", "denoise", "fidelity", "seed", "budget")
+    values = ("0", "-1", "nan", "inf", "1e999", "", "x", "9" * 30, "0x0", "1x1", "99999999x1", "-0.0", "½", "\0", "1.5")
+    for case in range(40):
+        chosen = [(f"--{name}", rng.choice(values)) for name in rng.sample(names, rng.choice([1, 1, 2]))]
+        options = [part for option in chosen for part in option]
+        with soon():
+            status = run("upscale", source, "-o", tmp_path / f"{case}.png", "--device", "cpu", *options)
+        said = capsys.readouterr().err
+        assert status in (0, 2) and "Traceback" not in said, (options, said)
+        assert (tmp_path / f"{case}.png").exists() == (status == 0), options
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".png"}
