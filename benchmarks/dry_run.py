@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from infdit import attention, stages
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
+from infdit.memory import plan as memory_plan
 from infdit.memory.offload import Transfer, distribute_weights
 from infdit.memory.plan import MemoryPlan, Place, Workload
 from infdit.memory.planner import PlannedRun
@@ -107,8 +108,12 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMe
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
     fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)
-    kernels = mock.patch.object(attention, "fused", lambda *which: fused)  # as the device has them, not its stand-in
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FakeAccelerator() as accelerator, streams, kernels:
+    with ExitStack() as entered:
+        for module in (attention, memory_plan):  # kernels as the device has them, not its stand-in
+            entered.enter_context(mock.patch.object(module, "fused", lambda *which: fused))
+        fake = entered.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        accelerator = entered.enter_context(FakeAccelerator())
+        entered.enter_context(streams)
         model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, devices)
         if not whole:
             _thin_out(model, workload, plan)

@@ -39,6 +39,7 @@ DRAW = 2**22  # numbers drawn at a time, a multiple of 16: PyTorch draws so many
 STRIP = 256  # rows of a result that are finished at a time
 
 Folder = str | Path | None
+Devices = torch.device | str | Sequence[torch.device | str] | None
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
 Finish = Callable[[Run, Tensor, Tensor], None]
 
@@ -53,9 +54,8 @@ def upscale(
     plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
     sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
-    callback: Callable[[PictureState], None] | None = None,
-    device: torch.device | str | Sequence[torch.device | str] | None = None, report: Report | None = None,
-    preset: str | None = None, resume: SavedRun | None = None, folder: Folder = None,
+    callback: Callable[[PictureState], None] | None = None, device: Devices = None,
+    report: Report | None = None, preset: str | None = None, resume: SavedRun | None = None, folder: Folder = None,
 ) -> Tensor:
     """Upscale pictures with Inf-DiT.
 
@@ -73,15 +73,13 @@ def upscale(
         denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
         sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
         noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
-        clip_embedding: (B or 1, vector_dim), see `clip`; None stands for zeros.
+        clip_embedding: (B or 1, vector_dim), see `clip`; None: zeros. report: is filled in with what was done.
         fidelity: 0..1, how far the result is made to say what the picture given says once it is made small again.
         colour_match: whether its colours get the mean and covariance of those given; before fidelity.
         progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`. An exception
             that it raises ends the run at once.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
-        device: what computes; None: where the model is. A model that is on the device stays there. Several share the
-            layers and work at the same time, see `stages`; the model should be on the CPU then.
-        report: is filled in with what was done.
+        device: what computes; None: where the model is, which stays there. Several: each has some layers, see `stages`.
         resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
         folder: where pictures may lie that memory does not hold, the result too, in files that nobody sees.
 
@@ -130,9 +128,8 @@ def _begin(
 
 def _planned(
     model: InfDiT, image: Tensor, target: tuple[int, int], sampler: SamplerInfo,
-    device: torch.device | str | Sequence[torch.device | str] | None,
-    budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False, fitted: bool = False,
-    folder: Folder = None,
+    device: Devices, budget: int | None = None, plan: MemoryPlan | None = None, noise_given: bool = False,
+    fitted: bool = False, folder: Folder = None,
 ) -> PlannedRun:
     """A run within a budget, or under a plan made by hand; arguments as those of `upscale`."""
     if plan is not None and budget is not None:

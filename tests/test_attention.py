@@ -99,10 +99,10 @@ def test_no_array_passes_4_gib() -> None:
     lazy, h = torch.device("lazy:0"), (1, 24, 1024, 1280)
     with FakeTensorMode(), PeakMeter(device=lazy) as meter:
         attention(*(torch.empty((17, 16, n, 80), device=lazy) for n in (1024, 4096, 4096)))
-        with Offloader(MemoryPlan(1, 24), lazy).hidden_states(2048) as states:
-            for begin in range(0, 2048, 24):
-                states.store(range(begin, min(begin + 24, 2048)), torch.empty(h, device=lazy)[:, : 2048 - begin])
-            assert states.load(range(2040, 2048), None).shape[1] == 8
+        states = Offloader(MemoryPlan(1, 24), lazy).hidden_states(2048)
+        for begin in range(0, 2048, 24):
+            states.store(range(begin, min(begin + 24, 2048)), torch.empty(h, device=lazy)[:, : 2048 - begin])
+        assert states.load(range(2040, 2048), None).shape[1] == 8
     assert 2**31 < max(size for _, size in meter.events) <= 2**32
 
 
