@@ -480,7 +480,8 @@ def read_picture(path: Path) -> bytes:
 
 def upload_name(path: Path, content: bytes) -> str:
     """A picture's name as every system can have it, and no other picture: a PNG that tells it tells its origin."""
-    return hashlib.sha256(content).hexdigest()[:16] + " " + re.sub(r"[^\w. ()+,-]", "_", path.name)
+    stem = path.stem.encode(errors="surrogateescape")[:100].decode(errors="replace")  # file systems allow 255 bytes in all
+    return hashlib.sha256(content).hexdigest()[:16] + " " + re.sub(r"[^\w. ()+,-]", "_", stem + path.suffix)
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], str]:
@@ -560,11 +561,15 @@ def upscale(server: Server, prompt: Prompt, picture: Picture, receipts: int, hou
         server.seconds = time.monotonic() - began
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         made |= {"prompt_id": prompt_id, "seconds": round(server.seconds, 2), "ended": ended}
-        os.write(receipts, json.dumps(made).encode() + b"\n")
     except ServerError as error:
         raise ServerError(f"{error}; {kept}") from error
     except OSError as error:
         message = f"{picture.result} cannot be written ({error.strerror}): make room, or give another -o; {kept}"
+        raise ClientError(message) from error
+    try:
+        os.write(receipts, json.dumps(made).encode() + b"\n")
+    except OSError as error:
+        message = f"{picture.result} is there, but no receipt can be written beside it ({error.strerror}): make room"
         raise ClientError(message) from error
     also = "" if len(images) == 1 else f", the first of {len(images)}; the others are in ComfyUI's output folder"
     return f"{server.seconds:.1f} s on {server.address} → {picture.result}{also}"
@@ -652,7 +657,7 @@ class Crew:
         others = [other for other in self.servers if other is not server and other not in self.resting]
         if server in picture.tried:
             return not set(others) - picture.tried
-        speeds = [1 / other.seconds for other in others if other.seconds]
+        speeds = [1 / other.seconds for other in others if other.seconds and other not in picture.tried]
         return server.seconds * sum(speeds) <= len(self.waiting) + len(speeds)
 
     def _tell(self, picture: Picture, said: str, failed: bool = False) -> None:
@@ -727,7 +732,8 @@ def run(arguments: argparse.Namespace, say: Say) -> int:
     try:
         return Crew(servers, pictures, make, say).run(stop)
     finally:
-        os.close(receipts)
+        if not stop.is_set():  # else a thread may still write to it
+            os.close(receipts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,11 @@ has no room for does not fail, but ends the process.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 PIECE = 2**20  # elements that are worked on at a time
 _MARGIN = 2**28  # bytes, left to others
+_BEGINNING, _ENDING = ".infdit-", ".part"  # of names of files
 
 
 class NoRoom(ValueError):  # noqa: N818 - as BudgetTooSmall
@@ -44,19 +45,17 @@ def empty_in(folder: str | Path | None, shape: Sequence[int], dtype: torch.dtype
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     numel = math.prod(shape)
     try:
-        handle, name = tempfile.mkstemp(".part", ".infdit-", folder)
+        _remove_left(folder)
+        handle, name = tempfile.mkstemp(_ENDING, _BEGINNING, folder)
         try:
-            _reserve(handle, numel * dtype.itemsize)
+            try:
+                _reserve(handle, numel * dtype.itemsize)
+            finally:
+                os.close(handle)
             tensor = torch.from_file(name, shared=True, size=numel, dtype=dtype).view(tuple(shape))
-        except BaseException:
-            Path(name).unlink()
-            raise
         finally:
-            os.close(handle)
-        try:
-            Path(name).unlink()
-        except OSError:  # Windows deletes nothing that is open
-            weakref.finalize(tensor.untyped_storage(), _remove, name)
+            with contextlib.suppress(OSError):  # Windows deletes nothing that is mapped: a later call does
+                Path(name).unlink()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise NoRoom(
@@ -71,13 +70,18 @@ def _reserve(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, max(1, size))
         return
     zeros = bytes(2**24)
-    for start in range(0, size, len(zeros)):
-        os.write(handle, zeros[: size - start])
+    while size > 0:
+        written = os.write(handle, zeros[:size])
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        size -= written
 
 
-def _remove(name: str) -> None:
-    with contextlib.suppress(OSError):
-        Path(name).unlink()
+def _remove_left(folder: str | Path) -> None:
+    """Remove what Windows would not while it was mapped; elsewhere there is nothing."""
+    for left in Path(folder).glob(f"{_BEGINNING}*{_ENDING}") if os.name == "nt" else ():
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def folder_of(tensor: Tensor) -> str | None:

@@ -163,7 +163,9 @@ class Bench:
     def give_back(self) -> None:
         """Keep nothing any more, whoever holds a reference to this."""
         self.states.give_back()
-        self.rings, self._room = [], None
+        self._room = None
+        for ring in self.rings:
+            ring.kept = None
 
 
 def sweep(

@@ -16,8 +16,8 @@ RECEIPT = "receipt: "
 
 
 def in_language(text: str, language: str) -> str:
-    """Lines of text in a language by its short name, such as zh."""
-    patterns = _patterns(language)
+    """Lines of text in a language by its short name, such as zh; zh-TW is better served with zh than not at all."""
+    patterns = _patterns(language.partition("-")[0])
     return "\n".join(line if line.startswith(RECEIPT) else _translated(line, patterns) for line in text.split("\n"))
 
 

@@ -423,6 +423,20 @@ def test_what_one_cannot_make_another_may(many: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("failed: ") == 1
 
 
+def test_a_slow_server_tries_what_the_fast_one_cannot_make(many: Path) -> None:
+    """Even as the last, when the fast one would be done with anything else long before."""
+    (many / FAILS).write_bytes(b"broken")
+    ended: list[int] = []
+    with serving() as fast, serving() as slow:
+        slow.seconds = 1.0
+        work = threading.Thread(
+            target=lambda: ended.append(run_all(many, (fast.address, slow.address))), daemon=True
+        )  # fmt: skip
+        work.start()
+        work.join(60)
+        assert ended == [1]
+
+
 def test_a_run_whose_answer_is_lost_is_found_by_its_id(server: Fake, many: Path) -> None:
     """Else it would be queued a second time."""
     lost: list[str] = []

@@ -248,3 +248,15 @@ def test_a_float_tiff_by_hand(tmp_path: Path) -> None:
     tags = {256: 2, 257: 1, 258: (32,) * 3, 259: 1, 262: 2, 277: 3, 339: (3,) * 3}
     seen = read_picture(stored(tmp_path / "x.tif", tiff(tags, struct.pack("<6f", *values)))).pixels
     assert torch.equal(seen, torch.tensor(values).reshape(1, 2, 3))
+
+
+@pytest.mark.parametrize(("unit", "dpi", "kept"), [(2, (300, 1), 300), (1, (1, 1), None), (2, (3 * 10**9, 1), None)])
+def test_a_resolution_that_is_none_is_not_handed_on(
+    unit: int, dpi: tuple[int, int], kept: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tif"
+    pixels = np.full((4, 5, 3), 0.5, np.float32)
+    tifffile.imwrite(path, pixels, photometric="rgb", resolution=(dpi, dpi), resolutionunit=unit)
+    seen = read_picture(path)
+    assert seen.dpi == ((kept, kept) if kept else None)
+    write_picture(tmp_path / "x.png", seen)

@@ -18,8 +18,9 @@ from test_cli import make_picture, pixels_of, run
 import infdit
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.disk import NoRoom, each, empty_in, folder_of, like
+from infdit.memory import planner
 from infdit.memory.plan import Workload
-from infdit.memory.planner import BudgetTooSmall, fastest_plan
+from infdit.memory.planner import BudgetTooSmall, PlannedRun, fastest_plan
 from infdit.resume import SavedRun
 
 GIB, MUCH, CPU = 2**30, 2**60, torch.device("cpu")
@@ -73,6 +74,15 @@ def test_the_disk_is_taken_where_memory_does_not_hold_the_pictures(device: str) 
         fastest_plan(work, 2 * GIB, 2 * GIB, GIB)
     with pytest.raises(BudgetTooSmall):
         fastest_plan(workload(8192, None, device), 2 * GIB, 2 * GIB, MUCH)
+
+
+def test_a_disk_that_pictures_lie_on_already_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = workload(8192, device="cuda")
+    plan = fastest_plan(work, 2 * GIB, 2 * GIB, MUCH)
+    monkeypatch.setattr(planner, "free_in", lambda folder: 0)
+    monkeypatch.setattr(planner, "free_bytes", lambda device: 2 * GIB)
+    smaller = PlannedRun(work, plan, lambda: GIB).smaller().plan
+    assert smaller.images == "disk" and (smaller.peak_bytes or 0) < (plan.peak_bytes or 0)
 
 
 def test_a_table_of_32768_is_told(capsys: pytest.CaptureFixture[str]) -> None:

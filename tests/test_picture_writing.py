@@ -204,7 +204,7 @@ def test_target_is_replaced_whole_and_in_its_folder(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "replace", watched)
     write_picture(path, random_picture(0, 3, False))
     [(part, before)] = moved
-    assert part.parent == tmp_path and before == b"what was there"
+    assert part.parent.parent == tmp_path and before == b"what was there"
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and Image.open(path).size == (21, 33)
 
 

@@ -319,7 +319,9 @@ def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> 
     """Write a result; where that fails after all the work, into the folder for temporary files."""
     try:
         write(picture)
-    except TargetError as error:
+    except PictureError as error:
+        if not isinstance(error, TargetError):  # what is said beside the pixels is worth less than they
+            return write(replace(picture, exif=b"", xmp=b"", dpi=None))
         try:
             kept = Path(tempfile.mkdtemp(prefix="infdit-")) / target.name
         except OSError:  # that disk is full too

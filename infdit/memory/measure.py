@@ -76,6 +76,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     for _ in range(3):
         began = time.perf_counter()
         work()
-        getattr(torch, device.type).synchronize()
+        card = getattr(torch, device.type)
+        card.synchronize(*([device] if device.type in ("cuda", "xpu") else []))  # which without it is the current one
         taken.append(time.perf_counter() - began)
     return max(min(taken[1:]), 1e-9)

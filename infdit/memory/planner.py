@@ -7,6 +7,7 @@ devices. They order plans, and tell the time only roughly.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -139,12 +140,17 @@ class PlannedRun:
     plan: MemoryPlan
     free: Callable[[], int]
 
+    @property
+    def _disk(self) -> int | None:
+        """Bytes of the disk that a new plan may take: as many as it likes where the pictures are there already."""
+        return sys.maxsize if self.plan.images == "disk" else None
+
     def unpinned(self) -> PlannedRun:
         """The same without pinned memory, and with the plan that is then the fastest of those that take no more."""
         workload, plan = replace(self.workload, pinnable=0), replace(self.plan, pinned=False)
         if plan.peak_bytes is not None:  # not made by hand
             with suppress(BudgetTooSmall):
-                plan = fastest_plan(workload, plan.peak_bytes)
+                plan = fastest_plan(workload, plan.peak_bytes, disk_budget=self._disk)
         return replace(self, workload=workload, plan=plan)
 
     def smaller(self) -> PlannedRun:
@@ -157,10 +163,11 @@ class PlannedRun:
         # pictures are made already, and stay out of the way only where they lie
         workload = self.workload if self.plan.images == "disk" else replace(self.workload, folder=None)
         try:
-            return replace(self, plan=fastest_plan(workload, max(1, min(self.free(), peak * 3 // 4))))
+            smaller = max(1, min(self.free(), peak * 3 // 4))
+            return replace(self, plan=fastest_plan(workload, smaller, disk_budget=self._disk))
         except BudgetTooSmall as error:
             if error.tier == "device" and error.least < peak:
-                return replace(self, plan=fastest_plan(workload, error.least))
+                return replace(self, plan=fastest_plan(workload, error.least, disk_budget=self._disk))
             if self.plan.layers and error.tier == "device" and error.least <= self.free():
                 alone = replace(workload, beside=())
                 return replace(self, workload=alone, plan=fastest_plan(alone, self.free()))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger(__package__)
+MOST_DPI = 1e5  # beyond, a file only claims it
 
 
 class PictureError(ValueError):

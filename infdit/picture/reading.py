@@ -21,7 +21,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIFD, TiffImageFile
 
 from .notes import LARGEST, strip_notes
-from .picture import Picture, PictureError, damage_explained, log
+from .picture import MOST_DPI, Picture, PictureError, damage_explained, log
 from .profile import fitting_profile, srgb_profile, to_srgb
 from .tiff import read_tiff
 
@@ -341,5 +341,5 @@ def _said(path: Path, image: ImageFile) -> tuple[bytes, bytes, tuple[float, floa
     # the picture is upright now, and readers of Pillow's kind look here too
     xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", rb"\g<1>1", xmp) if isinstance(xmp, bytes) else b""
     sides = [float(side) for side in image.info.get("dpi", ())]
-    dpi = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 1e5 for side in sides) else None
+    dpi = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < MOST_DPI for side in sides) else None
     return exif, xmp if len(xmp) < LARGEST else b"", dpi

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .picture import PictureError
+from .picture import MOST_DPI, PictureError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -68,7 +68,9 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
         values = values.reshape(samples, height, width).transpose(1, 2, 0) if page.planarconfig == 2 else values
         values = values.reshape(height, width, samples).astype(np.float32)
         tags = {number: page.tags[number].value for number in (_ICC, _XMP, _ORIENTATION) if number in page.tags}
-        alpha, dpi = list(page.extrasamples), page.get_resolution("inch") if 282 in page.tags else None
+        alpha, told = list(page.extrasamples), 282 in page.tags and (296 not in page.tags or page.tags[296].value != 1)  # no unit
+        dpi = page.get_resolution("inch") if told else None
+        dpi = dpi if dpi and all(0 < side < MOST_DPI for side in dpi) else None
     if dtype.kind == "u":
         values /= 65535
     if not np.isfinite(values).all():

@@ -91,6 +91,7 @@ def place_for(path: Path) -> Iterator[Callable[[Picture], None]]:
 def _write(part: Path, path: Path, picture: Picture) -> None:
     writer = _WRITERS[path.suffix.lower()]
     with damage_explained(path, "cannot be written", "try another format"), target_explained(path):
+        part.parent.mkdir(exist_ok=True)  # on a disk without locks another process may have swept it away
         with part.open("w+b") as file:  # a full disk may be told only when it is closed
             _encode(path, file, picture, writer)
         part.replace(path)
