@@ -480,7 +480,7 @@ def read_picture(path: Path) -> bytes:
 
 def upload_name(path: Path, content: bytes) -> str:
     """A picture's name as every system can have it, and no other picture: a PNG that tells it tells its origin."""
-    stem = path.stem.encode(errors="surrogateescape")[:100].decode(errors="replace")  # file systems allow 255 bytes in all
+    stem = path.stem.encode(errors="surrogateescape")[:100].decode(errors="replace")  # 255 bytes are allowed in all
     return hashlib.sha256(content).hexdigest()[:16] + " " + re.sub(r"[^\w. ()+,-]", "_", stem + path.suffix)
 
 

@@ -68,8 +68,8 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
         values = values.reshape(samples, height, width).transpose(1, 2, 0) if page.planarconfig == 2 else values
         values = values.reshape(height, width, samples).astype(np.float32)
         tags = {number: page.tags[number].value for number in (_ICC, _XMP, _ORIENTATION) if number in page.tags}
-        alpha, told = list(page.extrasamples), 282 in page.tags and (296 not in page.tags or page.tags[296].value != 1)  # no unit
-        dpi = page.get_resolution("inch") if told else None
+        alpha, unit = list(page.extrasamples), page.tags[296].value if 296 in page.tags else 2
+        dpi = page.get_resolution("inch") if 282 in page.tags and unit != 1 else None  # 1: no unit, a shape only
         dpi = dpi if dpi and all(0 < side < MOST_DPI for side in dpi) else None
     if dtype.kind == "u":
         values /= 65535
