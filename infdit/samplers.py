@@ -171,6 +171,7 @@ class SamplerInfo:
         pictures: that it holds at most between two evaluations; evaluating: during one, with x and the result.
         history: earlier answers that a step looks at, beside x, where one step is one evaluation; None: not known, so
             no run of it goes on within a picture, see `resume`.
+        by_rows: whether its arithmetic is done some rows at a time, see `disk.each`, and so makes no further pictures.
     """
 
     sample: Sampler
@@ -178,13 +179,14 @@ class SamplerInfo:
     pictures: int
     evaluating: int
     history: int | None = None
+    by_rows: bool = False
 
 
 SAMPLER_INFO = {
-    "heun": SamplerInfo(sample_heun, 2, 6, 5, 0),
-    "euler": SamplerInfo(sample_euler, 1, 3, 3, 0),
-    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 4, 4, 1),
-    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 5, 5, 2),
+    "heun": SamplerInfo(sample_heun, 2, 6, 5, 0, by_rows=True),
+    "euler": SamplerInfo(sample_euler, 1, 3, 3, 0, by_rows=True),
+    "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 4, 4, 1, by_rows=True),
+    "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 5, 5, 2, by_rows=True),
 }
 SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in SAMPLER_INFO.items()}
 

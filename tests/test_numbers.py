@@ -104,13 +104,13 @@ def test_the_command_line_says_so_in_a_line(
 ATTENTION, SLICES = F.scaled_dot_product_attention, uniba.KVRing._slices
 
 
-def zeros(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def zeros(chunk: uniba.Chunk, x: torch.Tensor) -> torch.Tensor:
     """What a ring gives that is empty."""
-    return torch.stack((k, v))[:, :, :, None].repeat(1, 1, 1, 4, 1, 1, 1).zero_()
+    return x.new_zeros((len(x), len(chunk.blocks), 4, *x.shape[2:]))
 
 
 FAULTS: dict[str, tuple[object, str, Callable]] = {
-    "rings are not read": (uniba.KVRing, "_of_the_ring", lambda ring, kept, k, v, chunk: zeros(k, v)),
+    "rings are not read": (uniba.KVRing, "_gather", lambda ring, chunk, x: zeros(chunk, x)),
     "neighbours change places": (
         uniba.KVRing, "_slices", lambda ring, chunk: ((3 - slot, *where) for slot, *where in SLICES(ring, chunk))
     ),

@@ -243,14 +243,15 @@ class Workload:
             "weights": weights.resident + weights.streamed(group) if streamed else weights.total,
             "hidden": min(kept, 3 * chunk * unit) if hidden_away else kept,
         }
-        strips = 3 * min(picture, FLOAT32 * PIECE)  # of the sampler's arithmetic
+        strips = 3 * min(picture, FLOAT32 * PIECE) if method.by_rows else 0  # of the sampler's arithmetic
+        between = sampling | ({"workspace": 0} if self.device.type == "cpu" else {})  # see `Offloader.room`
         return [
             phase(conditioning + method.evaluating * picture, **sampling | evaluating),
             phase(
                 conditioning + method.pictures * picture + (0 if on_disk else strips),
                 always + (strips if on_disk else 0),
                 weights=at_rest,
-                **sampling,
+                **between,
             ),
             phase(conditioning + picture, on_the_way, weights=at_rest),
             phase(0, self._fitting(), weights=at_rest),

@@ -346,8 +346,8 @@ def plans_of_a_card() -> dict:
     ):
         rooms = {"cuda": room, "cpu": host_room}
         with (
-            patched(plan_node, obtainable=lambda device, rooms=rooms: rooms[device.type]),
-            patched(pack("nodes.comfy_memory"), obtainable=lambda device, rooms=rooms: rooms[device.type]),
+            patched(plan_node, obtainable=lambda device, others=True, rooms=rooms: rooms[device.type]),
+            patched(pack("nodes.comfy_memory"), obtainable=lambda device, others=True, rooms=rooms: rooms[device.type]),
             patched(planner, free_bytes=lambda device, rooms=rooms: rooms[device.type]),
         ):
             preview = plan_node.preview_plan(workload, budget)

@@ -53,7 +53,7 @@ def budgets() -> dict:
         return planned
 
     choose, found = node.plan_run, {}
-    for name, mib in (("automatic", 0), ("22 MiB", 22), ("40 MiB", 40), ("2 MiB", 2)):
+    for name, mib in (("automatic", 0), ("24 MiB", 24), ("40 MiB", 40), ("2 MiB", 2)):
         with patched(node, plan_run=spy):
             ended = run(prompt("square", steps=2, memory_budget=mib / 1024))
         found[name] = {key: ended[key] for key in ("end", "message", "type")} | {"report": TAKEN.get("report")}

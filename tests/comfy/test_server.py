@@ -13,7 +13,7 @@ WORKFLOWS = Path(__file__).parents[2] / "workflows"
 SIZE = "COMFY_DYNAMICCOMBO_V3"
 # ids, inputs in their order and outputs are a public format: saved workflows depend on them; only append
 INPUTS = {
-    "InfDiTModelLoader": {"model_name": "COMBO", "dtype": "COMBO", "devices": "STRING"},
+    "InfDiTModelLoader": {"model_name": "COMBO", "dtype": "COMBO", "devices": "STRING?"},
     "InfDiTCLIPLoader": {"clip_name": "COMBO"},
     "InfDiTCLIPEncode": {
         "clip": "INFDIT_CLIP",
