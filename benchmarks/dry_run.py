@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from infdit import attention, stages
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.grid import BlockGrid, Geometry
-from infdit.memory import plan as memory_plan
+from infdit.memory import footprint
 from infdit.memory.offload import Transfer, distribute_weights
 from infdit.memory.plan import MemoryPlan, Place, Workload
 from infdit.memory.planner import PlannedRun
@@ -102,14 +102,15 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
 @torch.no_grad()
 def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMeter:
     """The same with all that the meter saw."""
-    devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, ACCELERATORS, strict=False)]
+    fakes = ACCELERATORS[: len(workload.devices)]
+    devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, fakes, strict=True)]
     device, target = devices[0], (workload.height, workload.width)
     planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda: 0)
     sigmas = karras_sigmas(STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
     fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)
     with ExitStack() as entered:
-        for module in (attention, memory_plan):  # kernels as the device has them, not its stand-in
+        for module in (attention, footprint):  # kernels as the device has them, not its stand-in
             entered.enter_context(mock.patch.object(module, "fused", lambda *which: fused))
         fake = entered.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         accelerator = entered.enter_context(FakeAccelerator())

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from infdit.config import InfDiTConfig
+from infdit.memory.cost import CostModel, seconds_per_evaluation
 from infdit.memory.plan import MemoryPlan, Workload
-from infdit.memory.planner import GIB, CostModel, fastest_plan, format_seconds, seconds_per_evaluation
+from infdit.memory.planner import GIB, fastest_plan, format_seconds
 
 DEVICES, SIDES, EVALUATIONS = (1, 2, 4, 8), (4096, 8192, 16384, 32768), 39
 

@@ -1,7 +1,7 @@
 """How fast plans are on this device, and how far off the planner's idea of it is.
 
 Plans are timed in turns, round after round, so that a machine that slows down slows all of them; figures are medians.
-What counts in the figures of `planner.CostModel` is that they put plans in order.
+What counts in the figures of `cost.CostModel` is that they put plans in order.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from infdit.config import InfDiTConfig
 from infdit.denoiser import Conditioning, Denoiser
 from infdit.grid import BlockGrid
+from infdit.memory.cost import EFFICIENCY, CostModel, seconds_per_evaluation
 from infdit.memory.measure import measured
 from infdit.memory.plan import MemoryPlan, Workload
-from infdit.memory.planner import EFFICIENCY, GIB, CostModel, format_bytes, seconds_per_evaluation
+from infdit.memory.planner import GIB, format_bytes
 from infdit.model import InfDiT
 
 SIGMA = 1.0

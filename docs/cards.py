@@ -11,15 +11,9 @@ import torch
 
 from infdit.checkpoint import read_checkpoint
 from infdit.config import InfDiTConfig, SamplingDefaults
+from infdit.memory.cost import seconds_per_evaluation
 from infdit.memory.plan import Workload
-from infdit.memory.planner import (
-    GIB,
-    BudgetTooSmall,
-    fastest_plan,
-    format_bytes,
-    format_seconds,
-    seconds_per_evaluation,
-)
+from infdit.memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds
 from infdit.samplers import evaluations
 from infdit.upscale import schedule
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
 from .grid import BlockGrid, Geometry, Positions
+from .memory.footprint import LEVELS, chunk_workspace
 from .memory.offload import Offloader, distribute_weights
-from .memory.plan import LEVELS, MemoryPlan, chunk_workspace
+from .memory.plan import MemoryPlan
 from .model import InfDiT, MakeWindow
 from .stages import Belt, Handover
 from .uniba import Bench, Chunk, Give, Take, sweep
@@ -138,7 +139,8 @@ class Denoiser:
     def _sweep(self, modulations: list[Tensor], read: Take, write: Give) -> None:
         """All layers over all blocks, on one device or on several at a time."""
         devices = [bench.offload.transfer.device for bench in self.benches]
-        handed = [Handover(bench.offload.transfer, to) for bench, to in zip(self.benches, devices[1:], strict=False)]
+        ways = zip(self.benches[:-1], devices[1:], strict=True)
+        handed = [Handover(bench.offload.transfer, to) for bench, to in ways]
 
         def stage(number: int, progress: Callable[[int], None]) -> None:
             bench = self.benches[number]

@@ -31,8 +31,9 @@ from .device import (
 )
 from .disk import empty_in
 from .fidelity import Likeness
+from .memory.footprint import Weights
 from .memory.offload import distribute_weights
-from .memory.plan import CPU, MemoryPlan, Weights, Workload
+from .memory.plan import CPU, MemoryPlan, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
 from .model import InfDiT
 from .samplers import Denoise, get_sampler

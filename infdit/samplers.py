@@ -137,6 +137,7 @@ def sample_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor, callback: Callb
             x: Tensor, *known: Tensor, ratio: float = ratio, m1: float = m1, h: float = h, h_last: float = h_last,
             h_older: float = h_older,
         ) -> Tensor:
+            """The step, from x and what is known of D: the last answer, and up to two before it."""
             x = ratio * x + (1 - ratio) * known[0]
             if known[1:]:
                 slope = (known[0] - known[1]) / h_last  # D[i, i−1]

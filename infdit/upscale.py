@@ -20,7 +20,8 @@ from .denoiser import Conditioning
 from .device import same_device
 from .disk import like
 from .fidelity import make_faithful, strips
-from .memory.plan import MemoryPlan, Weights, WeightsKept, Workload
+from .memory.footprint import Weights
+from .memory.plan import MemoryPlan, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
 from .presets import sampling

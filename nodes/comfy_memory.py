@@ -25,7 +25,8 @@ from torch import nn
 from ..infdit import BudgetTooSmall, MemoryPlan, OutOfMemory, SamplingDefaults, load_model
 from ..infdit.clip import CLIPEncoder, load_clip
 from ..infdit.device import default_dtype, devices_of, empty_caches, one_memory, out_of_memory, same_device
-from ..infdit.memory.plan import CPU, Weights, Workload
+from ..infdit.memory.footprint import Weights
+from ..infdit.memory.plan import CPU, Workload
 from ..infdit.memory.planner import (
     GIB,
     MARGIN,

@@ -9,8 +9,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..infdit import BudgetTooSmall, MemoryPlan
+from ..infdit.memory.cost import seconds_per_evaluation
 from ..infdit.memory.plan import CPU, Workload
-from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
+from ..infdit.memory.planner import candidates, fastest_plan, format_bytes, format_seconds
 from ..infdit.upscale import schedule
 from .comfy_memory import ManagedModel, budget_bytes, obtainable, plan_run
 from .comfy_page import from_image, page_language, to_image

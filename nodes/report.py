@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..infdit import MemoryPlan, Report, SamplingDefaults
+from ..infdit.memory.cost import seconds_per_evaluation
 from ..infdit.memory.plan import Workload
-from ..infdit.memory.planner import PlannedRun, format_bytes, seconds_per_evaluation
+from ..infdit.memory.planner import PlannedRun, format_bytes
 from ..infdit.samplers import evaluations
 from .comfy_page import duration
 

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.peak_meter import PeakMeter
 from benchmarks.speed import Timing, random_model, time_plans
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.memory.plan import Weights
+from infdit.memory.footprint import Weights
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def decoded(path: Path) -> NDArray[np.int64]:
     return np.frombuffer(bytes(found), f">u{bits // 8}").astype(np.int64).reshape(height, width, channels)
 
 
+def kinds(test: Callable[..., None]) -> Callable[..., None]:
+    """For colour and grey, with and without alpha."""
+    test = pytest.mark.parametrize("grey", [False, True])(test)
+    return pytest.mark.parametrize("channels", [3, 4])(test)
+
+
 def picture(channels: int, grey: bool, bits: int) -> Picture:
     pixels = torch.rand(70, 21, channels, generator=torch.Generator().manual_seed(channels))
     pixels[:20] = torch.linspace(0, 0.99, 21)[:, None]  # where each filter has its say
@@ -49,8 +56,7 @@ def picture(channels: int, grey: bool, bits: int) -> Picture:
     return Picture(pixels, None, grey, bits=bits)
 
 
-@pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("channels", [3, 4])
+@kinds
 @pytest.mark.parametrize("bits", [8, 16])
 def test_png_by_rows_is_what_the_format_says(bits: int, channels: int, grey: bool, tmp_path: Path) -> None:
     given = picture(channels, grey, bits)
@@ -115,8 +121,7 @@ def test_floats_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     assert torch.allclose(floats, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("channels", [3, 4])
+@kinds
 @pytest.mark.parametrize("bits", [16, 32])
 def test_tiff_keeps_what_it_is_given(bits: int, channels: int, grey: bool, tmp_path: Path) -> None:
     given = picture(channels, grey, bits)

@@ -232,7 +232,9 @@ READERS: dict[str, tuple[Callable[[Path], list[Path]], Callable[[Path], None], i
 }
 
 
-def fuzz(reader: str, folder: Path, cases: int, seed: int) -> None:
+def culprits(reader: str, folder: Path, cases: int, seed: int) -> list[str]:
+    """Damaged files that end in anything but success or a sentence, and in what; each is kept in the folder."""
+    found: list[str] = []
     make, read, _ = READERS[reader]
     (folder / "whole").mkdir()
     (folder / "damaged").mkdir()
@@ -245,21 +247,23 @@ def fuzz(reader: str, folder: Path, cases: int, seed: int) -> None:
         try:
             with soon():
                 read(target)
-        except BaseException as error:
-            (folder / "culprit").write_bytes(kept)
-            raise AssertionError(f"case {case} of {path.name}, kept as {folder / 'culprit'}: {error!r}") from error
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is what is looked for
+            culprit = folder / f"culprit {case} {path.name}"
+            culprit.write_bytes(kept)
+            found.append(f"{culprit}: {error!r}")
+    return found
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_made_up_files_end_in_words(reader: str, tmp_path: Path) -> None:
-    fuzz(reader, tmp_path, READERS[reader][2] // 50, seed=0)
+    assert culprits(reader, tmp_path, READERS[reader][2] // 50, seed=0) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_thousands_of_made_up_files_end_in_words(reader: str, tmp_path: Path) -> None:
     """10,000 in all."""
-    fuzz(reader, tmp_path, READERS[reader][2], seed=1)
+    assert culprits(reader, tmp_path, READERS[reader][2], seed=1) == []
 
 
 # ---------------------------------------------------------------- runs that something happens to
@@ -304,7 +308,8 @@ def nothing_left(meter: PeakMeter) -> bool:
     return not any(meter.live.values())
 
 
-def out_at_every(step: int) -> None:
+def finished_when_out_at_every(step: int) -> int:
+    """Runs that end in the right picture all the same; the others end in a sentence, and none leaves anything."""
     model = tiny()
     right = infdit.upscale(model, IMAGE, **RUN)
     with RunsOut(-1) as whole:
@@ -323,16 +328,16 @@ def out_at_every(step: int) -> None:
                 assert isinstance(error, OutOfMemory) or out_of_memory(error), (at, error)
         assert nothing_left(meter), at
     assert torch.equal(infdit.upscale(model, IMAGE, **RUN), right)
-    assert ended, "evaluations are repeated"
+    return ended
 
 
 def test_memory_that_runs_out_anywhere() -> None:
-    out_at_every(61)
+    assert finished_when_out_at_every(61) > 0, "evaluations are repeated"
 
 
 @pytest.mark.slow
 def test_memory_that_runs_out_everywhere() -> None:
-    out_at_every(1)
+    assert finished_when_out_at_every(1) > 0, "evaluations are repeated"
 
 
 class Stop(BaseException):

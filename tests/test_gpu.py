@@ -21,8 +21,9 @@ import infdit
 from benchmarks.speed import time_plans
 from infdit import InfDiTConfig, MemoryPlan, Report, attention, selfcheck
 from infdit.device import empty_caches, empty_pinned_cache
+from infdit.memory.footprint import Weights
 from infdit.memory.measure import measured
-from infdit.memory.plan import Weights, Workload
+from infdit.memory.plan import Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import Layer
 

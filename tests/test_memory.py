@@ -13,7 +13,8 @@ import infdit
 from benchmarks.dry_run import ACCELERATOR, counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.memory.plan import SEGMENTS, Footprint, Weights, Workload
+from infdit.memory.footprint import Footprint, Weights
+from infdit.memory.plan import SEGMENTS, Workload
 from infdit.model import InfDiT
 
 MIB = 2**20

@@ -16,19 +16,17 @@ from infdit import BudgetTooSmall, InfDiTConfig, MemoryPlan, plan_memory
 from infdit.device import one_memory
 from infdit.grid import BlockGrid
 from infdit.memory import measure
+from infdit.memory.cost import MAX_LAYER_SECONDS, CostModel, seconds_per_evaluation
 from infdit.memory.measure import Speed
 from infdit.memory.measure import measured as measure_device
 from infdit.memory.plan import Workload
 from infdit.memory.planner import (
     GIB,
-    MAX_LAYER_SECONDS,
-    CostModel,
     candidates,
     fastest_plan,
     format_seconds,
     free_bytes,
     schedules,
-    seconds_per_evaluation,
     thrifty_plan,
 )
 

@@ -13,8 +13,9 @@ import infdit
 from benchmarks.dry_run import counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import BudgetTooSmall, InfDiTConfig, Report, upscale
+from infdit.memory.cost import seconds_per_evaluation
 from infdit.memory.plan import Workload
-from infdit.memory.planner import fastest_plan, seconds_per_evaluation
+from infdit.memory.planner import fastest_plan
 from infdit.samplers import SAMPLERS
 from infdit.sizes import passes, target_size
 

@@ -20,8 +20,9 @@ from benchmarks.dry_run import counted
 from infdit import Denoiser, InfDiTConfig, MemoryPlan, Report, upscale
 from infdit.__main__ import main
 from infdit.device import DeviceFailed
+from infdit.memory.cost import CostModel, seconds_per_evaluation
 from infdit.memory.plan import SEGMENTS, Workload
-from infdit.memory.planner import BudgetTooSmall, CostModel, fastest_plan, shared_plan
+from infdit.memory.planner import BudgetTooSmall, fastest_plan, shared_plan
 from infdit.model import InfDiT, Layer
 from infdit.samplers import SAMPLERS
 
@@ -147,7 +148,7 @@ def test_a_stop_at_any_move_of_the_bar_ends_all_and_keeps_nothing(noisy_mini: In
     moves: list[int] = []
     run(noisy_mini, progress=lambda done, total, preview: moves.append(done))
     gc.collect()
-    before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    before = sum(type(x) is torch.Tensor for x in gc.get_objects())
     for stop in random.Random(0).sample(range(len(moves) // 2), 8):
         count = iter(range(len(moves) + 1))
 
@@ -159,7 +160,7 @@ def test_a_stop_at_any_move_of_the_bar_ends_all_and_keeps_nothing(noisy_mini: In
             run(noisy_mini, progress=progress)
         del caught
         gc.collect()
-        assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before
+        assert sum(type(x) is torch.Tensor for x in gc.get_objects()) <= before
 
 
 def test_layers_that_do_not_fit_the_model_are_refused(noisy_mini: InfDiT) -> None:
@@ -200,7 +201,7 @@ def test_equal_devices_share_evenly_and_each_more_saves_time() -> None:
         assert plan.layers == layers
         assert plan.peak_bytes is not None
         assert plan.peak_bytes <= 24 * GIB
-        seconds.append(infdit.memory.planner.seconds_per_evaluation(published(devices), plan))
+        seconds.append(seconds_per_evaluation(published(devices), plan))
     assert seconds[1] < 0.55 * seconds[0]
 
 

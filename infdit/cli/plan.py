@@ -13,8 +13,10 @@ from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
 from ..device import default_device, default_dtype, known_device
 from ..memory import measure
-from ..memory.plan import MemoryPlan, Weights, Workload
-from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds, seconds_per_evaluation
+from ..memory.cost import seconds_per_evaluation
+from ..memory.footprint import Weights
+from ..memory.plan import MemoryPlan, Workload
+from ..memory.planner import GIB, BudgetTooSmall, fastest_plan, format_bytes, format_seconds
 from ..presets import PRESETS, sampling
 from ..samplers import SAMPLERS, evaluations
 from ..sizes import MOST_SCALE

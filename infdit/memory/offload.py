@@ -155,6 +155,7 @@ def distribute_weights(model: InfDiT, plan: MemoryPlan, devices: Sequence[torch.
     stages = [(device, layers, Transfer(device, plan.pinned).host(piece)) for device, layers in made[2]]
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
+        """The parameter of this name where it is to be."""
         kind, number, *_ = (*name.split("."), "")
         if kind in ("layers", "modulations"):
             device, _, host = next(stage for stage in stages if int(number) in stage[1])

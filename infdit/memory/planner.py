@@ -1,8 +1,4 @@
-"""The planner: of all schedules that fit a budget, the fastest; or the smallest of those that are about as fast.
-
-What a device does in a second is measured where it is at hand, see `measure`; all other figures are of a family of
-devices. They order plans, and tell the time only roughly.
-"""
+"""The planner: of all schedules that fit a budget, the fastest; or the smallest of those that are about as fast."""
 
 from __future__ import annotations
 
@@ -20,15 +16,12 @@ from ..device import one_memory
 from ..disk import free_in
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
-from . import measure
-from .plan import CPU, FLOAT32, Footprint, MemoryPlan, Place, Weights, WeightsKept, Workload, workspace
+from .cost import CostModel, seconds_per_evaluation
+from .footprint import Footprint
+from .plan import CPU, MemoryPlan, Place, WeightsKept, Workload
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
-MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
-EFFICIENCY = 0.7  # of the speed of a bare product, what a whole evaluation reaches: the rest waits for memory
-DISK = 5e8  # bytes a second to and from a disk
-PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
 
@@ -47,69 +40,6 @@ class BudgetTooSmall(ValueError):  # noqa: N818 - the interface's name
 
 class OutOfMemory(MemoryError):  # noqa: N818 - as torch.cuda's
     """Memory ran out, and no smaller plan is left."""
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """What a device does in a second, and how that depends on the schedule.
-
-    Attributes:
-        flops: of large matrix products in the network's dtype.
-        rows: of a matrix product at which half of that is reached.
-        cache: bytes of workspace up to which arithmetic runs at full speed; each doubling beyond costs `cache_penalty`.
-        launch_overhead: seconds that a layer's kernels take to start, however small the chunk.
-        bus: bytes between pinned memory of the host and the device.
-        locking: bytes of the host that are pinned; once a run.
-        overlap_loss: share of the shorter of arithmetic and copies that the longer does not hide; 1: nothing is hidden.
-    """
-
-    flops: float
-    rows: int
-    cache: float
-    cache_penalty: float
-    launch_overhead: float
-    bus: float
-    overlap_loss: float
-    locking: float = math.inf
-
-    @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
-        """As measured where the device is here, and what was not measured of its family."""
-        family, speed = cls.family(device, dtype), measure.measured(device, dtype)
-        if speed is None:
-            return family
-        bus, locking = speed.bus or family.bus, speed.locking or family.locking
-        return replace(family, flops=EFFICIENCY * speed.flops, bus=bus, locking=locking)
-
-    @classmethod
-    def family(cls, device: torch.device, dtype: torch.dtype) -> CostModel:
-        """Round figures for a family: a card with 24 GB, an Intel card, an Apple chip, a CPU by its threads."""
-        half = dtype.itemsize == 2
-        if device.type == "cuda":
-            return cls(150e12 if half else 40e12, 512, math.inf, 0, 4e-4, bus=20e9, overlap_loss=0.1, locking=4e9)
-        if device.type == "xpu":
-            return cls(50e12 if half else 12e12, 512, math.inf, 0, launch_overhead=4e-4, bus=8e9, overlap_loss=1)
-        if device.type == "mps":
-            return cls(8e12, 256, math.inf, 0, launch_overhead=4e-4, bus=50e9, overlap_loss=1)
-        flops = torch.get_num_threads() * (75e9 if half else 40e9)
-        return cls(flops, 16, cache=32e6, cache_penalty=0.07, launch_overhead=4e-4, bus=8e9, overlap_loss=1)
-
-    def evaluation(self, config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype) -> float:
-        """Seconds that one evaluation takes."""
-        chunk = min(plan.chunk, grid.blocks)
-        rows = chunk * config.block_tokens
-        slower = 1 + self.cache_penalty * math.log2(max(1.0, workspace(config, dtype, grid, chunk) / self.cache))
-        arithmetic = _flops(config, grid) / self.flops * (1 + self.rows / rows) * slower
-        launches = -(-grid.blocks // chunk) * config.num_layers * self.launch_overhead
-        compute = arithmetic + launches if self.overlap_loss == 1 else max(arithmetic, launches)
-        bus, loss = (self.bus, self.overlap_loss) if plan.pinned else (min(self.bus, PLAIN_BUS), 1)
-        copies = _traffic(config, grid, plan, dtype) / bus
-        on_disk = 3 * 3 * FLOAT32 * grid.height * grid.width / DISK if plan.images == "disk" else 0  # x, up, result
-        return max(compute, copies) + loss * min(compute, copies) + on_disk
-
-    def longest_chunk(self, config: InfDiTConfig) -> int:
-        """Blocks of which one layer takes at most MAX_LAYER_SECONDS; at least one."""
-        return max(1, int(MAX_LAYER_SECONDS * self.flops / _layer_flops(config)))
 
 
 @dataclass(frozen=True, order=True)
@@ -381,30 +311,6 @@ def _chunks(config: InfDiTConfig, grid: BlockGrid) -> list[int]:
     return [2**i for i in range(math.ceil(math.log2(grid.blocks)) + 1) if 2**i <= most]
 
 
-def seconds_per_evaluation(workload: Workload, plan: MemoryPlan, held: Footprint | None = None) -> float:
-    """Predicted time of one evaluation of one picture, in all its passes, and its share of pinning memory for a run.
-
-    held: the plan's footprint, if it is known.
-
-    Several devices take as long as the slowest, and one after the other until a chunk has come to the last.
-    """
-    if plan.layers:
-        stages = plan.stages(workload.devices, workload.config.num_layers)
-        works = [
-            replace(workload, config=replace(workload.config, num_layers=len(layers)), device=device, beside=())
-            for device, layers in stages
-        ]
-        chunks = min(-(-part.grid.blocks // plan.chunk) for part in workload.passes)
-        slowest = max(seconds_per_evaluation(work, replace(plan, layers=())) for work in works)
-        return slowest * (1 + (len(stages) - 1) / chunks)
-    costs = CostModel.of(workload.device, workload.dtype)
-    seconds = sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
-    if plan.pinned and (plan.weights, plan.hidden) != ("resident", "device"):
-        held = held or workload.footprint(plan)
-        seconds += (held.host_weights + held.host_hidden) / costs.locking / (workload.batch * workload.evaluations)
-    return seconds
-
-
 def free_bytes(device: torch.device) -> int:
     """What a run may take of a device, or of the host for the CPU: what is free less a margin."""
     if device.type in ("cuda", "xpu"):
@@ -435,31 +341,3 @@ def format_seconds(seconds: float) -> str:
         if seconds < (48 if unit == "h" else 120) * length:
             return f"{seconds / length:.1f} h" if unit == "h" else f"{max(1, seconds / length):.0f} {unit}"
     return f"{seconds / 86400:.0f} days"
-
-
-def _flops(config: InfDiTConfig, grid: BlockGrid) -> float:
-    """Of one evaluation: linear layers, attention to four blocks, the low-resolution cross-attention."""
-    T, D, W = config.block_tokens, config.hidden_size, config.window_tokens
-    cross = 2 * (2 * T + 2 * W) * D * D + 4 * T * W * D
-    return grid.blocks * (config.num_layers * _layer_flops(config) + cross)
-
-
-def _layer_flops(config: InfDiTConfig) -> float:
-    """Of one layer of one block."""
-    T, D = config.block_tokens, config.hidden_size
-    return 2 * T * 12 * D * D + 4 * T * 4 * T * D
-
-
-def _traffic(config: InfDiTConfig, grid: BlockGrid, plan: MemoryPlan, dtype: torch.dtype) -> float:
-    """Bytes over the bus in one evaluation."""
-    groups = -(-config.num_layers // min(plan.group, config.num_layers))
-    hidden = grid.blocks * config.block_tokens * config.hidden_size * dtype.itemsize
-    pictures = 3 * grid.height * grid.width
-    total = 0.0
-    if plan.weights == "streamed":
-        total += Weights.of(config, dtype).streamable
-    if plan.hidden == "host":
-        total += 2 * (groups - 1) * hidden
-    if plan.images != "device":
-        total += pictures * (2 * dtype.itemsize + 9 / 16 * dtype.itemsize + FLOAT32)
-    return total

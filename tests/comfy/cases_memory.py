@@ -194,8 +194,7 @@ def other_model(size: int) -> SimpleNamespace:
 @case
 def card() -> dict:
     """Which plan is chosen and what ComfyUI is asked for, by what is free and what idle models hold."""
-    memory, planner = pack("nodes.comfy_memory"), pack("infdit.memory.planner")
-    footprint = pack("infdit.memory.plan")
+    memory, planner, footprint = map(pack, ("nodes.comfy_memory", "infdit.memory.planner", "infdit.memory.plan"))
     config, weights, gib = pack("infdit.config").InfDiTConfig(), footprint.Weights, 2**30
     calls: list[Any] = []
     patcher = SimpleNamespace(load_device=CARD, offload_device=torch.device("cpu"))
