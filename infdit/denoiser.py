@@ -23,7 +23,7 @@ from .memory.offload import Offloader, distribute_weights
 from .memory.plan import MemoryPlan
 from .model import InfDiT, MakeWindow
 from .stages import Belt, Handover
-from .uniba import Bench, Chunk, Give, Take, sweep
+from .uniba import Chunk, Give, Take, Workbench, sweep
 
 SIGMA_DATA = 0.5
 Modulations = tuple[list[Tensor], Tensor]  # of the layers and of the head
@@ -90,10 +90,10 @@ class Denoiser:
         grid = BlockGrid.covering(h, w, block, self.plan.sweep)
         config, chunk = model.config, min(self.plan.chunk, grid.blocks)
         devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
-        self.benches: list[Bench] = []
+        self.benches: list[Workbench] = []
         for device, layers in self.plan.stages(devices, config.num_layers):
             room = chunk_workspace(config, model.dtype, grid, chunk, device)
-            self.benches.append(Bench(config, layers, grid, batch, Offloader(self.plan, device, room)))
+            self.benches.append(Workbench(config, layers, grid, batch, Offloader(self.plan, device, room)))
         self.model = distribute_weights(model, self.plan, devices)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
 

@@ -123,7 +123,7 @@ def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
             begin = end
 
 
-class Bench:
+class Workbench:
     """What one device works with from chunk to chunk and from evaluation to evaluation: taken once.
 
     Rings of keys and values, hidden states between groups of layers, and room for the chunk at hand. That room is held
@@ -153,7 +153,8 @@ class Bench:
 
     def clear(self) -> None:
         """Begin to work: a chunk may take the room."""
-        self._room = self._room if self._room is not None else self.offload.room(self._batch)
+        if self._room is None:
+            self.tidy()
         self._room = None
 
     def tidy(self) -> None:
@@ -169,7 +170,7 @@ class Bench:
 
 
 def sweep(
-    model: InfDiT, bench: Bench, geometry: Geometry, modulations: Sequence[Tensor], take: Take, give: Give,
+    model: InfDiT, bench: Workbench, geometry: Geometry, modulations: Sequence[Tensor], take: Take, give: Give,
     progress: Callable[[int], None],
 ) -> None:
     """Consecutive layers over a whole grid of blocks.
@@ -184,14 +185,15 @@ def sweep(
         progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
     """
     layers, offload, states = bench.layers, bench.offload, bench.states
-    if not modulations[0].requires_grad:
+    differentiated = modulations[0].requires_grad  # then every tensor stays, and none is used again
+    if not differentiated:
         bench.take(modulations[0])
     streamed = offload.ready([model.layers[i] for i in group] for group in bench.groups)
     with closing(streamed) as ready:
         for group in bench.groups:
             own = [modulations[i - layers.start] for i in group]
             steps = list(zip(next(ready), own, bench.rings[: len(group)], strict=True))
-            if group.start == layers.start:
+            if group.start == layers.start and not differentiated:
                 bench.clear()
             for blocks, following in zip(bench.chunks, [*bench.chunks[1:], None], strict=True):
                 chunk = Chunk(geometry, blocks, offload, model)
@@ -209,4 +211,5 @@ def sweep(
                 del chunk, h, window
             del steps  # weights of this group make room before those of another are fetched
     offload.transfer.settle()
-    bench.tidy()
+    if not differentiated:
+        bench.tidy()

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
-from benchmarks.dry_run import ACCELERATOR, counted_peak
+from benchmarks.dry_run import ACCELERATOR, FakeAccelerator, counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.memory.footprint import Footprint, Weights
@@ -155,3 +155,21 @@ def test_meter_leaves_nothing_on_weights_that_outlive_it() -> None:
     gc.collect()
     assert gone() is None
     assert weakref.getweakrefcount(weight.untyped_storage()) == 0
+
+
+def test_what_is_to_be_differentiated_takes_no_room_beside() -> None:
+    """While training an accelerator holds what the graph holds; room for a chunk is for evaluations."""
+    config = InfDiTConfig(num_layers=2, hidden_size=64, num_heads=2, block_size=16, vector_dim=0)
+    taken = {}
+    for trained in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
+            with ACCELERATOR:
+                model = InfDiT(config).requires_grad_(trained)
+            lr, up = (torch.empty((1, 3, side, side), device=ACCELERATOR) for side in (8, 32))
+            denoise = infdit.Denoiser(model, infdit.Conditioning(lr, up), MemoryPlan(2, 9))
+            with PeakMeter(model.parameters(), ACCELERATOR) as meter:
+                result = denoise(up, 1.0)
+                del result
+                gc.collect()
+                taken[trained] = meter.live["device"] - sum(p.nbytes for p in model.parameters())
+    assert taken[False] > 2**19 > 4 * taken[True]
