@@ -8,15 +8,17 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from .cli import BAD_INPUT, Parser, models, plan, tune, upscale
 from .clip import OpenCLIPMissingError
-from .device import WrongNumbers, out_of_memory
+from .device import DeviceFailed, WrongNumbers, out_of_memory
 from .memory.planner import OutOfMemory
+from .stages import COURIER
 from .tensorfile import CheckpointError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses, as shells have them
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command(options)
         finally:
             sys.stdout.flush()  # here, where what it says can still be told; --help too
-    except (CheckpointError, OpenCLIPMissingError, ValueError, WrongNumbers) as error:
+    except (CheckpointError, DeviceFailed, OpenCLIPMissingError, ValueError, WrongNumbers) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # whoever read has read enough, like `head`
@@ -75,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def shell() -> NoReturn:
+    """Run the command that the shell was given, and leave."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop, as by Ctrl+C
-    sys.exit(main())
+    status = main()
+    if any(thread.name == COURIER for thread in threading.enumerate()):
+        sys.stderr.flush()
+        os._exit(status)  # it may wait for another process, and would come back to a Python that is no more
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    shell()

@@ -22,7 +22,7 @@ from .memory.footprint import LEVELS, chunk_workspace
 from .memory.offload import Offloader, distribute_weights
 from .memory.plan import MemoryPlan
 from .model import InfDiT, MakeWindow
-from .stages import Belt, Handover
+from .stages import Belt, Elsewhere, Handover, Progress
 from .uniba import Chunk, Give, Take, Workbench, sweep
 
 SIGMA_DATA = 0.5
@@ -61,6 +61,7 @@ class Denoiser:
         device: what computes; None: where the model is. Several: the plan's `layers` in turn.
         levels: noise levels that will be asked for; what depends on them alone is computed for many at once.
         painted: is shown the result while it grows, after each chunk of blocks but the last; it may not keep it.
+        elsewhere: other processes, each with the plan's `layers` of its rank; then there is one device here.
 
     Raises:
         ValueError: shapes that do not fit the model or each other.
@@ -70,9 +71,9 @@ class Denoiser:
         self, model: InfDiT, conditioning: Conditioning, plan: MemoryPlan | None = None,
         positions: Positions = "continuous", origin: tuple[int, int] = (0, 0),
         progress: Callable[[int], None] | None = None, device: torch.device | Sequence[torch.device] | None = None,
-        painted: Painted | None = None, levels: Sequence[float] = (),
+        painted: Painted | None = None, levels: Sequence[float] = (), elsewhere: Elsewhere | None = None,
     ) -> None:
-        self.conditioning, self.painted = conditioning, painted
+        self.conditioning, self.painted, self._elsewhere = conditioning, painted, elsewhere
         self.progress = progress or (lambda done: None)
         self._levels, self._modulated = list(dict.fromkeys(levels)), dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
@@ -91,10 +92,11 @@ class Denoiser:
         config, chunk = model.config, min(self.plan.chunk, grid.blocks)
         devices = [device or model.device] if device is None or isinstance(device, torch.device) else device
         self.benches: list[Workbench] = []
-        for device, layers in self.plan.stages(devices, config.num_layers):
+        rank = None if elsewhere is None else elsewhere.rank
+        for device, layers in self.plan.stages(devices, config.num_layers, rank):
             room = chunk_workspace(config, model.dtype, grid, chunk, device)
             self.benches.append(Workbench(config, layers, grid, batch, Offloader(self.plan, device, room)))
-        self.model = distribute_weights(model, self.plan, devices)
+        self.model = distribute_weights(model, self.plan, devices, rank)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -115,6 +117,8 @@ class Denoiser:
         up, lr = self.conditioning.lr_upscaled, self.conditioning.lr
         block, model = self.geometry.grid.block, self.model
         canvas = Canvas(self.geometry.grid, x)
+        if self._elsewhere is not None:
+            self._elsewhere.evaluate(sigma, level)
         modulations, head_modulation = self._modulations(sigma, level)
         if not head_modulation.requires_grad:
             canvas.take()
@@ -136,28 +140,56 @@ class Denoiser:
         self._sweep(modulations, read, write)
         return canvas.image
 
-    def _sweep(self, modulations: list[Tensor], read: Take, write: Give) -> None:
-        """All layers over all blocks, on one device or on several at a time."""
+    def pass_on(self, sigma: Tensor, level: float | None) -> None:
+        """The same in a process that has some layers of those between: what comes from another goes on to another."""
+        elsewhere, (modulations, _) = self._elsewhere, self._modulations(sigma, level)
+        assert elsewhere is not None
+        self._expect(elsewhere)
+        self._sweep(modulations, lambda chunk: (elsewhere.take(self.progress), None), None)
+
+    def _sweep(self, modulations: list[Tensor], read: Take, write: Give | None) -> None:
+        """All layers over all blocks, on one device or on several at a time; write: None where others do it."""
         devices = [bench.offload.transfer.device for bench in self.benches]
         ways = zip(self.benches[:-1], devices[1:], strict=True)
-        handed = [Handover(bench.offload.transfer, to) for bench, to in ways]
+        handed: list[Handover | Elsewhere] = [Handover(bench.offload.transfer, to) for bench, to in ways]
+        if self._elsewhere is not None:
+            handed.append(self._elsewhere)
+        first = self.benches[0].layers.start
 
-        def stage(number: int, progress: Callable[[int], None]) -> None:
+        def stage(number: int, progress: Progress) -> None:
             bench = self.benches[number]
             take = read if not number else lambda chunk: (handed[number - 1].take(progress), None)
-            give = write if number == len(handed) else lambda chunk, h: handed[number].give(h, progress)
-            own = modulations[bench.layers.start : bench.layers.stop]
+            give = write if number == len(handed) and write else lambda chunk, h: handed[number].give(h, progress)
+            own = modulations[bench.layers.start - first : bench.layers.stop - first]
             sweep(self.model, bench, self.geometry, own, take, give, progress)
 
+        stages = [partial(stage, number) for number in range(len(devices))]
+        if self._elsewhere is not None and write is not None:
+            stages.append(partial(self._finish, self._elsewhere, write))
+            devices.append(devices[-1])
         try:
-            if not handed:
-                stage(0, self.progress)
+            if len(stages) == 1:
+                stages[0](self.progress)
             else:
-                Belt(self.progress).run([partial(stage, number) for number in range(len(devices))], devices)
+                Belt(self.progress).run(stages, devices)
         except BaseException:
             for bench in self.benches:
                 bench.give_back()
             raise
+
+    def _finish(self, elsewhere: Elsewhere, write: Give, progress: Progress) -> None:
+        """Take all chunks from the last of the processes that have the other layers."""
+        bench, others = self.benches[-1], len(self.model.layers) - self.benches[-1].layers.stop
+        self._expect(elsewhere)
+        for blocks in bench.chunks:
+            write(Chunk(self.geometry, blocks, bench.offload, self.model), elsewhere.take(progress))
+            progress(len(blocks) * others)
+
+    def _expect(self, elsewhere: Elsewhere) -> None:
+        bench, config = self.benches[0], self.model.config
+        batch, token = len(self.conditioning.lr), (config.block_tokens, config.hidden_size)
+        shapes = [(batch, len(blocks), *token) for blocks in bench.chunks]
+        elsewhere.expect(shapes, self.model.dtype, bench.offload.transfer.device)
 
     def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
         """Of one noise level, or of one for each picture; weights come by once for LEVELS of those foreseen."""

@@ -167,8 +167,8 @@ class Run:
                     return result.to(x.device)
                 except (RuntimeError, MemoryError) as error:
                     unpinned = isinstance(error, PinFailed)
-                    if not unpinned and not out_of_memory(error):
-                        raise
+                    if self._planned.elsewhere is not None or not (unpinned or out_of_memory(error)):
+                        raise  # other processes know of no other plan
                     # the error itself would keep all that the attempt held
                     failure, on_the_host = str(error), out_of_host_memory(error)
                 if on_the_host and not self.workload.unified_memory:
@@ -206,13 +206,17 @@ class Run:
             self._report.peak_bytes, self._report.reserved_bytes = map(max, zip(*used, strict=True))
 
     def _evaluate(self, x: Tensor, sigma: Tensor | float, levels: Sequence[float]) -> Tensor:
-        plan, devices = self._planned.plan, self.workload.devices
-        self._placed = self._placed or distribute_weights(self._model, plan, devices)
+        plan, devices, elsewhere = self._planned.plan, self.workload.devices, self._planned.elsewhere
+        rank = None if elsewhere is None else elsewhere.rank
+        self._placed = self._placed or distribute_weights(self._model, plan, devices, rank)
         if self._denoiser is None:
             assert self._conditioning is not None
+            if elsewhere is not None:
+                given = self._conditioning
+                elsewhere.begin(plan, given.lr_upscaled.shape, given.clip_embedding, levels)
             self._denoiser = Denoiser(
                 self._placed, self._conditioning, plan, progress=self.advance, device=devices, painted=self._painted,
-                levels=levels,
+                levels=levels, elsewhere=elsewhere,
             )  # fmt: skip
         return self._denoiser(x.to(self.images), sigma)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,34 @@ from .device import DeviceFailed, PinFailed, out_of_memory
 
 if TYPE_CHECKING:
     from .memory.offload import Transfer
+    from .memory.plan import MemoryPlan
 
 Progress = Callable[[int], None]
 Stage = Callable[[Progress], None]  # works through all chunks; says after each layer how many blocks are done
+COURIER = "infdit courier"  # name of a thread that waits for other processes, see `ranks`
 TICK = 0.05  # seconds after which whoever waits looks whether the others go on
+
+
+class Elsewhere(Protocol):
+    """Other processes that have some of the layers, see `ranks`: a handover to the next of them, and from the last."""
+
+    rank: int
+
+    def begin(self, plan: MemoryPlan, shape: Sequence[int], vector: Tensor | None, levels: Sequence[float]) -> None:
+        """Say what evaluations are of from now on: pictures (B, 3, h, w), their CLIP vectors, noise levels foreseen."""
+
+    def evaluate(self, sigma: Tensor, level: float | None) -> None:
+        """Begin an evaluation; arguments as those of `Denoiser.pass_on`."""
+
+    def expect(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Begin to receive tokens of these shapes, one after the other."""
+
+    def give(self, h: Tensor, look: Progress) -> None:
+        """Send tokens on as soon as those before have gone; look: see `Handover`."""
+
+    def take(self, look: Progress) -> Tensor:
+        """The tokens that come next; look: see `Handover`."""
+        ...
 
 
 class _LeftAlone(Exception):  # noqa: N818 - no error of anybody's
@@ -108,8 +132,8 @@ class Belt:
             pass
         except BaseException as error:  # noqa: BLE001 - the caller raises it again
             named = error
-            ours = isinstance(error, RuntimeError) and not isinstance(error, PinFailed) and error is not self._stopped
-            if ours and not out_of_memory(error):
+            said = isinstance(error, DeviceFailed | PinFailed) or error is self._stopped
+            if isinstance(error, RuntimeError) and not said and not out_of_memory(error):
                 reason = str(error).partition("\n")[0]
                 named = DeviceFailed(f"{device}, one of several devices, failed ({reason}): try without it")
                 named.__cause__ = error

@@ -137,7 +137,7 @@ ROOMS = (  # architecture.md draws them
     ("conditioning", "blocks", "model", "memory.plan", "memory.measure", "memory.offload", "memory.planner", "memory"),
     ("uniba", "stages", "denoiser"),
     ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),
-    ("clip", "sidecar", "checkpoint", "picture"),
+    ("clip", "sidecar", "checkpoint", "picture", "ranks"),
     ("", "cli", "__main__"),
 )
 

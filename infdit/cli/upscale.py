@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -52,6 +52,9 @@ from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
 from ..upscale import upscale, workload_of
 from . import BAR, DTYPES, FAILED, add_memory, size_of
 from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, read_receipt, receipts_at
+
+if TYPE_CHECKING:
+    from ..ranks import Peers
 
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
@@ -99,7 +102,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What all pictures of a call have in common; `receipt`, where it was taken from one."""
+    """What all pictures of a call have in common; `receipt`, where it was taken from one; `peers` share it."""
 
     model: InfDiT
     devices: list[torch.device]
@@ -110,20 +113,44 @@ class _Recipe:
     colour_match: bool
     words: str
     receipt: Receipt | None
+    peers: Peers | None
 
 
 def run(options: argparse.Namespace) -> int:
-    """Upscale all inputs, each to its own file; one that fails among several does not lose the others."""
+    """Upscale all inputs, each to its own file; one that fails among several does not lose the others.
+
+    Of several processes that torchrun started the first does so, and the others help it.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return _run(options, devices_of(options.device), None)
+    from ..ranks import Peers  # which not every PyTorch has
+
+    device, *others = devices_of(options.device)
+    if others:
+        raise ValueError("--device names several, and torchrun starts a process for each: give one, or none")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    with Peers() as peers:
+        if not peers.rank:
+            return _run(options, [device], peers)
+        peers.serve(lambda dtype: load_model(options.model, dtype, _place(device)), device, options.budget)
+    return 0
+
+
+def _place(device: torch.device) -> torch.device | str:
+    """Where a model is loaded to: mapped from the file, for the plan says what goes to the device; or at once."""
+    return device if one_memory(device) else "cpu"
+
+
+def _run(options: argparse.Namespace, devices: list[torch.device], peers: Peers | None) -> int:
     output = Path(options.output)
     jobs = jobs_of(find_pictures(options.inputs, options.recursive, output), options)
     sources = [source for source, _ in jobs]
     receipt = _receipt(options)
-    devices = devices_of(options.device)
     device = devices[0]
-    # on the CPU, mapped from the file: the plan says what goes to the device; but not twice into one memory
-    place = device if one_memory(device) and not devices[1:] else "cpu"
+    place = "cpu" if devices[1:] else _place(device)
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
-    recipe = _recipe(options, model, devices, receipt)
+    recipe = _recipe(options, model, devices, receipt, peers)
     encoder = None if receipt and receipt.settings["clip"] is None else _clip(options, model)
     with receipts_at(options.receipt, sources, options.force) as write_receipts:
         for folder in dict.fromkeys(target.parent for _, target in jobs):
@@ -180,6 +207,7 @@ def _upscale_one(
     folder = os.environ.get("TMPDIR") or target.parent  # where pictures lie that memory does not hold
     fitted = recipe.fidelity > 0
     workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=fitted, folder=folder)
+    workload = replace(workload, beside=tuple(devices[1:]))
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
@@ -192,6 +220,8 @@ def _upscale_one(
     if not options.force and check_existing(target, made_from):
         return None
     plan = _plan(taken, workload, digest, settings, options) if taken else None
+    if recipe.peers is not None:
+        plan = recipe.peers.plan(workload, model.digest, options.budget)
     resume = options.resume and SavedRun(options.resume / _state_name(source, target))
     report, began = Report(), time.monotonic()
     with place_for(target) as write, ExitStack() as shown:
@@ -205,8 +235,9 @@ def _upscale_one(
 
         result = upscale(
             model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
-            fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector, budget=options.budget,
-            plan=plan, progress=progress, device=devices, report=report, resume=resume, folder=folder,
+            fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector,
+            budget=None if plan else options.budget, plan=plan, progress=progress, device=devices, report=report,
+            resume=resume, folder=folder,
         )  # fmt: skip
         shown.close()
         receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))
@@ -279,14 +310,16 @@ def _receipt(options: argparse.Namespace) -> Receipt | None:
 
 
 def _recipe(
-    options: argparse.Namespace, model: InfDiT, devices: list[torch.device], receipt: Receipt | None
+    options: argparse.Namespace, model: InfDiT, devices: list[torch.device], receipt: Receipt | None,
+    peers: Peers | None,
 ) -> _Recipe:
     model.digest = model_digest(model)
     if receipt is None:
         asked = options.preset, options.steps, options.sampler
         chosen = sampling(model.defaults, *asked, denoise=options.denoise)
         finish = options.fidelity, options.colour_match
-        return _Recipe(model, devices, str(chosen.sampler), chosen.sigmas, options.seed, *finish, chosen.words, None)
+        how = str(chosen.sampler), chosen.sigmas, options.seed
+        return _Recipe(model, devices, *how, *finish, chosen.words, None, peers)
     settings = receipt.settings
     if receipt.sha256 != model.digest:
         raise ReceiptError(
@@ -297,7 +330,7 @@ def _recipe(
         here = devices[0].type
         log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
     sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
-    return _Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt)
+    return _Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt, peers)
 
 
 def _plan(
@@ -308,11 +341,14 @@ def _plan(
         log.warning("another picture than the receipt's is upscaled with its settings")
     elif receipt.picture and difference(receipt.settings, settings):
         raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
-    held = workload.footprint(receipt.plan)
+    plan = receipt.plan
+    if len(plan.layers) > len(workload.devices):
+        plan = replace(plan, layers=())  # of one device are the same pixels
+    held = workload.footprint(plan)
     if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):
         log.warning("another plan than the receipt's is made, for the memory there is: pixels may differ in rounding")
         return None
-    return replace(receipt.plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
+    return replace(plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:

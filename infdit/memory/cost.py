@@ -7,6 +7,7 @@ plans, and tell the time only roughly.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -102,15 +103,19 @@ def seconds_per_evaluation(workload: Workload, plan: MemoryPlan, held: Footprint
             replace(workload, config=replace(workload.config, num_layers=len(layers)), device=device, beside=())
             for device, layers in stages
         ]
-        chunks = min(-(-part.grid.blocks // plan.chunk) for part in workload.passes)
-        slowest = max(seconds_per_evaluation(work, replace(plan, layers=())) for work in works)
-        return slowest * (1 + (len(stages) - 1) / chunks)
+        return in_turn([seconds_per_evaluation(work, replace(plan, layers=())) for work in works], workload, plan)
     costs = CostModel.of(workload.device, workload.dtype)
     seconds = sum(costs.evaluation(part.config, part.grid, plan, part.dtype) for part in workload.passes)
     if plan.pinned and (plan.weights, plan.hidden) != ("resident", "device"):
         held = held or workload.footprint(plan)
         seconds += (held.host_weights + held.host_hidden) / costs.locking / (workload.batch * workload.evaluations)
     return seconds
+
+
+def in_turn(seconds: Sequence[float], workload: Workload, plan: MemoryPlan) -> float:
+    """Seconds of an evaluation whose layers several devices share, from those that each works."""
+    chunks = min(-(-part.grid.blocks // plan.chunk) for part in workload.passes)
+    return max(seconds) * (1 + (len(seconds) - 1) / chunks)
 
 
 def _flops(config: InfDiTConfig, grid: BlockGrid) -> float:

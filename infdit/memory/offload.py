@@ -138,16 +138,19 @@ def is_streamed(plan: MemoryPlan, name: str) -> bool:
     return plan.weights == "streamed" and name.startswith(("layers.", "modulations."))
 
 
-def distribute_weights(model: InfDiT, plan: MemoryPlan, devices: Sequence[torch.device]) -> InfDiT:
+def distribute_weights(
+    model: InfDiT, plan: MemoryPlan, devices: Sequence[torch.device], rank: int | None = None
+) -> InfDiT:
     """The model with its parameters where a plan wants them: all on the device, or layers and modulations on the host.
 
-    Of several devices each gets its layers, the first also what comes before them, the last what comes after.
-    Parameters that are there already are shared; if all are, this is the model itself.
+    Of several devices each gets its layers, the first also what comes before them, the last what comes after; layers of
+    other processes stay where they are. Parameters that are there already are shared; if all are, this is the model
+    itself. rank: see `MemoryPlan.stages`.
 
     Raises:
         PinFailed: what is to stay on the host cannot be pinned.
     """
-    made = plan.weights, plan.pinned, tuple(plan.stages(devices, model.config.num_layers))
+    made = plan.weights, plan.pinned, tuple(plan.stages(devices, model.config.num_layers, rank))
     if _placed.get(model) == made:
         return model
     parameters = dict(model.named_parameters())
@@ -158,7 +161,10 @@ def distribute_weights(model: InfDiT, plan: MemoryPlan, devices: Sequence[torch.
         """The parameter of this name where it is to be."""
         kind, number, *_ = (*name.split("."), "")
         if kind in ("layers", "modulations"):
-            device, _, host = next(stage for stage in stages if int(number) in stage[1])
+            own = next((stage for stage in stages if int(number) in stage[1]), None)
+            if own is None:
+                return tensor
+            device, _, host = own
         else:
             device, _, host = stages[-1 if kind.startswith("head") else 0]
         if not is_streamed(plan, name):

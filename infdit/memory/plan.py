@@ -25,6 +25,7 @@ from .footprint import CPU, FLOAT32, Footprint, Weights, pixel_bytes, workspace
 Tier = Literal["device", "host"]
 Place = Literal["device", "host", "disk"]
 WeightsKept = Literal["resident", "streamed"]
+Stage = tuple[torch.device, range]  # and its layers
 CHUNK_TOKENS = 4096  # enough rows for every matrix product to run at full speed; four blocks of the published model
 SEGMENTS = 22 * 2**20  # bytes of CUDA's allocator that are taken and not given out: one segment of each kind
 STRIP_BYTES = 2**13  # for each pixel along a side, of what is worked on in strips: pixels in float64 and weights
@@ -44,7 +45,8 @@ class MemoryPlan:
         sweep: direction of the lines of blocks, "rows" or "columns"; "auto" takes the short side.
         pinned: whether what is on the host is pinned, so that it is copied beside the arithmetic; where it cannot be
             had, copies are plain and all wait for them.
-        layers: how many of them each of several devices has in turn, which work at the same time; empty: one has all.
+        layers: how many of them each of several devices, or processes, has in turn, which work at the same time;
+            empty: one has all.
         peak_bytes, host_bytes, disk_bytes, reason: predictions of the planner and why it chose; empty for a plan made
             by hand.
 
@@ -74,17 +76,19 @@ class MemoryPlan:
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
 
-    def stages(self, devices: Sequence[torch.device], depth: int) -> list[tuple[torch.device, range]]:
+    def stages(self, devices: Sequence[torch.device], depth: int, rank: int | None = None) -> list[Stage]:
         """Which device has which of `depth` layers; those that would have none are left out.
+
+        rank: of the process that has the first of the devices, where every process has one, see `ranks`.
 
         Raises:
             ValueError: `layers` that are not all, or of more devices than there are.
         """
         counts = self.layers or (depth,)
-        if sum(counts) != depth or min(counts) < 0 or len(counts) > len(devices):
+        if sum(counts) != depth or min(counts) < 0 or (rank is None and len(counts) > len(devices)):
             raise ValueError(f"layers {counts} over {len(devices)} devices must be all {depth}, some on each")
-        shares = zip(devices[: len(counts)], counts, accumulate(counts), strict=True)
-        return [(device, range(end - count, end)) for device, count, end in shares if count]
+        shares = list(zip(counts, accumulate(counts), strict=True))[rank or 0 :]
+        return [(device, range(end - count, end)) for device, (count, end) in zip(devices, shares) if count]  # noqa: B905
 
     @classmethod
     def default(cls, config: InfDiTConfig) -> MemoryPlan:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -16,9 +18,12 @@ from ..device import one_memory
 from ..disk import free_in
 from ..grid import BlockGrid
 from ..samplers import SamplerInfo
-from .cost import CostModel, seconds_per_evaluation
+from .cost import CostModel, in_turn, seconds_per_evaluation
 from .footprint import Footprint
 from .plan import CPU, MemoryPlan, Place, WeightsKept, Workload
+
+if TYPE_CHECKING:
+    from ..stages import Elsewhere
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
@@ -64,11 +69,13 @@ class PlannedRun:
     Attributes:
         workload, plan: what is computed, and how it is cut.
         free: asks how many bytes the run may hold on the device now, when memory ran out in spite of the plan.
+        elsewhere: other processes that have some of the layers.
     """
 
     workload: Workload
     plan: MemoryPlan
     free: Callable[[], int]
+    elsewhere: Elsewhere | None = None
 
     @property
     def _disk(self) -> int | None:
@@ -206,9 +213,28 @@ def thrifty_plan(
     return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
 
 
+class Offer(NamedTuple):
+    """What a device, here or elsewhere, can do: seconds that a layer takes it, and so many layers at most."""
+
+    seconds: float
+    layers: int
+
+
+def offers(workload: Workload, device: torch.device, room: int) -> list[Offer]:
+    """What a device with so many bytes can do, for each number of blocks that a chunk may have."""
+    config = workload.config
+    found: list[Offer] = []
+    for chunk in _chunks(config, workload.grid):
+        plan = MemoryPlan(config.num_layers, chunk, images="host")
+        seconds = seconds_per_evaluation(replace(workload, device=device, beside=()), plan) / config.num_layers
+        held = (workload.share(plan, device, count).device for count in range(1, config.num_layers + 1))
+        found.append(Offer(seconds, sum(1 for _ in takewhile(lambda size: size <= room, held))))
+    return found
+
+
 def shared_plan(
     workload: Workload, budget: int | None = None, host_budget: int | None = None,
-    free: Callable[[torch.device], int] | None = None,
+    free: Callable[[torch.device], int] | None = None, elsewhere: Sequence[Sequence[Offer]] = (),
 ) -> MemoryPlan | None:
     """The fastest plan in which several devices have some of the layers each; None where one is as fast, or must do.
 
@@ -218,6 +244,7 @@ def shared_plan(
     Args:
         workload, budget, host_budget: see `fastest_plan`.
         free: what is free on a device, in place of `free_bytes`.
+        elsewhere: what other processes offer, see `ranks`; then the first device has a layer in any case.
     """
     config, grid = workload.config, workload.grid
     host_budget = free_bytes(CPU) if host_budget is None else host_budget
@@ -225,15 +252,17 @@ def shared_plan(
     shares_memory = [one_memory(device) for device in workload.devices]
     pictures = workload.footprint(MemoryPlan(images="host")).host
     rooms = [(r - pictures) // sum(shares_memory) if one else r for r, one in zip(rooms, shares_memory, strict=True)]
+    here = (offers(workload, device, room) for device, room in zip(workload.devices, rooms, strict=True))
     found: list[Candidate] = []
-    for chunk in _chunks(config, grid):
-        plan = MemoryPlan(config.num_layers, chunk, images="host")
-        layers = _split(workload, plan, rooms)
-        if layers is not None and sum(count > 0 for count in layers) > 1:
-            plan = replace(plan, layers=layers)
-            held = workload.footprint(plan)
-            if held.host <= host_budget:
-                found.append(Candidate(seconds_per_evaluation(workload, plan), held.device, plan, held))
+    for chunk, *offered in zip(_chunks(config, grid), *here, *elsewhere, strict=True):
+        layers = _split(config.num_layers, offered, first=1 if elsewhere else 0)
+        if layers is None or sum(count > 0 for count in layers) < 2:
+            continue
+        plan = MemoryPlan(config.num_layers, chunk, images="host", layers=layers)
+        held = workload.share(plan, workload.device, layers[0]) if elsewhere else workload.footprint(plan)
+        if held.host <= host_budget:
+            work = [count * offer.seconds for count, offer in zip(layers, offered, strict=True) if count]
+            found.append(Candidate(in_turn(work, workload, plan), held.device, plan, held))
     alone = (plan.seconds for plan in candidates(workload) if plan.peak <= rooms[0])
     if not found or min(found).seconds >= min(alone, default=math.inf):
         return None
@@ -241,16 +270,17 @@ def shared_plan(
     return best.explained(f"{sum(count > 0 for count in best.plan.layers)} devices work at the same time")
 
 
-def _split(workload: Workload, plan: MemoryPlan, rooms: Sequence[int]) -> tuple[int, ...] | None:
-    """How many layers each device takes under a plan so that the last is done soonest; None: there is no room."""
-    depth, devices = workload.config.num_layers, workload.devices
-    seconds = [seconds_per_evaluation(replace(workload, device=d, beside=()), plan) / depth for d in devices]
-    counts = [0] * len(devices)
-    for _ in range(depth):
-        able = [i for i, d in enumerate(devices) if workload.share(plan, d, counts[i] + 1).device <= rooms[i]]
+def _split(depth: int, offered: Sequence[Offer], first: int) -> tuple[int, ...] | None:
+    """How many layers each device takes so that the last is done soonest; None: there is no room.
+
+    first: as many the first has at least.
+    """
+    counts = [0] * len(offered)
+    for number in range(depth):
+        able = [i for i, offer in enumerate(offered) if counts[i] < offer.layers and (number >= first or not i)]
         if not able:
             return None
-        counts[min(able, key=lambda i: (counts[i] + 1) * seconds[i])] += 1
+        counts[min(able, key=lambda i: (counts[i] + 1) * offered[i].seconds)] += 1
     return tuple(counts)
 
 

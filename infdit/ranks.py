@@ -1,0 +1,305 @@
+"""Several processes on one picture, on one machine or on many: each has some of the layers, as in `stages`.
+
+`torchrun … -m infdit upscale …` starts the same command in each. The first, of rank 0, reads, samples, writes and
+reports; the others compute for it. Tokens of a chunk go from each to the next over torch.distributed, and from the last
+back to the first, which makes pixels of them. What is to be done is told through the key-value store, as JSON. Each
+process listens for signs of life of the one before it, so that one that is gone ends all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from queue import Empty, Queue
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from .config import LR_FACTOR
+from .denoiser import Conditioning, Denoiser
+from .device import DeviceFailed, WrongNumbers, one_memory
+from .memory.plan import MemoryPlan, Workload
+from .memory.planner import Offer, PlannedRun, fastest_plan, free_bytes, offers, shared_plan
+from .model import InfDiT
+from .resume import model_digest
+from .selfcheck import check_device
+from .stages import COURIER, TICK, Progress
+
+BACKEND = "INFDIT_BACKEND"  # environment variable: how tokens travel, "gloo", through main memory, or "nccl"
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 15.0  # seconds without one after which a process is taken for dead
+FOREVER = timedelta(days=365)  # of what waits for others: `_listen` ends it
+LOST = 2  # exit status, as the shell has it where nothing was made
+LoadModel = Callable[[torch.dtype], InfDiT]
+
+
+class _Ended(Exception):  # noqa: N818 - no error of anybody's
+    """The first process has all that it wanted."""
+
+
+class Peers:
+    """The processes that share a run, as one of them sees them.
+
+    Attributes:
+        rank: of this one; size: how many there are.
+    """
+
+    def __init__(self) -> None:
+        """Meet the others, by the environment that torchrun makes.
+
+        Raises:
+            DeviceFailed: they do not come.
+        """
+        backend = os.environ.get(BACKEND, "gloo")
+        try:
+            store, self.rank, self.size = next(iter(rendezvous("env://")))
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
+        except (RuntimeError, ValueError) as error:
+            raise DeviceFailed(f"the processes that torchrun starts did not meet ({_line(error)})") from error
+        store.set_timeout(timedelta(seconds=SILENCE))
+        self._store, self._through_host = store, backend == "gloo"
+        self._orders, self._looked, self._sending, self._over = 0, 0.0, False, threading.Event()
+        self._from = self._to = self.rank
+        self._incoming = _Courier(self._receive, self._lost)
+        self._outgoing = _Courier(self._send, self._lost)
+        threading.Thread(target=self._listen, name="infdit listens", daemon=True).start()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Let the others go, whatever they are doing."""
+        self._over.set()
+        with suppress(RuntimeError):  # who keeps the store may be gone
+            if self.rank:
+                self._store.add("gone", 1)
+                return
+            self._store.set("end", "")
+            until = time.monotonic() + (0 if isinstance(error, DeviceFailed) else SILENCE)
+            while self._store.add("gone", 0) < self.size - 1 and time.monotonic() < until:
+                time.sleep(TICK)  # who keeps the store goes last
+
+    # what the first process says
+
+    def plan(self, workload: Workload, digest: str, budget: int | None) -> PlannedRun:
+        """A run over all processes, or alone where that is as fast.
+
+        workload: of this process; digest: of its model; budget: see `fastest_plan`, of this process.
+        """
+        asked = {name: getattr(workload, name) for name in ("height", "width", "source")}
+        self._tell(asked | {"digest": digest, "dtype": _name(workload.dtype)})
+        answers = [self._await(f"offer {self._orders} {rank}") for rank in range(1, self.size)]
+        elsewhere = [[Offer(*offer) for offer in answer] for answer in answers]
+        plan = shared_plan(workload, _room(workload.device, budget), elsewhere=elsewhere)
+        free = partial(free_bytes, workload.device)
+        if plan is None:
+            return PlannedRun(workload, fastest_plan(workload, budget), free)
+        return PlannedRun(workload, plan, free, self)
+
+    def begin(self, plan: MemoryPlan, shape: Sequence[int], vector: Tensor | None, levels: Sequence[float]) -> None:
+        """Say what evaluations are of from now on: pictures (B, 3, h, w), their CLIP vectors, noise levels foreseen."""
+        given = None if vector is None else vector.tolist()
+        self._tell({"plan": asdict(plan), "shape": [*shape], "vector": given, "levels": [*levels]})
+        self._place(plan)
+
+    def evaluate(self, sigma: Tensor, level: float | None) -> None:
+        """Begin an evaluation; arguments as those of `Denoiser.pass_on`."""
+        self._tell({"sigma": sigma.tolist(), "sigma_dtype": _name(sigma.dtype), "level": level})
+
+    # what the others do
+
+    @torch.no_grad()
+    def serve(self, load: LoadModel, device: torch.device, budget: int | None) -> None:
+        """Compute for the first process until it has done.
+
+        load: gives the model in a dtype; device: what computes; budget: bytes that it may hold there.
+
+        Raises:
+            DeviceFailed: anything went wrong here, or a process is gone.
+        """
+        model, denoiser = None, None
+        try:
+            while True:
+                order = self._await(f"order {self._orders + 1}")
+                self._orders += 1
+                if "digest" in order:
+                    dtype = getattr(torch, order["dtype"])
+                    model = model if model is not None and model.dtype == dtype else load(dtype)
+                    self._offer(model, device, budget, order)
+                elif "plan" in order:
+                    assert model is not None, "a model is named first"
+                    denoiser = self._denoiser(model, device, order)
+                elif denoiser is not None:
+                    sigma = torch.tensor(order["sigma"], dtype=getattr(torch, order["sigma_dtype"]), device="cpu")
+                    denoiser.pass_on(sigma, order["level"])
+        except _Ended:
+            return
+        except dist.DistError as error:
+            raise DeviceFailed(self._lost) from error
+        except (RuntimeError, MemoryError, ValueError, WrongNumbers) as error:
+            if isinstance(error, DeviceFailed):
+                raise
+            raise DeviceFailed(f"process {self.rank} of {self.size} failed on {device}: {_line(error)}") from error
+
+    def _offer(self, model: InfDiT, device: torch.device, budget: int | None, order: dict[str, Any]) -> None:
+        """Answer what this process can do of a run."""
+        if model_digest(model) != order["digest"]:
+            raise ValueError("its --model is another file than that of process 0: give all the same")
+        size, source = (order["height"], order["width"]), tuple(order["source"])
+        workload = Workload(model.config, *size, dtype=model.dtype, device=device, source=source)
+        check_device(workload)
+        offered = offers(workload, device, _room(device, budget))
+        self._store.set(f"offer {self._orders} {self.rank}", json.dumps(offered))
+
+    def _denoiser(self, model: InfDiT, device: torch.device, order: dict[str, Any]) -> Denoiser | None:
+        """What computes this process's share of evaluations; None if it has none."""
+        plan = MemoryPlan(**order["plan"] | {"layers": tuple(order["plan"]["layers"])})
+        self._place(plan)
+        if not plan.layers[self.rank]:
+            return None
+        batch, channels, height, width = order["shape"]
+        nothing, vector = torch.zeros((), dtype=torch.float32, device="cpu"), order["vector"]
+        conditioning = Conditioning(
+            nothing.expand(batch, channels, height // LR_FACTOR, width // LR_FACTOR),
+            nothing.expand(batch, channels, height, width),
+            vector and torch.tensor(vector, dtype=torch.float32, device="cpu"),
+        )
+        options: dict[str, Any] = {"levels": order["levels"], "device": device, "elsewhere": self}
+        return Denoiser(model, conditioning, plan, progress=lambda done: self._look(), **options)
+
+    # what is said
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        self._orders += 1
+        self._store.set(f"order {self._orders}", json.dumps(order))
+
+    def _await(self, key: str) -> Any:  # noqa: ANN401 - any JSON
+        """What another process says under a name."""
+        while not self._store.check([key]):
+            self._look()
+            time.sleep(TICK / 10)
+        return json.loads(self._store.get(key))
+
+    def _look(self) -> None:
+        """Whether the first process has ended, from time to time."""
+        now = time.monotonic()
+        if now - self._looked > 10 * TICK:
+            self._looked = now
+            if self.rank and self._store.check(["end"]):
+                raise _Ended
+
+    # tokens
+
+    def _place(self, plan: MemoryPlan) -> None:
+        """Know between which processes this one stands: those without a layer are left out."""
+        line = [rank for rank, layers in enumerate(plan.layers) if layers]
+        if self.rank in line:
+            here = line.index(self.rank)
+            self._from, self._to = line[here - 1], line[(here + 1) % len(line)]
+
+    def expect(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Begin to receive tokens of these shapes, one after the other."""
+        for shape in shapes:
+            self._incoming.ask((shape, dtype, device))
+
+    def take(self, look: Progress) -> Tensor:
+        """The tokens that come next; look: see `Handover`."""
+        return self._incoming.result(look)
+
+    def give(self, h: Tensor, look: Progress) -> None:
+        """Send tokens on as soon as those before have gone; look: see `Handover`."""
+        if self._sending:
+            self._outgoing.result(look)
+        self._sending = True
+        self._outgoing.ask(h)
+
+    def _send(self, h: Tensor) -> None:
+        dist.send((h.cpu() if self._through_host else h).contiguous(), self._to)
+
+    def _receive(self, what: tuple[tuple[int, ...], torch.dtype, torch.device]) -> Tensor:
+        shape, dtype, device = what
+        h = torch.empty(shape, dtype=dtype, device="cpu" if self._through_host else device)
+        dist.recv(h, self._from)
+        return h.to(device)
+
+    # who is alive
+
+    def _listen(self) -> None:
+        """Give signs of life, and end the process when the one before gives none: who waits for it cannot be woken."""
+        before, heard, since = (self.rank - 1) % self.size, -1, time.monotonic()
+        while not self._over.wait(BEAT):
+            try:
+                self._store.add(f"alive {self.rank}", 1)
+                beats = self._store.add(f"alive {before}", 0)
+            except RuntimeError:
+                beats = heard  # who keeps the store is gone
+            if beats != heard:
+                heard, since = beats, time.monotonic()
+            elif time.monotonic() - since > SILENCE:
+                sys.stderr.write(f"infdit: {self._lost}\n")
+                sys.stderr.flush()
+                os._exit(LOST)
+
+    @property
+    def _lost(self) -> str:
+        return (
+            f"process {self.rank} of {self.size} has lost another, which may say why: start all again, and with "
+            "--resume DIR they go on from the last step"
+        )
+
+
+class _Courier:
+    """Does one errand after another on a thread, which ends with the process; a result waits until it is taken."""
+
+    def __init__(self, errand: Callable[[Any], Any], lost: str) -> None:
+        """lost: what to say when an errand fails."""
+        self._errand, self._lost, self._failed = errand, lost, False
+        self._asked, self._done = Queue[Any](), Queue[Any](1)
+        threading.Thread(target=self._work, name=COURIER, daemon=True).start()
+
+    def ask(self, what: object) -> None:
+        """Have an errand done."""
+        self._asked.put(what)
+
+    def result(self, look: Progress) -> Any:  # noqa: ANN401 - the errand's
+        """Of the errand that was asked for first; look: is called with 0 meanwhile, and may raise."""
+        while True:
+            try:
+                return self._done.get(timeout=TICK)
+            except Empty:
+                if self._failed:
+                    raise DeviceFailed(self._lost) from None
+                look(0)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._done.put(self._errand(self._asked.get()))
+        except RuntimeError:
+            self._failed = True
+
+
+def _room(device: torch.device, budget: int | None) -> int:
+    """Bytes that a process may hold on a device: of one memory that processes have in common its share."""
+    others = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if one_memory(device) else 1
+    return free_bytes(device) // others if budget is None else budget
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,187 @@
+"""Several processes on one picture: the pixels of one, and when one is gone all end, say so and can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_readme import ROOT
+
+from infdit import InfDiTConfig
+from infdit.__main__ import main
+from infdit.memory.plan import Workload
+from infdit.memory.planner import Offer, offers, shared_plan
+
+GIB = 2**30
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a PyTorch without torch.distributed")
+OPTIONS = ["--steps", "12", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
+
+
+def start(size: int, *arguments: str | Path) -> list[subprocess.Popen[str]]:
+    """So many processes of one command, as torchrun starts them, but nobody watches them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [one(arguments, {**os.environ, **meeting, "RANK": str(rank)}) for rank in range(size)]
+
+
+def one(arguments: Sequence[str | Path], environment: dict[str, str]) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-m", "infdit", *map(str, arguments)], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=pipe)
+
+
+def ends(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
+    """Exit status and what was said last, of each; within so many seconds."""
+    until = time.monotonic() + seconds
+    try:
+        said = [process.communicate(timeout=max(0.1, until - time.monotonic()))[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [[line for line in text.splitlines() if line.startswith("infdit: ")] for text in said]
+    return [(process.returncode, (own or [""])[-1]) for process, own in zip(processes, lines, strict=True)]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A picture that becomes 24 blocks."""
+    path = tmp_path / "in.png"
+    Image.effect_noise((48, 32), 90).convert("RGB").save(path)
+    return path
+
+
+def test_two_processes_make_the_picture_of_one(tmp_path: Path, source: Path, noisy_file: Path) -> None:
+    target, said = tmp_path / "out.png", tmp_path / "out.json"
+    given = ["upscale", source, "-o", target, "--receipt", said, "--model", noisy_file, *OPTIONS]
+    assert ends(start(2, *given), 120) == [(0, ""), (0, "")]
+    plan = json.loads(said.read_text())["plan"]
+    assert len(plan["layers"]) == 2, "both had some"
+    assert min(plan["layers"]) > 0
+    alone = tmp_path / "alone.png"
+    options = ["--from-receipt", str(said), "--model", str(noisy_file), "--device", "cpu"]
+    assert main(["upscale", str(source), "-o", str(alone), *options]) == 0
+    assert np.array_equal(pixels(target), pixels(alone))
+
+
+def wait_for_a_state(states: Path, processes: list[subprocess.Popen[str]]) -> None:
+    until = time.monotonic() + 60
+    while not list(states.glob("*.state")) and time.monotonic() < until:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+@pytest.mark.parametrize(
+    ("size", "rank", "how"),
+    [(2, 0, "KILL"), (2, 1, "KILL"), (3, 0, "KILL"), (3, 1, "KILL"), (3, 2, "KILL"), (3, 1, "STOP"), (3, 2, "TERM")],
+)
+def test_one_that_is_gone_ends_all_and_they_can_go_on(
+    size: int, rank: int, how: str, tmp_path: Path, source: Path, noisy_file: Path
+) -> None:
+    """Killed, hanging, or stopped by somebody: within 30 seconds, with a sentence, and the state is kept."""
+    states, target = tmp_path / "states", tmp_path / "out.png"
+    given = ["upscale", source, "-o", target, "--model", noisy_file, *OPTIONS, "--resume", states]
+    processes = start(size, *given)
+    wait_for_a_state(states, processes)
+    processes[rank].send_signal(signal.Signals[f"SIG{how}"])
+    began = time.monotonic()
+    left = [process for process in processes if how == "TERM" or process is not processes[rank]]
+    for status, said in ends(left, 30):
+        assert status in (2, 130)
+        assert how == "TERM" or f"of {size} has lost another" in said
+    processes[rank].kill()
+    assert time.monotonic() - began < 30
+    assert list(states.glob("*.state"))
+    assert not target.exists()
+    again = start(size, *given)
+    assert [status for status, _ in ends(again, 120)] == [0] * size
+    whole = tmp_path / "whole.png"
+    assert [status for status, _ in ends(start(size, *given[:3], whole, *given[4:-2]), 120)] == [0] * size
+    assert np.array_equal(pixels(target), pixels(whole))
+    assert list(states.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path, noisy_file: Path) -> None:
+    """A folder, through the launcher itself."""
+    given, made = tmp_path / "in", tmp_path / "out"
+    given.mkdir()
+    for number in range(2):
+        Image.effect_noise((24 + 8 * number, 40), 90).convert("RGB").save(given / f"{number}.png")
+    (given / "broken.png").write_bytes(b"no picture")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
+    command = ["infdit", "upscale", given, "-o", f"{made}/", "--model", noisy_file, *OPTIONS]
+    done = subprocess.run(
+        [*launch, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=240, check=False
+    )
+    assert "2 made, 0 there already, 0 left out, 1 failed" in done.stdout
+    assert done.stderr.count("broken.png: ") == 1, "one process reads"
+    assert {path.name for path in made.iterdir()} == {"0.png", "1.png"}
+
+
+@pytest.mark.slow
+def test_another_model_is_refused(tmp_path: Path, source: Path, noisy_file: Path) -> None:
+    given = ["upscale", source, "-o", tmp_path / "out.png", *OPTIONS]
+    with_two = start(2, *given, "--model", noisy_file)
+    with_two[1].kill()
+    other = one(given, {**_environment(with_two[0]), "RANK": "1"})
+    (_, first), (status, second) = ends([with_two[0], other], 90)
+    assert status == 2
+    assert "another file than that of process 0" in second
+    assert "has lost another" in first
+
+
+def _environment(process: subprocess.Popen[str]) -> dict[str, str]:
+    """What a process was started with."""
+    pairs = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def test_layers_go_to_processes_as_they_are_fast_and_have_room() -> None:
+    workload = Workload(InfDiTConfig(), 4096, 4096, device=torch.device("cuda"))
+    here = offers(workload, workload.device, 24 * GIB)
+    assert [offer.layers for offer in here] == sorted((offer.layers for offer in here), reverse=True)
+    twice = [Offer(offer.seconds / 2, offer.layers) for offer in here]
+    plan = shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[twice, [replace_layers(offer, 5) for offer in here]])
+    assert plan is not None
+    assert sum(plan.layers) == 28
+    assert plan.layers[1] == pytest.approx(2 * plan.layers[0], abs=2)
+    assert plan.layers[2] == 5
+
+
+def replace_layers(offer: Offer, layers: int) -> Offer:
+    return offer._replace(layers=layers)
+
+
+def test_the_first_process_has_a_layer_however_slow_it_is() -> None:
+    workload = replace(Workload(InfDiTConfig(), 4096, 4096), device=torch.device("cuda"))
+    fast = [Offer(offer.seconds / 1000, offer.layers) for offer in offers(workload, workload.device, 24 * GIB)]
+    plan = shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[fast])
+    assert plan is not None
+    assert plan.layers == (1, 27)
+
+
+def test_where_others_have_no_room_nothing_is_shared() -> None:
+    workload = Workload(InfDiTConfig(), 4096, 4096, device=torch.device("cuda"))
+    full = [Offer(offer.seconds, 0) for offer in offers(workload, workload.device, 24 * GIB)]
+    assert shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[full, full]) is None
