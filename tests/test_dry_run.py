@@ -20,7 +20,7 @@ MUCH = 2**50
 MOST_BLOCKS = 2**14  # of a case, 16384² of the published size: counting takes a millisecond for each, many times over
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
     config, h, w, plan, dtype, sampler, batch = random_case(random.Random(seed))
     model = random_model(config, dtype)
@@ -33,7 +33,7 @@ def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
     assert fake["host"] == 0, "one memory"
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (6, 7))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 6, 7))])
 def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     rng = random.Random(100 + seed)
     config, h, w, plan, dtype, sampler, _ = random_case(rng)
@@ -42,7 +42,7 @@ def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     assert part == whole
 
 
-@pytest.mark.parametrize("side", [600, 1500])
+@pytest.mark.parametrize("side", [300, *(pytest.param(side, marks=pytest.mark.slow) for side in (600, 1500))])
 def test_what_an_apple_chip_holds_is_counted_in_its_one_memory(side: int) -> None:
     """The pictures given, those on their way and those on the device: nothing is left out for being on the host.
 
@@ -100,7 +100,7 @@ def assert_kept(seed: int, cases: int, most: float = 14) -> None:
 
 
 def test_random_budgets_are_kept() -> None:
-    assert_kept(seed=0, cases=2, most=10)
+    assert_kept(seed=0, cases=1, most=8)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_many_random_budgets_are_kept() -> None:
 @pytest.mark.parametrize(
     ("side", "gib", "weights"),
     [
-        (1024, 0.3, "streamed"),
+        pytest.param(1024, 0.3, "streamed", marks=pytest.mark.slow),
         pytest.param(2048, 0.4, "streamed", marks=pytest.mark.slow),
         pytest.param(4096, 0.4, "streamed", marks=pytest.mark.slow),
         pytest.param(4096, 4.0, "resident", marks=pytest.mark.slow),
@@ -130,17 +130,16 @@ def test_the_promised_sizes_are_counted(side: int, gib: float, weights: str) -> 
     assert_within(counted, workload.footprint(plan))
 
 
-@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+@pytest.mark.parametrize("device", [pytest.param(CUDA, marks=pytest.mark.slow), CPU], ids=str)
 def test_least_is_honest(device: torch.device) -> None:
     """No plan at all, whether the planner would look at it or not, holds much less than `least`."""
     workload = Workload(InfDiTConfig(2, 512, 8, 4, 64, 0), 128, 64, 1, torch.float32, device, "euler")
     least, smallest, unified_memory = least_of(workload), math.inf, workload.unified_memory
-    for group in (1, 2):
-        for chunk in (1, 2):
-            for weights in ("resident",) if unified_memory else ("resident", "streamed"):
-                for hidden in ("device",) if unified_memory else ("device", "host"):
-                    for images in ("device",) if unified_memory else ("device", "host"):
-                        plan = MemoryPlan(group, chunk, weights, hidden, images)
-                        smallest = min(smallest, counted_peak(workload, plan)["device"])
+    for group, chunk in ((1, 1), (2, 1)):
+        for weights in ("resident",) if unified_memory else ("resident", "streamed"):
+            for hidden in ("device",) if unified_memory else ("device", "host"):
+                for images in ("device",) if unified_memory else ("device", "host"):
+                    plan = MemoryPlan(group, chunk, weights, hidden, images)
+                    smallest = min(smallest, counted_peak(workload, plan)["device"])
     assert smallest <= least
     assert smallest >= (least - 16 * 2**20) / 1.25

@@ -62,7 +62,7 @@ def least_of(request: dict) -> int:
 
 def test_random_budgets_are_kept_and_least_is_honest() -> None:
     rng = random.Random(0)
-    for _ in range(60):
+    for _ in range(20):
         request = random_request(rng)
         least = least_of(request)
         for budget in (least, int(least * rng.uniform(1, 3)), int(least * rng.uniform(3, 100))):
@@ -77,7 +77,7 @@ def test_random_budgets_are_kept_and_least_is_honest() -> None:
 
 def test_no_schedule_that_fits_is_faster_and_time_never_rises_with_the_budget() -> None:
     rng = random.Random(1)
-    for _ in range(12):
+    for _ in range(5):
         request = random_request(rng)
         config, h, w, dtype, device = (request[k] for k in ("config", "height", "width", "dtype", "device"))
         grid = BlockGrid.covering(h, w, config.block_size)
@@ -130,9 +130,9 @@ def test_a_host_that_is_too_small_is_refused_with_the_numbers() -> None:
 
 def test_runs_on_a_cpu_stay_within_their_budget() -> None:
     rng = random.Random(2)
-    for _ in range(8):
+    for _ in range(4):
         config = InfDiTConfig(rng.randint(2, 5), 64, 2, 4, rng.choice([16, 32]), 0)
-        h, w, batch = rng.randint(60, 260), rng.randint(60, 260), rng.choice([1, 2])
+        h, w, batch = rng.randint(60, 200), rng.randint(60, 200), rng.choice([1, 2])
         sampler = rng.choice(list(infdit.samplers.SAMPLERS))
         request = {"config": config, "height": h, "width": w, "batch": batch, "sampler": sampler}
         request["dtype"] = torch.float32

@@ -170,7 +170,7 @@ def test_damaged_states_are_refused_in_words(tmp_path: Path) -> None:
     expected, _, _ = sample(tmp_path)
     (file,) = tmp_path.glob("*.state")
     whole, refused, rng = file.read_bytes(), 0, random.Random(0)
-    for _ in range(600):
+    for _ in range(200):
         file.write_bytes(damaged(whole, rng))
         result, seen, told = sample(tmp_path)
         assert torch.equal(result, expected)
@@ -181,7 +181,7 @@ def test_damaged_states_are_refused_in_words(tmp_path: Path) -> None:
             assert told[0].startswith(f"{file}: the state ")
             assert told[0].endswith("; this run starts afresh")
             assert told[0].isprintable()
-    assert refused > 590  # a few change nothing that is said
+    assert refused > 195  # a few change nothing that is said
 
 
 def test_a_made_up_state_is_refused(mini: InfDiT, pictures: torch.Tensor, tmp_path: Path) -> None:
@@ -253,12 +253,12 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
-@pytest.mark.parametrize(("targets", "kills"), [(1, 3), pytest.param(20, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("targets", "kills"), [(1, 1), pytest.param(20, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, noisy_file: Path, targets: int, kills: int) -> None:
     """Through the shell: the pixels of a run that nobody killed, and nothing left over."""
     source, states, rng = tmp_path / "in.png", tmp_path / "states", random.Random(kills)
     Image.effect_noise((32, 24), 90).convert("RGB").save(source)
-    options = ["--model", noisy_file, "--steps", "16", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
+    options = ["--model", noisy_file, "--steps", "10", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
     command = [sys.executable, "-m", "infdit", "upscale", source, *options, "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, tmp_path / "whole.png"], cwd=ROOT, env=environment, check=True, capture_output=True)

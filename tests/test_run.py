@@ -219,9 +219,9 @@ def test_a_foreign_sampler_recovers_too(
 
 def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted on fake tensors: with a plan that keeps pictures on the host, only the sampler's own stay where it is."""
-    config = infdit.InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=16, vector_dim=0)
+    config = infdit.InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=64, vector_dim=0)
     target = (512, 512)
-    plans = [MemoryPlan(2, 16), MemoryPlan(1, 16, "streamed", "host", "host")]
+    plans = [MemoryPlan(2, 1), MemoryPlan(1, 1, "streamed", "host", "host")]
     live: list[int] = []
     sigmas = torch.tensor([0.1, 0.0])
     with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
@@ -251,7 +251,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"
     assert live[1] == picture, "x, which the sampler has; nothing else when a smaller plan is sought in what is free"
-    assert live[2] < 1.1 * picture, "and what is computed now"
+    assert live[2] < 1.2 * picture, "and what is computed now"
 
 
 class FailingPin:
@@ -317,7 +317,7 @@ def test_a_pin_that_fails_at_any_time_leaves_nothing_behind(monkeypatch: pytest.
     with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         while number == tried:
-            number, report = number + 5, Report()  # of weights all are alike; the last are hidden states
+            number, report = number + 9, Report()  # of weights all are alike; the last are hidden states
             planned = PlannedRun(replace(workload, device=ACCELERATOR), plan, lambda: 0)
             run = Run(model, planned, lambda done: None, report)
             with PeakMeter(device=ACCELERATOR) as meter, monkeypatch.context() as patch:

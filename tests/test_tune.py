@@ -38,7 +38,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "REFERENCE", 30)
+    monkeypatch.setattr(tune, "REFERENCE", 16)
 
 
 def tuned(model: Path, picture: Path, *more: str) -> int:

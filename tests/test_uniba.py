@@ -43,27 +43,38 @@ def reference(
     )
 
 
-def plans(blocks: int) -> Iterator[MemoryPlan]:
-    for group, chunk, sweep in itertools.product((1, 2, 3), range(1, blocks + 1), ("rows", "columns")):
+def plans(blocks: int, every: bool = False) -> Iterator[MemoryPlan]:
+    """Of all groups, in chunks that come out even and do not; every: in all chunks that there are."""
+    chunks = range(1, blocks + 1) if every else sorted({1, 2, blocks // 2 + 1, blocks} - {blocks + 1})
+    for group, chunk, sweep in itertools.product((1, 2, 3), chunks, ("rows", "columns")):
         yield MemoryPlan(group, chunk, sweep=sweep)
     yield MemoryPlan(9, 99)  # more than there is
 
 
+FEW = [(1, 1), (1, 4), (4, 1), (2, 3), (3, 2), (3, 5), (5, 3)]
 CROSSING = [grid for grid in GRIDS if max(grid) * SIDE > PERIOD]  # elsewhere both kinds of positions are the same
 
 
 @pytest.mark.parametrize(
-    ("grid", "positions"),
-    [*itertools.product(GRIDS, ["continuous"]), *itertools.product(CROSSING, ["wrapped"])],
+    ("grid", "positions", "every"),
+    [
+        *itertools.product(FEW, ["continuous"], [False]),
+        *itertools.product([(1, 3), (4, 2), (5, 3)], ["wrapped"], [False]),
+        *(
+            pytest.param(grid, positions, True, marks=pytest.mark.slow)
+            for positions, grids in (("continuous", GRIDS), ("wrapped", CROSSING))
+            for grid in grids
+        ),
+    ],
     ids=str,
 )
 def test_every_schedule_equals_the_dense_transcription(
-    grid: tuple[int, int], positions: str, make_model: MakeModel
+    grid: tuple[int, int], positions: str, every: bool, make_model: MakeModel
 ) -> None:
     model, weights = make_model(period=PERIOD, **SIZES)
     x, conditioning, sigma = random_inputs(*grid)
     expected = reference(weights, x, sigma, conditioning, positions=positions)
-    for plan in plans(grid[0] * grid[1]):
+    for plan in plans(grid[0] * grid[1], every):
         result = Denoiser(model, conditioning, plan, positions=positions)(x, sigma)
         torch.testing.assert_close(result, expected, msg=lambda m, plan=plan: f"{plan}: {m}", **EXACT)
 
@@ -92,7 +103,7 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
     torch.testing.assert_close(result, cut(expected, chunk.coordinates, BLOCK), **EXACT)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 2), (5, 3)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 2)], ids=str)
 def test_every_schedule_in_single_precision(grid: tuple[int, int], make_model: MakeModel) -> None:
     model, weights = make_model(period=PERIOD, dtype=torch.float32, **SIZES)
     x, conditioning, sigma = random_inputs(*grid)
@@ -213,8 +224,8 @@ def test_gradients_with_one_chunk(make_model: MakeModel) -> None:
 def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=32, vector_dim=0)
     generator = torch.Generator().manual_seed(0)
-    lr, up, x = (torch.randn((1, 3, s, s), generator=generator).clamp(-1, 1) for s in (16, 64, 64))
-    for dtype, sigma in itertools.product((torch.bfloat16, torch.float16), (0.002, 1.0, 40.0)):
+    lr, up, x = (torch.randn((1, 3, s, 2 * s), generator=generator).clamp(-1, 1) for s in (8, 32, 32))
+    for dtype, sigma in ((torch.bfloat16, 0.002), (torch.bfloat16, 40.0), (torch.float16, 1.0)):
         noisy = up + sigma * x
         exact, low = (Denoiser(m, Conditioning(lr, up))(noisy, sigma) for m in (model, _copy(model, dtype)))
         deviation = (low - exact).abs()
