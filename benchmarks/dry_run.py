@@ -10,6 +10,7 @@ come and go as they do, and their layers give tokens of the right shape at once.
 from __future__ import annotations
 
 import queue
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -41,11 +42,110 @@ from .peak_meter import PeakMeter
 
 ACCELERATOR = torch.device("lazy:0")  # one that PyTorch knows and that nobody has: only fake tensors can be on it
 ACCELERATORS = [torch.device("lazy", number) for number in range(8)]
+MID_WORK = 0.1  # how often an operation is not followed by the same thread's next
 STEPS = 3  # after which a sampler holds all that it ever does
 
 
+class Turns:
+    """Threads of several devices one at a time: a mode is of one thread and not safe, and a run is the same again.
+
+    Stands in for `threading` and for queues where `stages` waits: who would wait lets others go on first. Who comes
+    next is drawn by a seed, some threads more often than others.
+    """
+
+    def __init__(self, seed: int, *modes: AbstractContextManager) -> None:
+        """modes: to be entered by each thread that starts."""
+        self._random, self._change, self._modes = random.Random(seed), threading.Condition(), modes
+        self._speeds: dict[threading.Thread, float] = {}
+        self._enter(threading.current_thread())
+        self._now = threading.current_thread()
+
+    def give_way(self, chance: float = 1) -> None:
+        """Let any thread go on, this one too, until it is the turn of this one; or by chance do nothing."""
+        if len(self._speeds) > 1 and self._random.random() < chance:
+            with self._change:
+                self._next()
+                self._wait()
+
+    def told(self, thing: object) -> None:
+        """For who watches the order: what this thread has done comes before what those do who hear of the thing."""
+
+    def heard(self, thing: object) -> None:
+        """See `told`."""
+
+    def take(self) -> AbstractContextManager[object]:
+        """Inside `with`, `stages` waits like this."""
+        turns = self
+
+        class Thread(threading.Thread):
+            def start(self) -> None:
+                turns._enter(self)
+                turns.told(self)
+                super().start()
+
+            def run(self) -> None:
+                with turns._change:
+                    turns._wait()
+                turns.heard(self)
+                with ExitStack() as entered:
+                    for mode in turns._modes:
+                        entered.enter_context(mode)
+                    super().run()
+                turns.told(self)
+                with turns._change:
+                    del turns._speeds[self]
+                    turns._next()
+
+            def join(self, timeout: float | None = None) -> None:
+                while self in turns._speeds:
+                    turns.give_way()
+                turns.heard(self)
+                super().join(timeout)
+
+        class Semaphore(threading.Semaphore):
+            def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+                turns.give_way()
+                acquired = super().acquire(blocking=False)
+                if acquired:
+                    turns.heard(self)
+                return acquired
+
+            def release(self, n: int = 1) -> None:
+                turns.told(self)
+                super().release(n)
+
+        class Queue(queue.Queue):
+            def put(self, item: object, block: bool = True, timeout: float | None = None) -> None:
+                turns.told(self)
+                super().put(item, block, timeout)
+
+            def get(self, block: bool = True, timeout: float | None = None) -> object:
+                turns.give_way()
+                item = super().get(block=False)
+                turns.heard(self)
+                return item
+
+        waits = SimpleNamespace(Thread=Thread, Semaphore=Semaphore, Event=threading.Event, Lock=threading.Lock)
+        return mock.patch.multiple(stages, threading=waits, Queue=Queue)
+
+    def _enter(self, thread: threading.Thread) -> None:
+        self._speeds[thread] = 2 ** self._random.uniform(-3, 3)
+
+    def _next(self) -> None:
+        (self._now,) = self._random.choices(list(self._speeds), list(self._speeds.values()))
+        self._change.notify_all()
+
+    def _wait(self) -> None:
+        self._change.wait_for(lambda: self._now is threading.current_thread())
+
+
 class FakeAccelerator(TorchFunctionMode):
-    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held. Every number is 0."""
+    """Attention as an accelerator's kernel computes it: no matrix of scores is ever held. Every number is 0.
+
+    Before an operation another thread may have its turn.
+    """
+
+    turns: Turns | None = None
 
     def __torch_function__(
         self,
@@ -54,6 +154,8 @@ class FakeAccelerator(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - PyTorch's own signature
+        if self.turns is not None:
+            self.turns.give_way(MID_WORK)
         if func is F.scaled_dot_product_attention and args[0].device.type != "cpu":
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         if func is Tensor.item:
@@ -100,8 +202,8 @@ def counted_peak(workload: Workload, plan: MemoryPlan, whole: bool = False) -> d
 
 
 @torch.no_grad()
-def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMeter:
-    """The same with all that the meter saw."""
+def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int = 0) -> PeakMeter:
+    """The same with all that the meter saw; seed: of the order in which several devices come to their work."""
     fakes = ACCELERATORS[: len(workload.devices)]
     devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, fakes, strict=True)]
     device, target = devices[0], (workload.height, workload.width)
@@ -120,47 +222,13 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False) -> PeakMe
             _thin_out(model, workload, plan)
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
         meter = PeakMeter(model.parameters(), device, workload.unified_memory)
-        with meter, taking_turns(fake, accelerator, meter):
+        accelerator.turns = turns = Turns(seed, fake, accelerator, meter)
+        with meter, turns.take():
             run = Run(model, planned, lambda done: None, Report())
             noises = [map(torch.empty, [(1, 3, p.grid.height, p.grid.width)] * len(image)) for p in workload.passes]
             finish = partial(finish_result, float(workload.fitted), False)
             upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None, finish)
     return meter
-
-
-@contextmanager
-def taking_turns(*modes: AbstractContextManager) -> Iterator[None]:
-    """Threads of several devices one at a time, each under the same modes: a mode is of one thread, and not safe."""
-    baton = threading.Lock()
-
-    def resting(wait: Callable[..., Any]) -> Callable[..., Any]:
-        def waiting(*args: Any, **given: Any) -> Any:  # noqa: ANN401
-            baton.release()
-            try:
-                return wait(*args, **given)
-            finally:
-                baton.acquire()
-
-        return waiting
-
-    class Thread(threading.Thread):
-        def run(self) -> None:
-            with baton, ExitStack() as entered:
-                for mode in modes:
-                    entered.enter_context(mode)
-                super().run()
-
-        join = resting(threading.Thread.join)
-
-    class Semaphore(threading.Semaphore):
-        acquire = resting(threading.Semaphore.acquire)
-
-    class Queue(queue.Queue):
-        get = resting(queue.Queue.get)
-
-    turns = SimpleNamespace(Thread=Thread, Semaphore=Semaphore, Event=threading.Event, Lock=threading.Lock)
-    with baton, mock.patch.multiple(stages, threading=turns, Queue=Queue):
-        yield
 
 
 def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
@@ -204,8 +272,9 @@ def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
             if keys[i] > most:
                 wanted.add(chunks[i])
                 most = keys[i]
-    last = (config.num_layers - 1) // plan.group
-    for i, layer in enumerate(model.layers):
-        assert isinstance(layer, Layer)
-        layer.__class__ = _ThinLayer
-        layer.__dict__["wanted"] = frozenset(wanted if i // plan.group in (0, last) else ())
+    for _, layers in plan.stages(workload.devices, config.num_layers):
+        for i in layers:
+            layer, group, last = model.layers[i], (i - layers.start) // plan.group, (len(layers) - 1) // plan.group
+            assert isinstance(layer, Layer)
+            layer.__class__ = _ThinLayer
+            layer.__dict__["wanted"] = frozenset(wanted if group in (0, last) else ())

@@ -29,7 +29,7 @@ class PeakMeter(TorchDispatchMode):
     Attributes:
         live, peak: bytes now and at most so far, by tier.
         on, most: the same by device.
-        events: a number and the bytes of each storage that was made on the device, the number and −1 when it went.
+        events: by device, a number and the bytes of each storage that was made there, the number and −1 when it went.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PeakMeter(TorchDispatchMode):
         self.peak: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}
         self.on: dict[str, int] = defaultdict(int)
         self.most: dict[str, int] = defaultdict(int)
-        self.events: list[tuple[int, int]] = []
+        self.events: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._seen = WeakIdKeyDictionary()
         self._watches: dict[int, tuple[weakref.ref, Place, str, int]] = {}  # they go with the meter: weights outlive it
         for tensor in held:
@@ -77,13 +77,11 @@ class PeakMeter(TorchDispatchMode):
         self.live[tier] += size
         self.peak[tier] = max(self.peak[tier], self.live[tier])
         watch = weakref.ref(storage, self._free)
-        if tier == "device":
-            self.events.append((id(watch), size))
+        self.events[place].append((id(watch), size))
         self._watches[id(watch)] = watch, tier, place, size
 
     def _free(self, watch: weakref.ref) -> None:
         _, tier, place, size = self._watches.pop(id(watch))
         self.on[place] -= size
         self.live[tier] -= size
-        if tier == "device":
-            self.events.append((id(watch), -1))
+        self.events[place].append((id(watch), -1))

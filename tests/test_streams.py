@@ -1,20 +1,25 @@
-"""The order of what an accelerator's two streams and the host do, checked without an accelerator.
+"""The order of what the host and the two streams of each accelerator do, checked without an accelerator.
 
 The whole of `upscale` runs on fake tensors with stand-ins for streams and events. Of every operation is noted which
-storages it reads and writes, and on which of three agents: the host, the stream that computes, the stream that copies.
-Each agent has a vector clock (Fidge 1988, Mattern 1989), which only waiting and launching carry from one to another.
-Whatever touches a storage must come after what was last written there, whatever writes after what read there; and
-memory that is given back may not be in use on a stream that its allocator was not told of.
+storages it reads and writes, and on which agent: a thread of the host, a stream that computes, a stream that copies.
+Each agent has a vector clock (Fidge 1988, Mattern 1989), which only waiting and launching carry from one to another,
+and between threads what is handed on. That PyTorch itself lets both streams wait for a copy from one accelerator to
+another is left out where copies run beside the arithmetic. Whatever touches a storage must come after what was last
+written there, whatever writes after what read there; and memory that is given back may not be in use on a stream that
+its allocator was not told of.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -27,8 +32,9 @@ from infdit import InfDiTConfig, MemoryPlan
 from infdit.memory.offload import Transfer
 from infdit.memory.plan import Workload
 from infdit.run import Run
+from infdit.stages import Handover
 
-HOST, COMPUTE, COPY = "host", "compute", "copy"
+HOST, COMPUTE, COPY = "host", "compute lazy:0", "copy lazy:0"
 CONFIG = InfDiTConfig(num_layers=3, hidden_size=32, num_heads=2, block_size=16, vector_dim=0, position_period=8)
 Clock = dict[str, int]
 
@@ -42,11 +48,22 @@ class RaceError(AssertionError):
 
 
 class Agents:
-    """Clocks of the host and of both streams."""
+    """Clocks of the host's threads and of all streams."""
 
     def __init__(self) -> None:
-        self.clocks: dict[str, Clock] = {name: defaultdict(int) for name in (HOST, COMPUTE, COPY)}
-        self.current = COMPUTE
+        self.clocks: dict[str, Clock] = defaultdict(lambda: defaultdict(int))
+        self.things: WeakKeyDictionary[object, Clock] = WeakKeyDictionary()  # what was done before they were told of
+        self.streams: dict[tuple[int, str], str] = {}  # of a thread and a device, unless it is the one that computes
+
+    @property
+    def host(self) -> str:
+        """This thread."""
+        thread = threading.current_thread()
+        return HOST if thread is threading.main_thread() else f"{HOST} {thread.ident}"
+
+    def current(self, device: torch.device) -> str:
+        """The stream of a device on which this thread works."""
+        return self.streams.get((threading.get_ident(), str(device)), f"compute {device}")
 
     def join(self, waiting: str, seen: Clock) -> None:
         """All that `seen` has seen comes before what `waiting` does next."""
@@ -54,9 +71,10 @@ class Agents:
         for agent, time in seen.items():
             own[agent] = max(own[agent], time)
 
-    def tick(self, agent: str) -> int:
+    def tick(self, agent: str, launched: bool = True) -> int:
         """A new moment of an agent; what a stream does comes after what the host did before it asked for it."""
-        self.join(agent, self.clocks[HOST])
+        if launched:
+            self.join(agent, self.clocks[self.host])
         self.clocks[agent][agent] += 1
         return self.clocks[agent][agent]
 
@@ -64,12 +82,19 @@ class Agents:
         """Whether what an agent does now is sure to come after a moment."""
         return self.clocks[agent][moment[0]] >= moment[1]
 
+    def told(self, turns: dry_run.Turns, thing: object) -> None:
+        self.things[thing] = dict(self.clocks[self.host])
+
+    def heard(self, turns: dry_run.Turns, thing: object) -> None:
+        self.join(self.host, self.things.get(thing, {}))
+
 
 class Stream:
     """Stands in for torch.cuda.Stream."""
 
     def __init__(self, agents: Agents, name: str) -> None:
-        self.agents, self.name = agents, name
+        self.agents, self.name, (what, self.device) = agents, name, name.split()
+        self.copies = what == "copy"
 
     def wait_stream(self, other: Stream) -> None:
         self.agents.join(self.name, self.agents.clocks[other.name])
@@ -78,7 +103,7 @@ class Stream:
         self.agents.join(self.name, event.seen)
 
     def synchronize(self) -> None:
-        self.agents.join(HOST, self.agents.clocks[self.name])
+        self.agents.join(self.agents.host, self.agents.clocks[self.name])
 
 
 class Event:
@@ -86,22 +111,39 @@ class Event:
 
     def __init__(self) -> None:
         self.seen: Clock = {}
-        self.agents: Agents | None = None
+        self.stream: Stream | None = None
 
     def record(self, stream: Stream) -> None:
-        self.agents, self.seen = stream.agents, dict(stream.agents.clocks[stream.name])
+        self.stream, self.seen = stream, dict(stream.agents.clocks[stream.name])
 
     def synchronize(self) -> None:
-        assert self.agents is not None, "an event is recorded before anybody waits for it"
-        self.agents.join(HOST, self.seen)
+        assert self.stream is not None, "an event is recorded before anybody waits for it"
+        self.stream.agents.join(self.stream.agents.host, self.seen)
+
+
+Moment = tuple[str, int]
+Span = tuple[int, int]  # bytes of a storage, from and up to
 
 
 class Storage:
-    """What was done with one storage."""
+    """What was done with one storage, and where in it."""
 
-    def __init__(self, owner: str, written: tuple[str, int]) -> None:
-        self.owner, self.written = owner, written
-        self.read: list[tuple[str, int]] = []
+    def __init__(self, owner: str, made: Moment, size: int) -> None:
+        self.owner = owner
+        self.written: list[tuple[Span, Moment]] = [((0, size), made)]
+        self.read: list[tuple[Span, Moment]] = []
+
+
+def span(x: torch.Tensor) -> Span:
+    """Where a tensor lies in its storage."""
+    begin = x.storage_offset() * x.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (begin, begin + (last + 1) * x.itemsize if x.numel() else begin)
+
+
+def touching(noted: list[tuple[Span, Moment]], here: Span) -> Iterator[Moment]:
+    """When bytes were touched that lie here."""
+    return (moment for (begin, end), moment in noted if begin < here[1] and here[0] < end)
 
 
 class Watch(TorchDispatchMode):
@@ -125,23 +167,30 @@ class Watch(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         result = func(*args, **kwargs)
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        on_host = all(x.device.type == "cpu" for x in (*inputs, *results))
-        agent = HOST if on_host else self.agents.current
-        now = agent, self.agents.tick(agent)
-        self.copies += agent == COPY
+        cards = {x.device: None for x in (*inputs, *results) if x.device.type != "cpu"}
+        source = inputs[-1].device if len(cards) > 1 else next(iter(cards), None)
+        agent = self.agents.current(source) if source else self.agents.host
+        blocking = not self._asynchronous(args, kwargs)
+        others = [self.agents.current(card) for card in cards if card != source] if blocking else []
+        for other in others:
+            self.agents.join(agent, self.agents.clocks[other])
+        now = agent, self.agents.tick(agent, launched="empty" not in func.__name__)
+        self.copies += agent.startswith("copy")
         for x in self._changed(func, args, kwargs):
-            self._write(x.untyped_storage(), now)
+            self._write(x, now)
         made = {id(x.untyped_storage()) for x in inputs}
         if not func.is_view:
             for x in inputs:
-                self._read(x.untyped_storage(), now)
+                self._read(x, now)
         for x in results:
             storage = x.untyped_storage()
             if id(storage) not in made and storage not in self.storages:
-                self._new(storage, now, HOST if x.device.type == "cpu" else agent)
+                self._new(storage, now, HOST if x.device.type == "cpu" else self.agents.current(x.device))
+        for other in others:
+            self.agents.join(other, self.agents.clocks[agent])
         across = len({x.device.type for x in (*inputs, *results) if x.dim()}) == 2
-        if across and not self._asynchronous(args, kwargs):
-            self.agents.join(HOST, self.agents.clocks[agent])
+        if across and blocking:
+            self.agents.join(self.agents.host, self.agents.clocks[agent])
         return result
 
     @staticmethod
@@ -160,69 +209,77 @@ class Watch(TorchDispatchMode):
             self._new(storage, (HOST, 0), HOST)  # made before
         return self.storages[storage]
 
-    def _new(self, storage: torch.UntypedStorage, now: tuple[str, int], owner: str) -> None:
+    def _new(self, storage: torch.UntypedStorage, now: Moment, owner: str) -> None:
         self.owners.add(owner)
-        seen = self.storages[storage] = Storage(owner, now)
+        seen = self.storages[storage] = Storage(owner, now, storage.nbytes())
         weakref.finalize(storage, self._gone, seen).atexit = False
 
-    def _read(self, storage: torch.UntypedStorage, now: tuple[str, int]) -> None:
-        seen = self._known(storage)
-        if not self.agents.after(now[0], seen.written):
-            raise RaceError(f"read on {now[0]} of what {seen.written[0]} may not have written yet")
-        seen.read.append(now)
+    def _read(self, x: torch.Tensor, now: Moment) -> None:
+        seen, here = self._known(x.untyped_storage()), span(x)
+        for earlier in touching(seen.written, here):
+            if not self.agents.after(now[0], earlier):
+                raise RaceError(f"read on {now[0]} of what {earlier[0]} may not have written yet")
+        seen.read.append((here, now))
 
-    def _write(self, storage: torch.UntypedStorage, now: tuple[str, int]) -> None:
-        seen = self._known(storage)
-        for earlier in (seen.written, *seen.read):
+    def _write(self, x: torch.Tensor, now: Moment) -> None:
+        seen, here = self._known(x.untyped_storage()), span(x)
+        for earlier in touching(seen.written + seen.read, here):
             if not self.agents.after(now[0], earlier):
                 raise RaceError(f"written on {now[0]} while {earlier[0]} may still use it")
-        seen.written, seen.read = now, []
+        for noted in (seen.written, seen.read):  # what comes after this comes after those
+            noted[:] = [(there, at) for there, at in noted if there[0] < here[0] or here[1] < there[1]]
+        seen.written.append((here, now))
 
     def _gone(self, seen: Storage) -> None:
         """Memory goes back to its own stream, which may use it at once: what other streams do must be over by then."""
-        for agent, time in (seen.written, *seen.read):
+        for _, (agent, time) in seen.written + seen.read:
             if seen.owner not in (HOST, agent) and not self.agents.after(seen.owner, (agent, time)):
                 self.lost.append(f"given back to {seen.owner} while {agent} may still use it")
 
 
 @pytest.fixture
 def agents(monkeypatch: pytest.MonkeyPatch) -> Agents:
-    """An accelerator with streams, where there is none."""
+    """Accelerators with streams, where there is none."""
     found = Agents()
-    streams = {name: Stream(found, name) for name in (COMPUTE, COPY)}
 
     @contextmanager
     def using(stream: Stream) -> Iterator[None]:
-        before, found.current = found.current, stream.name
+        found.streams[threading.get_ident(), stream.device] = stream.name
         try:
             yield
         finally:
-            found.current = before
+            del found.streams[threading.get_ident(), stream.device]
 
     original = Transfer.__init__
 
     def made(self: Transfer, device: torch.device, pinned: bool = True) -> None:
         original(self, device, pinned)
-        self._paced = True
-        if pinned:
-            self._stream = streams[COPY]  # type: ignore[assignment]
+        self._paced = device.type != "cpu"
+        if pinned and self._paced:
+            self._stream = Stream(found, f"copy {device}")  # type: ignore[assignment]
 
     monkeypatch.setattr(Transfer, "__init__", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", using)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[found.current])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(found, found.current(device)))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(dry_run.Turns, "told", lambda turns, thing: found.told(turns, thing))
+    monkeypatch.setattr(dry_run.Turns, "heard", lambda turns, thing: found.heard(turns, thing))
     return found
 
 
-def watch(agents: Agents, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan) -> Watch:
+ONE = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
+
+
+def watch(
+    agents: Agents, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan, workload: Workload = ONE, seed: int = 0
+) -> Watch:
     """All operations of a run under a plan; one that is stopped ends sooner."""
     seen = Watch(agents)
     monkeypatch.setattr(dry_run, "PeakMeter", lambda *held: seen)
     monkeypatch.setattr(dry_run, "_streams", nullcontext)
-    workload = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
     with suppress(StopError):
-        dry_run.counted(workload, plan, whole=True)
+        dry_run.counted(workload, plan, whole=True, seed=seed)
     gc.collect()
     if seen.lost:
         raise RaceError(seen.lost[0])
@@ -280,7 +337,7 @@ def test_a_host_that_does_not_wait_is_found(agents: Agents, monkeypatch: pytest.
 @pytest.mark.parametrize("what", ["wait_stream", "wait_event"])
 def test_a_wait_that_is_left_out_is_found(what: str, agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stream, what, lambda self, other: None)
-    with pytest.raises(RaceError, match=r"may not have written yet|while compute may still use it"):
+    with pytest.raises(RaceError, match=r"may not have written yet|while compute .* may still use it"):
         watch(agents, monkeypatch, AWAY)
 
 
@@ -295,7 +352,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     original = Run.advance
 
     def advance(run: Run, done: int) -> None:
-        moves.extend([done] if done in (1, 2) else [])
+        moves.extend([done] if 0 < done < 9 else [])
         if len(moves) > stop:
             raise StopError
         original(run, done)
@@ -318,7 +375,7 @@ def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
 def test_memory_that_is_given_back_while_it_is_copied_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transfer, "settle", lambda self: setattr(self, "_leaving", None))
     stopping(monkeypatch, 8)  # amid the second group, the next chunk is on its way
-    with pytest.raises(RaceError, match="given back to compute while copy may still use it"):
+    with pytest.raises(RaceError, match=r"given back to compute .* while copy .* may still use it"):
         watch(agents, monkeypatch, AWAY)
 
 
@@ -348,3 +405,98 @@ def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
         calls = failing_pin(monkeypatch, number)
         assert watch(agents, monkeypatch, AWAY).copies < undisturbed * 0.4
         assert len(calls) == number, "pinning is not tried again in this run"
+
+
+# several devices
+
+CARDS = [torch.device("cuda", number) for number in range(4)]
+SEVERAL = [
+    MemoryPlan(4, 2, images="host", layers=(2, 2)),
+    MemoryPlan(1, 2, layers=(0, 2, 2)),
+    MemoryPlan(1, 3, "streamed", "host", "host", layers=(2, 2)),
+    MemoryPlan(4, 2, images="host", layers=(2, 2), pinned=False),
+    MemoryPlan(4, 1, images="host", layers=(1, 1, 1, 1)),
+    MemoryPlan(2, 2, "streamed", "host", layers=(1, 1, 0, 2)),
+]
+
+
+def shared(plan: MemoryPlan, cards: Sequence[torch.device] = CARDS) -> Workload:
+    """What several devices do under a plan."""
+    first, *beside = cards[: len(plan.layers)]
+    config = replace(CONFIG, num_layers=4)
+    return replace(ONE, config=config, height=32, device=first, beside=tuple(beside), sampler="euler")
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+@pytest.mark.parametrize(
+    "plan", SEVERAL, ids=lambda p: f"{p.group}-{p.chunk}-{p.weights}-{p.hidden}-{p.images}-{p.pinned}-{p.layers}"
+)
+def test_nothing_is_used_too_early_or_too_late_on_several_devices(
+    plan: MemoryPlan, seed: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watch(agents, monkeypatch, plan, shared(plan), seed)
+    assert (seen.copies > 0) == plan.pinned
+    assert not any(owner.startswith("copy") for owner in seen.owners)
+
+
+def test_tokens_set_off_while_the_next_device_is_at_work(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments: dict[str, list[int]] = {"hand_on": [], "take": []}
+
+    def noting(kind: type, name: str, agent: str) -> None:
+        original = getattr(kind, name)
+
+        def noted(*given: object) -> object:
+            result = original(*given)
+            moments[name].append(agents.clocks[agent]["compute lazy:1"])
+            return result
+
+        monkeypatch.setattr(kind, name, noted)
+
+    noting(Transfer, "hand_on", COPY)
+    noting(Handover, "take", "compute lazy:1")
+    watch(agents, monkeypatch, SEVERAL[0], shared(SEVERAL[0]), seed=1)
+    ahead = [began < taken for began, taken in zip(moments["hand_on"], moments["take"], strict=True)]
+    assert sum(ahead) > len(ahead) / 2
+
+
+Waiting = Callable[[Stream, Stream], bool]  # who waits, and for whose work
+LEFT_OUT: dict[str, tuple[Waiting, str]] = {
+    "for tokens to be computed": (lambda own, other: own.copies and own.device == other.device, "read on copy"),
+    "for memory of the next device": (lambda own, other: own.device != other.device, "written on copy .* while"),
+    "for tokens to come": (lambda own, other: other.copies and own.device != other.device, "of what copy .* may not"),
+    "for tokens to leave": (lambda own, other: other.copies and own.device == other.device, "back to compute .* while"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_a_wait_between_devices_that_is_left_out_is_found(
+    what: str, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out, found = LEFT_OUT[what]
+    stream, event = Stream.wait_stream, Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_stream", lambda own, other: left_out(own, other) or stream(own, other))
+    monkeypatch.setattr(Stream, "wait_event", lambda own, it: left_out(own, it.stream) or event(own, it))
+    plan = MemoryPlan(4, 2, layers=(2, 2))
+    with pytest.raises(RaceError, match=found):
+        watch(agents, monkeypatch, plan, shared(plan))
+
+
+@pytest.mark.parametrize("handed", [True, False])
+def test_threads_of_a_cpu_touch_nothing_at_the_same_time(
+    handed: bool, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are handed on as they are; without what a queue says of their order, that is found."""
+    plan = MemoryPlan(1, 2, layers=(1, 2, 1))
+    monkeypatch.setattr(Agents, "heard", Agents.heard if handed else lambda self, turns, thing: None)
+    with nullcontext() if handed else pytest.raises(RaceError, match="on host"):
+        watch(agents, monkeypatch, plan, shared(plan, [torch.device("cpu")] * 3))
+
+
+@pytest.mark.parametrize("stop", range(2, 30, 9))
+def test_a_stop_gives_nothing_back_that_is_on_its_way_to_another_device(
+    stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = stopping(monkeypatch, stop)
+    seen = watch(agents, monkeypatch, SEVERAL[0], shared(SEVERAL[0]), seed=stop)
+    assert len(moves) == stop + 1, "it was stopped"
+    assert not seen.lost

@@ -202,6 +202,7 @@ class Transfer:
         self._stream = _copy_stream(device) if self._paced and pinned else None
         self._last: torch.cuda.Event | None = None
         self._leaving: PendingCopy | None = None
+        self._reached = {device}  # devices whose memory copies read or write
 
     def host(self, piece: int) -> HostMemory:
         """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
@@ -241,6 +242,7 @@ class Transfer:
         if self._leaving is not None:
             self._leaving.wait()
         target = torch.empty(source.shape, dtype=source.dtype, device=device)
+        self._reached.add(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory may have been in use a moment ago
         self._copy([target], [source])
         copied = self._copied()
@@ -258,7 +260,8 @@ class Transfer:
     def settle(self) -> None:
         """Let all arithmetic from now on come after all copies: the memory of what they moved can be used again."""
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            for device in self._reached:
+                torch.cuda.current_stream(device).wait_stream(self._stream)
             self._leaving = None
 
     def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

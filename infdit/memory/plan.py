@@ -172,7 +172,9 @@ class Workload:
         if plan.layers:
             shares = [held for _, held in self.footprints(plan)]
             weights, hidden = sum(held.host_weights for held in shares), sum(held.host_hidden for held in shares)
-            return replace(max(shares, key=lambda held: held.device), host_weights=weights, host_hidden=hidden)
+            images, disk = shares[0].host_images, shares[0].disk
+            fullest = max(shares, key=lambda held: held.device)
+            return replace(fullest, host_weights=weights, host_hidden=hidden, host_images=images, disk=disk)
         parts = self.passes
         given, made = self._always(parts)
         phases: list[Footprint] = []
@@ -185,9 +187,9 @@ class Workload:
         return replace(device, host_hidden=host.host_hidden, host_images=host.host_images, disk=disk)
 
     def footprints(self, plan: MemoryPlan) -> list[tuple[torch.device, Footprint]]:
-        """The same of each of several devices."""
-        stages = plan.stages(self.devices, self.config.num_layers)
-        return [(device, self.share(plan, device, len(layers))) for device, layers in stages]
+        """The same of each of several devices; pictures are on the first or on none."""
+        stages, without = plan.stages(self.devices, self.config.num_layers), replace(plan, images="host")
+        return [(d, self.share(without if n else plan, d, len(layers))) for n, (d, layers) in enumerate(stages)]
 
     def share(self, plan: MemoryPlan, device: torch.device, layers: int) -> Footprint:
         """What one of several devices holds for so many layers: as for a model that has no more, and tokens.
