@@ -118,8 +118,9 @@ class Run:
     def images(self) -> torch.device:
         """Where the pictures are while they are sampled: of several devices on the first that has layers."""
         workload, plan = self.workload, self._planned.plan
-        stages = plan.stages(workload.devices, workload.config.num_layers)
-        return stages[0][0] if plan.images == "device" else CPU
+        if plan.images != "device":
+            return CPU
+        return plan.stages(workload.devices, workload.config.num_layers)[0][0]
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """Room for a picture that is made on the CPU, float32: in memory or, if the plan says so, on disk."""
