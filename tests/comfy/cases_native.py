@@ -120,6 +120,17 @@ def native_equals() -> dict:
     return found
 
 
+def in_two(loading: dict) -> dict:
+    """Half of the steps by one KSampler (Advanced), the rest by another."""
+    asked = ksampler("small", loading)
+    said = asked["sampler"]["inputs"]
+    noise = {"noise_seed": said.pop("seed"), "add_noise": "enable", "return_with_leftover_noise": "enable"}
+    for name, latent, first, last in (("half", ["native", 3], 0, 3), ("sampler", ["half", 0], 3, 10)):
+        steps = {"start_at_step": first, "end_at_step": last, "latent_image": latent}
+        asked[name] = {"class_type": "KSamplerAdvanced", "inputs": said | noise | steps}
+    return asked
+
+
 @case
 def native_bundled() -> dict:
     """The bundled model, which starts without noise and takes one step."""
@@ -131,6 +142,8 @@ def native_bundled() -> dict:
     ended, evaluations = counted(ksampler("small", bundled, DEFAULTS))
     found["defaults"] = {"message": ended["message"], "apart": apart(TAKEN["value"], reference)}
     found["evaluations"] = evaluations
+    ended = run(in_two(bundled))
+    found["in two"] = {"message": ended["message"], "apart": apart(TAKEN["value"], reference)}
     return found
 
 

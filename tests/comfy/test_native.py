@@ -21,7 +21,7 @@ def test_core_samplers_make_the_picture_of_upscale_advanced(inside: dict, pictur
     assert found["bar"][0] == found["bar"][1]
 
 
-@pytest.mark.parametrize("name", ["whole", "two fifths", "defaults"])
+@pytest.mark.parametrize("name", ["whole", "two fifths", "defaults", "in two"])
 def test_bundled_model_makes_its_picture(inside: dict, name: str) -> None:
     """By KSampler as it comes, too, of whose noise it takes none and of whose steps one."""
     found = inside["native_bundled"]
