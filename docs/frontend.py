@@ -1,6 +1,6 @@
 """Makes all pictures of the frontend: thumbnails of the workflows, pictures on help pages, the README's screenshot.
 
-    COMFYUI_PATH=CHECKOUT python -m docs.frontend [--sdxl PICTURE X Y]
+    COMFYUI_PATH=CHECKOUT python -m docs.frontend [--sdxl PICTURE X Y] [--only WORDS ...]
 
 Run from the project's root with a Python that runs that ComfyUI and has playwright. A server of its own runs the
 workflows as shipped, on the CPU, with pictures/flowers.png for their example. A picture by SDXL is not in this
@@ -22,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -41,6 +42,7 @@ WORKFLOWS, HELP, FLOWERS = ROOT / "workflows", ROOT / "web" / "docs", ROOT / "pi
 PUBLISHED = "infdit.safetensors"  # a model of the published size
 NAMED = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")  # in workflows
 STEPS, PLAN = "Upscale step by step with Inf-DiT", "What Inf-DiT would hold in memory"
+CONTROLS, NATIVE = "What each control of Inf-DiT does", "Upscale with a KSampler and Inf-DiT"
 SIDE = 512  # of a thumbnail
 CROP = SIDE // 4  # of the source, enlarged by 4
 DARK = "#171923"  # as the plots
@@ -184,6 +186,13 @@ def noise_levels(server: Server) -> Image.Image:
     return strips(states)
 
 
+def controls(server: Server) -> Image.Image:
+    """A picture under each control; the last, which is for the published model, is as the one in the middle."""
+    source = crop(128, 64).crop((0, 0, CROP // 2, CROP // 2))
+    states = result(server, twin(CONTROLS, LoadImage=upload(server, source)))
+    return strips([state.resize((SIDE, SIDE), Image.Resampling.NEAREST) for state in states[:-1]])
+
+
 def plans(server: Server) -> Image.Image:
     """A plan of the published model that fits, and below it one that does not."""
     whole = Image.new("RGB", (SIDE, SIDE), DARK)
@@ -247,6 +256,7 @@ SHOTS = {
     "InfDiTMemoryPlan.png": Shot(PLAN, (400, 450), LARGE, run=True),
     "InfDiTUpscaleAdvanced.jpg": Shot(STEPS, (340, 240), run=True),
     "InfDiTScheduler.png": Shot(STEPS, (320, 170), DEFAULTS, unfolded=True),
+    "InfDiTToModel.png": Shot(NATIVE, (320, 230)),
 }
 SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
@@ -283,9 +293,9 @@ def drawn(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def photograph(frontend: Frontend, kind: str, shot: Shot) -> Image.Image:
+def photograph(page: Callable[[], Frontend], kind: str, shot: Shot) -> Image.Image:
     """A node and the ends of its links."""
-    workflow = drawn(shot.workflow)
+    frontend, workflow = page(), drawn(shot.workflow)
     for node in workflow["nodes"]:
         node["widgets_values"] = shot.values.get(node["type"], node.get("widgets_values", []))
         node["mode"] = 0  # not bypassed
@@ -333,22 +343,34 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     parser = argparse.ArgumentParser(prog="python -m docs.frontend", description=__doc__)
     parser.add_argument("--sdxl", nargs=3, metavar=("PICTURE", "X", "Y"), help="by SDXL, and the corner of a detail")
-    sdxl = parser.parse_args().sdxl
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="of names of the pictures to make")
+    asked = parser.parse_args()
     checkout, *_ = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
     if not checkout:
         sys.exit("COMFYUI_PATH must name a checkout of ComfyUI")
     with serving(Path(checkout)) as address, chromium() as browser:
-        server = Server(address)
-        write(WORKFLOWS / f"{EVERYDAY}.jpg", before_and_after(server, EVERYDAY, 4), 100)
-        write(WORKFLOWS / f"{SIXTEEN}.jpg", before_and_after(server, SIXTEEN, 16), 100)
-        write(WORKFLOWS / f"{STEPS}.jpg", noise_levels(server), 100)
-        write(WORKFLOWS / f"{PLAN}.jpg", plans(server), 100)
-        if sdxl:
-            write(WORKFLOWS / f"{AFTER_SDXL}.jpg", detail(server, sdxl[0], int(sdxl[1]), int(sdxl[2])), 100)
-        frontend = Frontend(browser, address, SETTINGS, device_scale_factor=2)
-        for name, shot in SHOTS.items():
-            write(HELP / name, photograph(frontend, Path(name).stem, shot), 200)
-        write(ROOT / "docs" / "in_comfyui.jpg", in_comfyui(browser, address), 400)
+        for path, (most, make) in drawings(address, browser, asked.sdxl).items():
+            if any(words in path.name for words in asked.only):
+                write(path, make(), most)
+
+
+def drawings(address: str, browser: Browser, sdxl: list[str] | None) -> dict[Path, tuple[int, Callable]]:
+    """Where each picture goes, its kB at most and what makes it."""
+    server = Server(address)
+    frontend = cache(lambda: Frontend(browser, address, SETTINGS, device_scale_factor=2))
+    thumbnails: dict[str, Callable[[], Image.Image]] = {
+        EVERYDAY: lambda: before_and_after(server, EVERYDAY, 4),
+        SIXTEEN: lambda: before_and_after(server, SIXTEEN, 16),
+        NATIVE: lambda: before_and_after(server, NATIVE, 4),
+        STEPS: lambda: noise_levels(server),
+        CONTROLS: lambda: controls(server),
+        PLAN: lambda: plans(server),
+    }
+    if sdxl:
+        thumbnails[AFTER_SDXL] = lambda: detail(server, sdxl[0], int(sdxl[1]), int(sdxl[2]))
+    shots = {HELP / name: (200, partial(photograph, frontend, Path(name).stem, shot)) for name, shot in SHOTS.items()}
+    page = {ROOT / "docs" / "in_comfyui.jpg": (400, lambda: in_comfyui(browser, address))}
+    return {WORKFLOWS / f"{name}.jpg": (100, make) for name, make in thumbnails.items()} | shots | page
 
 
 if __name__ == "__main__":

@@ -104,14 +104,14 @@ def upscale(
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
     work, report, drawn = replace(plan.workload, fitted=fitted), report or Report(), None if noise else seed
     report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
-    run, shown = _begin(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
+    run, shown = begin_run(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(run.empty, (len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
 
 
-def _begin(
+def begin_run(
     model: InfDiT, plan: PlannedRun, sampler: SamplerInfo, sigmas: Tensor, progress: Progress | None,
     callback: Callable[[PictureState], None] | None, report: Report, resume: SavedRun | None,
 ) -> tuple[Run, Watcher]:
@@ -273,6 +273,20 @@ def _upscale_one(
     run.begin("sampling")
     y = sample(denoise, start, sigmas, callback)
     run.begin("finishing")
+    finish_pixels(y, picture, grey, result, partial(run.advance, 0))
+
+
+def finish_pixels(
+    y: Tensor, picture: Tensor, grey: Tensor | None, result: Tensor, told: Callable[[], None]
+) -> None:
+    """What was sampled, (1, 3, ≥ height, ≥ width) in [-1, 1], → `result`, (1, height, width, c) in 0..1.
+
+    Args:
+        picture: that was enlarged, (1, h, w, c), for its transparency.
+        grey: where it has no colour, see `without_colour`.
+        told: is called every few milliseconds.
+    """
+    height, width = result.shape[1:3]
     for top in range(0, height, STRIP):
         rows = slice(top, top + STRIP)
         pixels = result[:, rows, :, :3].movedim(-1, 1)
@@ -280,10 +294,10 @@ def _upscale_one(
         if grey is not None:
             take_colour(pixels, grey, top, height)
         pixels.div_(2).add_(0.5).clamp_(0, 1)
-        run.advance(0)
+        told()
     if picture.shape[-1] == 4:
         alpha = picture[..., 3:].detach().float().cpu().clamp(0, 1).movedim(-1, 1)
-        upscale_alpha(alpha, (height, width), lambda rows: run.advance(0), result[..., 3:].movedim(-1, 1))
+        upscale_alpha(alpha, (height, width), lambda rows: told(), result[..., 3:].movedim(-1, 1))
 
 
 def _prepare(

@@ -84,8 +84,7 @@ class _Model:
 
     def __init__(self, denoise: Denoise, sigmas: Tensor) -> None:
         self._denoise = denoise
-        self.model_sampling = _Levels()
-        self.model_sampling.set_parameters(max(float(sigmas[-1]), 1e-4), float(sigmas[0]), SIGMA_DATA)
+        self.model_sampling = Levels(max(float(sigmas[-1]), 1e-4), float(sigmas[0]))
 
     @property
     def inner_model(self) -> _Model:
@@ -102,8 +101,21 @@ class _Model:
         return self._denoise(x, sigma)
 
 
-class _Levels(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM):
-    """Noise levels of Karras et al. (2022): x = picture + σ·noise."""
+class Levels(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM):
+    """Noise levels of Karras et al. (2022): x = picture + share·σ·noise, at sigma_max too, where core would have more.
+
+    share: see `SamplingDefaults.start_noise`.
+    """
+
+    share = 1.0
+
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        super().__init__()
+        self.set_parameters(sigma_min, sigma_max, SIGMA_DATA)
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """Where sampling begins."""
+        return super().noise_scaling(sigma, noise * self.share, latent_image)
 
 
 class _Brownian:
@@ -131,6 +143,20 @@ class _Brownian:
         return noise / math.sqrt(length)
 
 
+def named(sampler: object) -> tuple[str, str]:
+    """Its name, and the one under which it is counted: where noise is drawn is not told apart."""
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
+    return name, name.removesuffix("_gpu")  # noise is always drawn on the CPU here
+
+
+def counted_sampler(sampler: object, batch: int) -> SamplerInfo:
+    """What core itself samples with: all pictures at once, their latent kept beside. What is unknown counts as most."""
+    evaluations, *held = (WORKING | ADDING_NOISE).get(named(sampler)[1], (1, 16, 14))
+    between, during = ((count + 1) * batch for count in held)
+    return SamplerInfo(lambda *_: torch.empty(0), evaluations, between, during)  # core calls its own
+
+
 def core_sampler(sampler: CoreSampler, seed: int, kept: int, start_noise: float = 1.0) -> tuple[SamplerInfo, str]:
     """A sampler for `infdit.upscale`, and its name.
 
@@ -144,9 +170,8 @@ def core_sampler(sampler: CoreSampler, seed: int, kept: int, start_noise: float 
         ValueError: one that needs more than D(x, σ), or that adds noise for a model that is to have none.
     """
     function = getattr(sampler, "sampler_function", None)
-    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
+    name, known = named(sampler)
     options = dict(getattr(sampler, "extra_options", {}))
-    known = name.removesuffix("_gpu")  # where noise is drawn, which here is always on the CPU
     adds = known in ADDING_NOISE
     if function is None or not (adds or known in WORKING) or options.get("cfg_pp"):
         raise ValueError(

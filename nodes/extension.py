@@ -9,6 +9,7 @@ from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
 from .comfy_page import listen_to_pages, telling
 from .files import register_model_folder
 from .loader import InfDiTModelLoader
+from .native import InfDiTToModel
 from .plan import InfDiTMemoryPlan
 from .upscale import InfDiTUpscale
 
@@ -20,6 +21,7 @@ NODES = (
     InfDiTMemoryPlan,
     InfDiTUpscaleAdvanced,
     InfDiTScheduler,
+    InfDiTToModel,
 )
 
 

@@ -25,6 +25,7 @@ NODES = (
     "InfDiTMemoryPlan",
     "InfDiTUpscaleAdvanced",
     "InfDiTScheduler",
+    "InfDiTToModel",
 )
 CHINESE = re.compile("[\u4e00-\u9fff]")
 NOT_TRANSLATED = {"rho", "CLIP"}

@@ -33,6 +33,7 @@ NODES = (
     "InfDiTMemoryPlan",
     "InfDiTUpscaleAdvanced",
     "InfDiTScheduler",
+    "InfDiTToModel",
 )
 
 

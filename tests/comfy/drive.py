@@ -16,7 +16,7 @@ import traceback
 
 import harness
 
-FILES = ("cases_upscale", "cases_advanced", "cases_models", "cases_memory")  # in the order in which they run
+FILES = ("cases_upscale", "cases_advanced", "cases_native", "cases_models", "cases_memory")  # in their order
 
 
 def main() -> None:

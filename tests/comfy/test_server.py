@@ -66,6 +66,14 @@ INPUTS = {
         "denoise": "FLOAT",
         "model": "INFDIT_MODEL?",
     },
+    "InfDiTToModel": {
+        "model": "INFDIT_MODEL",
+        "image": "IMAGE",
+        "size": SIZE,
+        "memory_budget": "FLOAT",
+        "conditioning": "INFDIT_CONDITIONING?",
+        "transparency": "MASK?",
+    },
 }
 SIZES = {
     "scale by": {"scale": "FLOAT"},
@@ -81,6 +89,7 @@ OUTPUTS = {
     "InfDiTMemoryPlan": ["STRING", "IMAGE"],
     "InfDiTUpscaleAdvanced": ["IMAGE", "IMAGE", "STRING"],
     "InfDiTScheduler": ["SIGMAS"],
+    "InfDiTToModel": ["MODEL", "CONDITIONING", "CONDITIONING", "LATENT", "VAE"],
 }
 TITLES = {
     "InfDiTModelLoader": "Load Inf-DiT Model",
@@ -90,6 +99,7 @@ TITLES = {
     "InfDiTMemoryPlan": "Inf-DiT Memory Plan",
     "InfDiTUpscaleAdvanced": "Inf-DiT Upscale (Advanced)",
     "InfDiTScheduler": "Inf-DiT Scheduler",
+    "InfDiTToModel": "Inf-DiT to Model",
 }
 # default, least, most
 RANGES = {
@@ -107,6 +117,7 @@ RANGES = {
         "memory_budget": [0.0, 0.0, 32.0],
     },
     "InfDiTUpscaleAdvanced": {"memory_budget": [0.0, 0.0, 32.0]},
+    "InfDiTToModel": {"memory_budget": [0.0, 0.0, 32.0]},
     "InfDiTScheduler": {
         "steps": [0, 0, 1000],
         "sigma_max": [0.0, 0.0, 5000.0],
@@ -197,7 +208,7 @@ def test_sliders_and_folded_inputs(online: dict) -> None:
         for key, entry in inputs_of(online["describe"][name]).items():
             sliders |= {(name, key)} if entry[1].get("display") == "slider" else set()
             folded |= {(name, key)} if entry[1].get("advanced") else set()
-    budgets = {(name, "memory_budget") for name in ("InfDiTUpscale", "InfDiTMemoryPlan", "InfDiTUpscaleAdvanced")}
+    budgets = {(name, "memory_budget") for name, asked in INPUTS.items() if "memory_budget" in asked}
     others = {("InfDiTUpscale", "denoise"), ("InfDiTScheduler", "denoise"), ("InfDiTCLIPEncode", "strength")}
     others |= {("InfDiTUpscale", "fidelity")}
     assert sliders == budgets | others

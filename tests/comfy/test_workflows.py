@@ -199,8 +199,21 @@ def test_advanced_sampling(server: tuple[str, Path], picture: str) -> None:
     assert "1 step of euler; starts without noise: the seed changes nothing" in report
 
 
+def test_every_control_beside_the_others(server: tuple[str, Path], picture: str) -> None:
+    """One picture each, in one size; the bundled model takes neither prompt nor preset, and says so."""
+    prompt = read(TWINS["What each control of Inf-DiT does"])
+    found = run(server[0], prompt, picture)
+    assert found[node_id(prompt, "SaveImage")]["sizes"] == [(48, 32)] * 5
+    assert "preset: balanced changes nothing" in found[node_id(prompt, "PreviewAny")]["text"]
+
+
+def test_ksampler(server: tuple[str, Path], picture: str) -> None:
+    prompt = read(TWINS["Upscale with a KSampler and Inf-DiT"])
+    assert run(server[0], prompt, picture)[node_id(prompt, "SaveImage")]["sizes"] == [(96, 64)]
+
+
 def test_workflow_saved_in_november_2026(server: tuple[str, Path], picture: str, clip_file: str) -> None:
-    """Of all seven nodes, every way to give a size, values that are not the defaults."""
+    """Of all seven nodes that there were, every way to give a size, values that are not the defaults."""
     found = run(server[0], read(TWINS["saved_2026_11"]), picture)
     sizes = {key: output["sizes"] for key, output in found.items() if output["sizes"]}
     plot = sizes.pop("13")

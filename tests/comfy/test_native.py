@@ -1,0 +1,79 @@
+"""Inf-DiT to Model inside ComfyUI (cases_native.py), on every ComfyUI found."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+SAME = 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("picture", "shape"), [("small", [1, 48, 40, 3]), ("batch", [2, 36, 48, 3]), ("alpha", [1, 40, 36, 4])]
+)
+def test_core_samplers_make_the_picture_of_upscale_advanced(inside: dict, picture: str, shape: list[int]) -> None:
+    """Of the same noise and noise levels; sizes that are no whole blocks, two pictures, transparency, any cfg."""
+    found = inside["native_equals"][picture]
+    assert (found["ends"], found["message"]) == (["success", "success"], "")
+    assert found["shape"] == shape
+    assert max(found["custom"], found["ksampler"]) < SAME
+    assert found["bar"][0] == found["bar"][1]
+
+
+@pytest.mark.parametrize("name", ["whole", "two fifths", "defaults", "in two"])
+def test_bundled_model_makes_its_picture(inside: dict, name: str) -> None:
+    """By KSampler as it comes, too, of whose noise it takes none and of whose steps one."""
+    found = inside["native_bundled"]
+    assert found[name]["message"] == ""
+    assert found[name]["apart"] < SAME
+    assert found["evaluations"] == 1
+
+
+@pytest.mark.parametrize("name", ["uni_pc", "lcm", "dpm_adaptive", "euler_cfg_pp", "euler_ancestral", "dpmpp_2m_sde"])
+def test_samplers_that_need_more_than_a_denoiser_work(inside: dict, name: str) -> None:
+    found = inside["native_samplers"][name]
+    assert (found["message"], found["finite"], found["shape"]) == ("", True, [1, 48, 40, 3])
+
+
+def test_guidance_between_what_is_the_same_costs_nothing(inside: dict) -> None:
+    assert inside["native_samplers"]["evaluations"] == 6
+
+
+def test_empty_latent_stands_for_the_picture(inside: dict) -> None:
+    assert inside["native_samplers"]["empty"] == 0
+
+
+def test_model_is_told_what_clip_says(inside: dict) -> None:
+    found = inside["native_prompt"]
+    assert found["message"] == ""
+    assert found["apart"] < SAME
+    assert found["evaluations of two"] == 2 * found["evaluations of one"]
+    assert found["finite"]
+    assert found["guided"] > SAME
+
+
+def test_run_survives_a_full_memory_and_stops_when_told(inside: dict) -> None:
+    found = inside["native_runs"]
+    assert found["full"] == {"message": "", "apart": 0}
+    assert found["stop"] == "interrupted"
+
+
+def test_weights_are_not_counted_twice(inside: dict) -> None:
+    """What core knows of this MODEL are its noise levels."""
+    assert inside["native_runs"]["bytes"] < 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lora", "LoRA cannot change an Inf-DiT model: leave it out"),
+        ("control", "ControlNet cannot change an Inf-DiT model: leave it out"),
+        ("text", "this conditioning is none of Inf-DiT's: connect positive and negative of Inf-DiT to Model"),
+        ("latent", "must be (1, 3, 64, 64), the one that Inf-DiT to Model gives"),
+        ("passes", "a KSampler enlarges by 4 at most, and this takes 2 passes, by way of 40×48"),
+        ("budget", "memory 0.001 GiB is too little: type 0.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(inside: dict, name: str, words: str) -> None:
+    assert words in inside["native_refusals"][name]
