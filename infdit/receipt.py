@@ -81,10 +81,15 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
             "reserved": report.reserved_bytes,
         },
         "faithful": [{"dB": round(x.consistency, 2), "deltaE2000": round(x.colour, 3)} for x in report.faithful],
+        "seams": [dict(zip(("patch", "block"), map(_rounded, x), strict=True)) for x in report.seams],
         "replanned": report.replanned,
         "resumed": report.resumed,
     }
     return receipt | {"sha256": _digest(receipt)}
+
+
+def _rounded(score: float) -> float | None:
+    return round(score, 3) if math.isfinite(score) else None
 
 
 def _digest(receipt: Mapping[str, Any]) -> str:

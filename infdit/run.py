@@ -57,6 +57,7 @@ class Report:
         size: (height, width) of what it makes now: of several passes each has its own.
         seconds: of each step.
         faithful: of each picture, how alike it and the one given are, see `fidelity`.
+        seams: of each picture, how much the lines between patches and between blocks show, see `seams`.
         settings: all that changes a pixel beside model and picture, see `receipt`; evaluations: of all pictures.
         resumed: a sentence for each saved state that was gone on from, or refused.
         peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
@@ -68,6 +69,7 @@ class Report:
     size: tuple[int, int] = (0, 0)
     seconds: list[float] = field(default_factory=list)
     faithful: list[Likeness] = field(default_factory=list)
+    seams: list[list[float]] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
     evaluations: int = 0
     resumed: list[str] = field(default_factory=list)

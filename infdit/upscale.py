@@ -30,6 +30,7 @@ from .progress import PictureState, Progress, Watcher
 from .resume import SavedRun, model_digest, settings_of
 from .run import Report, Run
 from .samplers import Callback, Denoise, SamplerInfo, evaluations, get_sampler
+from .seams import seams
 from .selfcheck import check_device
 from .sizes import target_size
 
@@ -321,6 +322,8 @@ def finish_result(fidelity: float, colour_match: bool, run: Run, given: Tensor, 
     grey = without_colour(colour) if run.keeps_grey else None
     pixels = result[0, ..., :3].movedim(-1, 0)
     run.report.faithful.append(make_faithful(pixels, colour[0], fidelity, colour_match, grey, run.advance))
+    config = run.workload.config
+    run.report.seams.append(seams(pixels, (config.patch_size, config.block_size), run.advance))
 
 
 def _colour(picture: Tensor) -> Tensor:

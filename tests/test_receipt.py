@@ -51,6 +51,9 @@ def test_a_receipt_says_what_was_done(tmp_path: Path, receipt: dict, noisy_file:
     assert 0 < receipt["seconds"] < 100
     assert 0 < receipt["bytes"]["foretold"] <= 64 * 2**20
     assert (receipt["replanned"], receipt["resumed"]) == ([], [])
+    assert receipt["faithful"][0].keys() == {"dB", "deltaE2000"}
+    assert 0 < receipt["seams"][0]["patch"] < 10
+    assert receipt["seams"][0]["block"] is None, "one block has no lines"
     assert str(tmp_path) not in json.dumps(receipt), "it names no path"
 
 

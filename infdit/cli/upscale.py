@@ -207,7 +207,6 @@ def _upscale_one(
     folder = os.environ.get("TMPDIR") or target.parent  # where pictures lie that memory does not hold
     fitted = recipe.fidelity > 0
     workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=fitted, folder=folder)
-    workload = replace(workload, beside=tuple(devices[1:]))
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
@@ -341,14 +340,11 @@ def _plan(
         log.warning("another picture than the receipt's is upscaled with its settings")
     elif receipt.picture and difference(receipt.settings, settings):
         raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
-    plan = receipt.plan
-    if len(plan.layers) > len(workload.devices):
-        plan = replace(plan, layers=())  # of one device are the same pixels
-    held = workload.footprint(plan)
+    held = workload.footprint(receipt.plan)
     if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):
         log.warning("another plan than the receipt's is made, for the memory there is: pixels may differ in rounding")
         return None
-    return replace(plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
+    return replace(receipt.plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
 
 
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:
