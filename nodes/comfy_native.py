@@ -141,7 +141,8 @@ class NativeModel(BaseModel):
         if not latent.any():  # an empty one stands for the picture
             latent = pictures.up.repeat(len(noise) // len(pictures.up), 1, 1, 1)
         method = counted_sampler(getattr(executor, "class_obj", None), len(noise))
-        workload = managed.workload(pictures.given.shape, pictures.size, method, noise_given=True)
+        shape = len(noise), *pictures.given.shape[1:]
+        workload = managed.workload(shape, pictures.size, method, noise_given=True)
         check_device(workload)
         planned, report, bar = plan_run(workload, self.budget), Report(), Bar()
 
