@@ -8,6 +8,7 @@ from .advanced import InfDiTScheduler, InfDiTUpscaleAdvanced
 from .clip import InfDiTCLIPEncode, InfDiTCLIPLoader
 from .comfy_page import listen_to_pages, telling
 from .files import register_model_folder
+from .inputs import checked
 from .loader import InfDiTModelLoader
 from .native import InfDiTToModel
 from .plan import InfDiTMemoryPlan
@@ -29,7 +30,7 @@ class InfDiTExtension(ComfyExtension):
     """What this pack adds to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [telling(node) for node in NODES]
+        return [telling(checked(node)) for node in NODES]
 
 
 async def comfy_entrypoint() -> InfDiTExtension:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..infdit import CheckpointError, convert
 from ..infdit.checkpoint import clip_path as clip_beside
 from ..infdit.clip.loader import CONVERTED, WEIGHTS
+from .inputs import shown
 
 FOLDER = "infdit"
 CLIP_FOLDERS = ("clip_vision", FOLDER)
@@ -43,7 +44,7 @@ def model_files() -> list[str]:
 def missing_model(name: str) -> str:
     """What to do about a model that is not there."""
     if not _is_name(name):
-        return f"model_name is {name!r}: choose {BUNDLED!r}, or a file of {_folder(FOLDER)}. {HELP}"
+        return f"model_name is {shown(name)}: choose {BUNDLED!r}, or a file of {_folder(FOLDER)}. {HELP}"
     target = Path(name).with_suffix(".safetensors")
     return (
         f"{name} is not in {_folder(FOLDER)}: put it there and press R, or choose {BUNDLED!r}. The published "
@@ -120,7 +121,7 @@ def missing_clip(name: str) -> str:
     """What to do about CLIP that is not there."""
     folders = " or ".join(str(_folder(folder)) for folder in CLIP_FOLDERS)
     if not _is_name(name):
-        return f"clip_name is {name!r}: choose a file of {folders}. {HELP}"
+        return f"clip_name is {shown(name)}: choose a file of {folders}. {HELP}"
     return f"{name} is not in {folders}: put {WEIGHTS} into the first, or the published .pt into the second. {HELP}"
 
 
@@ -138,7 +139,7 @@ def clip_path(name: str) -> str:
 
 def _is_name(name: object) -> bool:
     """Whether it names a file: a link, or a prompt written by hand, may carry anything."""
-    return isinstance(name, str) and Path(name).name.strip(" .") != ""
+    return isinstance(name, str) and name.isprintable() and Path(name).name.strip(" .") != ""
 
 
 def fingerprint(folders: Sequence[str], name: str) -> str:

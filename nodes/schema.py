@@ -8,6 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .inputs import shown
+
 CATEGORY = "image/upscaling/Inf-DiT"
 MAX_BUDGET = 32.0  # GiB, of the slider: most of its way is what cards have
 MOST_BUDGET = 1024.0  # GiB, of what is taken: workflows saved before the slider ended at 32 say up to 64
@@ -43,7 +45,7 @@ def number(value: object, name: str, least: float, most: float, whole: bool = Fa
         if value == int(value):
             return int(value)
     kind = "whole number" if whole else "number"
-    raise ValueError(f"{name} is {value!r} and must be a {kind} from {least:.10g} to {most:.10g}")
+    raise ValueError(f"{name} is {shown(value)} and must be a {kind} from {least:.10g} to {most:.10g}")
 
 
 class BudgetedNode(io.ComfyNode):

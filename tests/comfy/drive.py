@@ -16,7 +16,8 @@ import traceback
 
 import harness
 
-FILES = ("cases_upscale", "cases_advanced", "cases_native", "cases_models", "cases_memory")  # in their order
+# in their order
+FILES = ("cases_upscale", "cases_advanced", "cases_native", "cases_models", "cases_memory", "cases_made_up")
 
 
 def main() -> None:

@@ -351,6 +351,14 @@ def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> No
     assert found["loaded"] == 0  # refused before weights are moved
 
 
+def test_a_thousand_made_up_prompts_end_in_a_picture_or_in_words(inside: dict) -> None:
+    found = inside["made_up"]
+    assert found["found"] == []
+    assert found["ends"]["success"] > 100
+    assert found["ends"]["error"] > 50
+    assert found["after"] == "success"
+
+
 def test_no_mask_by_a_link_is_no_mask(inside: dict) -> None:
     assert inside["refusals"]["mask: nothing"]["end"] == "success"
 
