@@ -93,6 +93,8 @@ class Denoiser:
         self.benches: list[Workbench] = []
         for device, layers in self.plan.stages(devices, config.num_layers):
             room = chunk_workspace(config, model.dtype, grid, chunk, device)
+            if layers.start:  # whose hidden states lie in a landing
+                room -= chunk * config.block_tokens * config.hidden_size * model.dtype.itemsize
             self.benches.append(Workbench(config, layers, grid, batch, Offloader(self.plan, device, room)))
         self.model = distribute_weights(model, self.plan, devices)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
@@ -139,8 +141,10 @@ class Denoiser:
     def _sweep(self, modulations: list[Tensor], read: Take, write: Give) -> None:
         """All layers over all blocks, on one device or on several at a time."""
         devices = [bench.offload.transfer.device for bench in self.benches]
-        ways = zip(self.benches[:-1], devices[1:], strict=True)
-        handed = [Handover(bench.offload.transfer, to) for bench, to in ways]
+        for bench in self.benches[1:] if not modulations[0].requires_grad else ():
+            bench.take(modulations[bench.layers.start])
+        ways = zip(self.benches[:-1], self.benches[1:], strict=True)
+        handed = [Handover(a.offload.transfer, b.offload.transfer.device, b.landings) for a, b in ways]
 
         def stage(number: int, progress: Callable[[int], None]) -> None:
             bench = self.benches[number]
