@@ -18,7 +18,7 @@ from infdit.memory.planner import fastest_plan, format_bytes
 from infdit.picture import PictureError, find_pictures
 from infdit.samplers import SAMPLERS
 
-from . import lines, quality, scaling, solvers, speed
+from . import kernels, lines, quality, scaling, solvers, speed
 from .dry_run import counted_peak
 
 
@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--fit", type=_steps, metavar="N,…", help="fit noise levels of N evaluations to such posteriors")
     p.add_argument("--scaling", action="store_true", help="what one to eight cards would take, by the cost model")
     p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
+    p.add_argument("--kernels", type=int, nargs="?", const=64, metavar="N", help="count the kernels of a layer; time "
+                   "Python in an evaluation of --size, N blocks at a time (64)")
     p.add_argument("--model", metavar="FILE", help="published .pt, .safetensors, or mini (default for pictures)")
     p.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="of the timed result (256x256)")
     p.add_argument("--layers", type=int, default=2, metavar="N", help="of the timed model, of the published width (2)")
@@ -73,6 +75,10 @@ def run(options: argparse.Namespace) -> int:
         told = scaling.report() if options.scaling else solvers.fit(options.fit) if options.fit else solvers.report()
         for text in told:
             print(text, flush=True)
+        return 0
+    if options.kernels:
+        for line in kernels.report(read_checkpoint(options.model or "mini").config, options.size, options.kernels):
+            print(line, flush=True)
         return 0
     if not options.quality and not options.without_original and not options.lines:
         return _speed(options)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -217,7 +218,7 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
         fake = entered.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         accelerator = entered.enter_context(FakeAccelerator())
         entered.enter_context(streams)
-        model = distribute_weights(_fake_model(workload.config, workload.dtype), plan, devices)
+        model = distribute_weights(fake_model(workload.config, workload.dtype), plan, devices)
         if not whole:
             _thin_out(model, workload, plan)
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
@@ -231,7 +232,8 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
     return meter
 
 
-def _fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
+def fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
+    """A network of fake tensors on the CPU."""
     with torch.device("meta"):
         model = InfDiT(config)
     state = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in model.named_parameters()}
@@ -263,7 +265,7 @@ def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
     wanted = {*chunks[:2], *chunks[-2:]}
 
     def turned(blocks: range) -> int:
-        return sum(any(shift) for i in blocks for shift in geometry.frame_shifts(i))
+        return int(geometry.frame_shifts(np.arange(blocks.start, blocks.stop)).any(-1).sum())
 
     keys = [turned(blocks) for blocks in chunks]
     for order in (range(len(chunks)), range(len(chunks) - 1, -1, -1)):  # hidden states get more, in the last group less

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,27 @@ from .grid import BlockGrid, BlockIndex
 
 def cut(image: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
     """Blocks of an image (B, c, h, w) → (B, n, c, size, size)."""
-    return torch.stack([image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in coordinates], 1)
+    areas = (_area(image, where, size) for _, where in _stretches(coordinates))
+    return torch.cat([rearrange(area, "b k r h c w -> b (r c) k h w") for area in areas], 1)
+
+
+def _stretches(coordinates: Sequence[BlockIndex]) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
+    """Blocks that lie in one line: where they stand, and their first row and column, and how many there are of both."""
+    begin, step = 0, (0, 1)
+    for end in range(1, len(coordinates) + 1):
+        (row, column), (first, left) = coordinates[end - 1], coordinates[begin]
+        if end == begin + 1 and end < len(coordinates):
+            step = (1, 0) if coordinates[end] == (row + 1, column) else (0, 1)
+        if end == len(coordinates) or coordinates[end] != (row + step[0], column + step[1]):
+            yield slice(begin, end), (first, left, row + 1 - first, column + 1 - left)
+            begin = end
+
+
+def _area(image: Tensor, where: tuple[int, int, int, int], size: int) -> Tensor:
+    """So many rows and columns of blocks from one on, a view: (B, c, rows, size, columns, size)."""
+    row, column, rows, columns = where
+    area = image[..., row * size : (row + rows) * size, column * size : (column + columns) * size]
+    return area.unflatten(-1, (columns, size)).unflatten(-3, (rows, size))
 
 
 class Canvas:
@@ -54,8 +74,9 @@ class Canvas:
             self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
         self.take()
-        for (r, c), block in zip(coordinates, pixels.unbind(1), strict=True):
-            self.image[..., r * size : (r + 1) * size, c * size : (c + 1) * size] = block
+        for here, where in _stretches(coordinates):
+            new = pixels[:, here].unflatten(1, where[2:])
+            _area(self.image, where, size)[:] = rearrange(new, "b r c k h w -> b k r h c w")
 
     def there(self, stride: int) -> Tensor:
         """Of every `stride`-th pixel both ways: whether its block is there."""
@@ -68,10 +89,12 @@ class Canvas:
 def cut_windows(lr: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
     """The 3×3 blocks of `size` pixels of `lr` around each block, (B, n, 3, w, w); zeros outside."""
     windows: list[Tensor] = []
-    for row, column in coordinates:
+    for _, (row, column, rows, columns) in _stretches(coordinates):
         above, before = (1 - min(row, 1)) * size, (1 - min(column, 1)) * size  # pixels that lie outside
         top, left = (row - 1) * size + above, (column - 1) * size + before
-        cut = lr[..., top : (row + 2) * size, left : (column + 2) * size]
-        padding = (before, 3 * size - before - cut.shape[-1], above, 3 * size - above - cut.shape[-2])
-        windows.append(F.pad(cut, padding))
-    return torch.stack(windows, 1)
+        strip = lr[..., top : (row + rows + 1) * size, left : (column + columns + 1) * size]
+        below, behind = (rows + 2) * size - above - strip.shape[-2], (columns + 2) * size - before - strip.shape[-1]
+        strip = F.pad(strip, (before, behind, above, below))
+        cut = strip.unfold(-2, 3 * size, size).unfold(-2, 3 * size, size)
+        windows.append(rearrange(cut, "b k r c h w -> b (r c) k h w"))
+    return torch.cat(windows, 1)

@@ -95,6 +95,8 @@ class Denoiser:
         rank = None if elsewhere is None else elsewhere.rank
         for device, layers in self.plan.stages(devices, config.num_layers, rank):
             room = chunk_workspace(config, model.dtype, grid, chunk, device)
+            if layers.start:  # whose hidden states lie in a landing
+                room -= chunk * config.block_tokens * config.hidden_size * model.dtype.itemsize
             self.benches.append(Workbench(config, layers, grid, batch, Offloader(self.plan, device, room)))
         self.model = distribute_weights(model, self.plan, devices, rank)
         self.geometry = Geometry(grid, config.block_side, config.position_period, positions, origin)
@@ -144,17 +146,22 @@ class Denoiser:
         """The same in a process that has some layers of those between: what comes from another goes on to another."""
         elsewhere, (modulations, _) = self._elsewhere, self._modulations(sigma, level)
         assert elsewhere is not None
+        self.benches[0].take(modulations[0])
         self._expect(elsewhere)
         self._sweep(modulations, lambda chunk: (elsewhere.take(self.progress), None), None)
 
     def _sweep(self, modulations: list[Tensor], read: Take, write: Give | None) -> None:
         """All layers over all blocks, on one device or on several at a time; write: None where others do it."""
         devices = [bench.offload.transfer.device for bench in self.benches]
-        ways = zip(self.benches[:-1], devices[1:], strict=True)
-        handed: list[Handover | Elsewhere] = [Handover(bench.offload.transfer, to) for bench, to in ways]
+        first = self.benches[0].layers.start
+        for bench in self.benches[1:] if not modulations[0].requires_grad else ():
+            bench.take(modulations[bench.layers.start - first])
+        ways = zip(self.benches[:-1], self.benches[1:], strict=True)
+        handed: list[Handover | Elsewhere] = [
+            Handover(a.offload.transfer, b.offload.transfer.device, b.landings) for a, b in ways
+        ]
         if self._elsewhere is not None:
             handed.append(self._elsewhere)
-        first = self.benches[0].layers.start
 
         def stage(number: int, progress: Progress) -> None:
             bench = self.benches[number]
@@ -189,7 +196,7 @@ class Denoiser:
         bench, config = self.benches[0], self.model.config
         batch, token = len(self.conditioning.lr), (config.block_tokens, config.hidden_size)
         shapes = [(batch, len(blocks), *token) for blocks in bench.chunks]
-        elsewhere.expect(shapes, self.model.dtype, bench.offload.transfer.device)
+        elsewhere.expect(shapes, self.model.dtype, bench.offload.transfer.device, bench.landings)
 
     def _modulations(self, sigma: Tensor, level: float | None) -> Modulations:
         """Of one noise level, or of one for each picture; weights come by once for LEVELS of those foreseen."""

@@ -6,13 +6,16 @@ upper) then lie at most C + 1 coordinates before it: that is all a sweep must re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
 
 Sweep = Literal["auto", "rows", "columns"]
 Positions = Literal["continuous", "wrapped"]
 BlockIndex = tuple[int, int]  # row, column of a block
+Whole = TypeVar("Whole", int, np.ndarray)  # a number, or one for each of n blocks
 
 # The blocks whose keys and values a block attends to, in the published order of the four slots: (up, left) steps.
 SLOTS: tuple[BlockIndex, ...] = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -59,29 +62,31 @@ class BlockGrid:
         """C, the blocks of a line."""
         return self.columns if self.by_rows else self.rows
 
-    def coordinates(self, index: int) -> BlockIndex:
+    def coordinates(self, index: Whole) -> tuple[Whole, Whole]:
         """Row and column of the block that is visited at `index`."""
-        line, along = divmod(index, self.line)
+        line, along = index // self.line, index % self.line
         return (line, along) if self.by_rows else (along, line)
 
-    def index(self, coordinates: BlockIndex) -> int:
+    def index(self, coordinates: tuple[Whole, Whole]) -> Whole:
         """When the block at (row, column) is visited: the inverse of `coordinates`."""
         row, column = coordinates
         return row * self.line + column if self.by_rows else column * self.line + row
 
-    def neighbours(self, index: int) -> tuple[int, ...]:
-        """Indices of the four blocks that block `index` attends to, in slot order.
+    def neighbours(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Indices of the four blocks that each of `indices` attends to, in slot order.
 
         An index outside the picture is clamped to 0 on its axis, so a missing neighbour is a copy of the nearest
         block. Slots are chosen by geometry: where lines run down, upper and left lie the other way around in time.
         """
-        row, column = self.coordinates(index)
-        return tuple(self.index((max(row - up, 0), max(column - left, 0))) for up, left in SLOTS)
+        rows, columns = self.coordinates(indices)
+        return [self.index((np.maximum(rows - up, 0), np.maximum(columns - left, 0))) for up, left in SLOTS]
 
-    def around(self, at: BlockIndex) -> list[list[bool]]:
-        """(3, 3): which of the 3×3 blocks around one lie in the picture."""
-        row, column = at
-        return [[0 <= row + r < self.rows and 0 <= column + c < self.columns for c in (-1, 0, 1)] for r in (-1, 0, 1)]
+    def around(self, indices: np.ndarray) -> np.ndarray:
+        """(n, 3, 3): which of the 3×3 blocks around each lie in the picture."""
+        steps = np.arange(-1, 2)
+        rows, columns = (at[:, None] + steps for at in self.coordinates(indices))
+        rows, columns = (rows >= 0) & (rows < self.rows), (columns >= 0) & (columns < self.columns)
+        return rows[:, :, None] & columns[:, None]
 
     def chunks(self, size: int) -> Iterator[range]:
         """All block indices in order, `size` at a time; the last chunk may be shorter."""
@@ -113,32 +118,29 @@ class Geometry:
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions {self.positions!r} must be one of {get_args(Positions)}")
 
-    def starts(self, at: BlockIndex) -> tuple[int, int]:
-        """(row, column) in patches of a block's first patch."""
-        return self.origin[0] + at[0] * self.side, self.origin[1] + at[1] * self.side
+    def starts(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column in patches of each block's first patch."""
+        rows, columns = self.grid.coordinates(indices)
+        return self.origin[0] + rows * self.side, self.origin[1] + columns * self.side
 
-    def token_positions(self, coordinates: Sequence[BlockIndex]) -> tuple[list[list[int]], list[list[int]]]:
+    def token_positions(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns, each (n, side), at which the tokens of blocks are turned."""
 
-        def axis(start: int) -> list[int]:
+        def axis(starts: np.ndarray) -> np.ndarray:
             if self.positions == "wrapped":
-                return [(start + i) % self.period for i in range(self.side)]  # published: the seam
-            return [start % self.period + i for i in range(self.side)]
+                return (starts[:, None] + np.arange(self.side)) % self.period  # published: the seam
+            return (starts % self.period)[:, None] + np.arange(self.side)
 
-        starts = [self.starts(at) for at in coordinates]
-        return [axis(row) for row, _ in starts], [axis(column) for _, column in starts]
+        rows, columns = self.starts(indices)
+        return axis(rows), axis(columns)
 
-    def frame_shifts(self, index: int) -> list[tuple[int, int]]:
-        """By how many patches (row, column) the keys of each slot must still be moved for block `index` to read them.
+    def frame_shifts(self, indices: np.ndarray) -> np.ndarray:
+        """By how many patches the keys of each slot must still be moved for blocks to read them: (n, slots, 2).
 
-        Zero or one period back: a block just behind the seam reads keys that were turned just before it.
+        Zero or one period back, down and across: a block just behind the seam reads keys that were turned just before.
         """
         if self.positions == "wrapped":
-            return [(0, 0)] * 4
-        own = self.starts(self.grid.coordinates(index))
-        shifts: list[tuple[int, int]] = []
-        for neighbour in self.grid.neighbours(index):
-            theirs = self.starts(self.grid.coordinates(neighbour))
-            row, column = ((q % self.period - (q - k)) - k % self.period for q, k in zip(own, theirs, strict=True))
-            shifts.append((row, column))
-        return shifts
+            return np.zeros((len(indices), len(SLOTS), 2), int)
+        own = np.stack(self.starts(indices), -1)[:, None]
+        theirs = np.stack([np.stack(self.starts(there), -1) for there in self.grid.neighbours(indices)], 1)
+        return (own % self.period - (own - theirs)) - theirs % self.period

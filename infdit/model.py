@@ -24,10 +24,9 @@ from .rotary import rotate
 
 EPS = 1e-6
 NOISE_CHANNELS = 192
-# (keys, values) of the blocks at hand → (keys, values) of the four blocks that each attends to, in slot order
-# takes keys and values (B, N, T, H, d) of the blocks at hand; gives what then gives those that each attends to, of four
-# blocks, (B, N, 4, T, H, d), which may be changed in place
-KeepNeighbours = Callable[[Tensor, Tensor], Callable[[], tuple[Tensor, Tensor]]]
+# takes keys, maybe of a wider dtype, and values (B, N, T, H, d) of the blocks at hand; gives what then gives those that
+# each attends to, of four blocks, (B, N, 4, T, H, d), with what is added to the keys in each slot, (4, H, d)
+KeepNeighbours = Callable[[Tensor, Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]
 MakeWindow = Callable[[], Tensor]  # low-resolution tokens (B, N, W, D)
 
 
@@ -92,7 +91,7 @@ class InfDiT(nn.Module):
             linears: `self.modulations`, or what computes them from weights that are elsewhere.
 
         Returns:
-            For each layer (4, B, 1, 1, D): shift and scale of the attention, shift and scale of the MLP; and
+            For each layer (4, B, 1, 1, D): shift and 1 + scale of the attention, the same of the MLP; and
             (2, B, 1, 1, D) for the head.
         """
         half = NOISE_CHANNELS // 2
@@ -103,9 +102,8 @@ class InfDiT(nn.Module):
             given = c.new_zeros(len(c), self.config.vector_dim) if vector is None else vector
             c = c + self.vector_embed(given.to(c))
         c = F.silu(F.silu(c))  # published: SiLU after the embedding, and once more before every modulation
-        split = "b (parts d) -> parts b 1 1 d"
-        layers = [rearrange(linear(c), split, parts=4) for linear in linears]
-        return layers, rearrange(self.head_modulation(c.to(self.device)), split, parts=2)
+        layers = [_shifts_and_scales(linear(c), 4) for linear in linears]
+        return layers, _shifts_and_scales(self.head_modulation(c.to(self.device)), 2)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Blocks of pixels (B, N, 6, h, w), noisy picture ⊕ upscaled picture, → tokens (B, N, T, D)."""
@@ -174,13 +172,17 @@ class Layer(nn.Module):
     ) -> Tensor:
         """Block attention of tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
         qkv = self.qkv(modulate(_norm(h), shift, scale))
-        q, k, v = rearrange(qkv, "b n t (three h d) -> three b n t h d", three=3, h=self.heads)
-        q, k = rotate(self.qk_norm(q), turns), rotate(self.qk_norm(k), turns)  # (B, N, T, H, d)
-        find_neighbours = keep_neighbours(k, v)
-        del qkv, k, v  # what is kept of them is elsewhere: they make room for those of four blocks
-        keys, values = find_neighbours()  # (B, N, 4, T, H, d)
+        qkv = rearrange(qkv, "b n t (three h d) -> b n t (three h) d", three=3, h=self.heads)
+        # values are normalised too, and not used: keys and queries alone would be copied first, which moves more bytes
+        normed = self.qk_norm(qkv)
+        q, k, _ = normed.split(self.heads, -2)  # (B, N, T, H, d)
+        q, k = rotate(q, turns).to(normed.dtype), rotate(k, turns)
+        if k.requires_grad:
+            k = k.to(normed.dtype)
+        find_neighbours = keep_neighbours(k, qkv[..., 2 * self.heads :, :])
+        del qkv, normed, k, _  # what is kept of them is elsewhere: they make room for those of four blocks
+        keys, values = find_neighbours(self.slot_embed)  # (B, N, 4, T, H, d)
         del find_neighbours
-        keys.add_(self.slot_embed[:, None])
         found = _attention(q, keys.flatten(2, 3), values.flatten(2, 3))
         del q, keys, values
         return self.out(_merge_heads(found, h))
@@ -210,9 +212,16 @@ class LRCrossAttention(nn.Module):
         return self.out(_merge_heads(_attention(q, k, v), h))
 
 
+def _shifts_and_scales(made: Tensor, parts: int) -> Tensor:
+    """What a linear layer makes of the noise level, (B, parts·D): shift, 1 + scale, …, (parts, B, 1, 1, D)."""
+    made = rearrange(made, "b (parts d) -> parts b 1 1 d", parts=parts)
+    made[1::2] += 1
+    return made
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """x·scale + shift."""
+    return torch.addcmul(shift, x, scale)
 
 
 def _add(h: Tensor, more: Tensor) -> Tensor:

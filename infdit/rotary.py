@@ -28,6 +28,7 @@ def rotary_turns(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtyp
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x (…, T, H, d) by turns (…, T, d/2), in the turns' precision."""
-    pairs = torch.view_as_complex(x.to(turns.dtype.to_real()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[..., None, :]).flatten(-2).to(x.dtype)
+    """Turn the interleaved pairs of x (…, T, H, d) by turns (…, T, d/2): of the turns' precision."""
+    wide = x.to(turns.dtype.to_real())
+    pairs, turns = torch.view_as_complex(wide.unflatten(-1, (-1, 2))), turns[..., None, :]
+    return torch.view_as_real(pairs * turns if wide is x else pairs.mul_(turns)).flatten(-2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,8 +39,10 @@ class Elsewhere(Protocol):
     def evaluate(self, sigma: Tensor, level: float | None) -> None:
         """Begin an evaluation; arguments as those of `Denoiser.pass_on`."""
 
-    def expect(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
-        """Begin to receive tokens of these shapes, one after the other."""
+    def expect(
+        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, landings: Sequence[Tensor]
+    ) -> None:
+        """Begin to receive tokens of these shapes, one after the other; landings: see `Workbench`."""
 
     def give(self, h: Tensor, look: Progress) -> None:
         """Send tokens on as soon as those before have gone; look: see `Handover`."""
@@ -56,16 +59,16 @@ class _LeftAlone(Exception):  # noqa: N818 - no error of anybody's
 class Handover:
     """Tokens of chunks on their way from one device to the next: one chunk at most is there before it is wanted."""
 
-    def __init__(self, transfer: Transfer, device: torch.device) -> None:
-        """transfer: of the device that they come from."""
-        self._transfer, self._device = transfer, device
+    def __init__(self, transfer: Transfer, device: torch.device, landings: Sequence[Tensor]) -> None:
+        """transfer: of the device that they come from; landings: see `Workbench`."""
+        self._transfer, self._device, self._landings = transfer, device, cycle(landings)
         self._room, self._there = threading.Semaphore(1), Queue()
 
     def give(self, h: Tensor, look: Progress) -> None:
         """Hand tokens on as soon as there is room; look: is called with 0 meanwhile, and may raise."""
         while not self._room.acquire(timeout=TICK):
             look(0)
-        self._there.put(self._transfer.hand_on(h, self._device))
+        self._there.put(self._transfer.hand_on(h, self._device, next(self._landings, None)))
 
     def take(self, look: Progress) -> Tensor:
         """The tokens that were given next."""

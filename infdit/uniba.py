@@ -16,6 +16,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .memory.offload import Offloader
     from .model import InfDiT, MakeWindow
 
+LANDINGS = 3
 
 
 class Chunk:
@@ -36,7 +38,7 @@ class Chunk:
         blocks: indices in the order of the sweep; coordinates: their rows and columns.
         turns: (n, T, d/2) rotary positions of their tokens, on the device.
         inside: (n, 3, 3), which of the blocks around each lie in the picture, on the device.
-        neighbours: for each slot the indices of the blocks that they attend to.
+        neighbours: for each slot the indices of the blocks that they attend to; slices: see `KVRing`.
         shifted: (block of the chunk, slot) of keys that lie in another frame than their reader's, and (1, d/2), on
             the device, what moves them there.
     """
@@ -44,19 +46,20 @@ class Chunk:
     def __init__(self, geometry: Geometry, blocks: range, offload: Offloader, model: InfDiT) -> None:
         grid, transfer = geometry.grid, offload.transfer
         head_dim, dtype = model.config.head_dim, torch.promote_types(model.dtype, torch.float32)
-        self.blocks = blocks
-        self.coordinates = [grid.coordinates(i) for i in blocks]
-        rows, columns = geometry.token_positions(self.coordinates)
+        self.blocks, indices = blocks, np.arange(blocks.start, blocks.stop)
+        self.coordinates = list(zip(*(at.tolist() for at in grid.coordinates(indices)), strict=True))
+        rows, columns = geometry.token_positions(indices)
         self.turns = rotary_turns(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
-        self.inside = transfer.to_device([grid.around(at) for at in self.coordinates])
-        self.neighbours = list(zip(*(grid.neighbours(i) for i in blocks), strict=True))
-        frames = enumerate(geometry.frame_shifts(i) for i in blocks)
-        shifts = [(n, slot, by) for n, shifts in frames for slot, by in enumerate(shifts) if any(by)]
+        self.inside = transfer.to_device(grid.around(indices))
+        self.neighbours = [there.tolist() for there in grid.neighbours(indices)]
+        self.slices: list[tuple[int, slice, slice]] = []
         self.shifted: list[tuple[int, int, Tensor]] = []
-        if shifts:
-            rows, columns = transfer.to_device([by for *_, by in shifts])[..., None].unbind(1)  # (m, 1) each
+        shifts = geometry.frame_shifts(indices)
+        which = np.argwhere(shifts.any(-1)).tolist()
+        if which:
+            rows, columns = transfer.to_device(shifts[shifts.any(-1)])[..., None].unbind(1)  # (m, 1) each
             turns = rotary_turns(rows, columns, head_dim, dtype)
-            self.shifted = [(n, slot, turn) for (n, slot, _), turn in zip(shifts, turns.unbind(), strict=True)]
+            self.shifted = [(n, slot, turn) for (n, slot), turn in zip(which, turns.unbind(), strict=True)]
 
 
 # tokens (B, n, T, D) of a chunk, and for the first layer what makes those of the low-resolution picture
@@ -80,37 +83,49 @@ class KVRing:
         if self.kept is None:
             self.kept = like.new_empty((2, shape[0], self._size, *shape[1:]))
 
-    def keep(self, chunk: Chunk, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def keep(self, chunk: Chunk, k: Tensor, v: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`."""
         if k.requires_grad:  # of the whole grid at once, which is differentiable
             return partial(self._find, chunk, k, v)
-        self.take(k, (len(k), *k.shape[2:]))
+        self.take(v, (len(v), *v.shape[2:]))
         assert self.kept is not None, "taken"
-        for here, there in _runs(chunk.blocks, self._size):
-            for ring, new in zip(self.kept, (k, v), strict=True):
+        for slot, here, there in self._slices(chunk):
+            for ring, new in zip(self.kept, (k, v), strict=True) if slot == 0 else ():
                 ring[:, there] = new[:, here]
         return partial(self._find, chunk, *self.kept)
 
-    def _find(self, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._gather(chunk, k), self._gather(chunk, v)
+    def _find(self, chunk: Chunk, k: Tensor, v: Tensor, slot_embed: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._gather(chunk, k, slot_embed), self._gather(chunk, v)
         for block, slot, turn in chunk.shifted:
-            keys[:, block, slot] = rotate(keys[:, block, slot], turn)
+            there = chunk.neighbours[slot][block] % self._size
+            keys[:, block, slot] = rotate(k[:, there], turn).to(k.dtype).add_(slot_embed[slot])
         return keys, values
 
-    def _gather(self, chunk: Chunk, x: Tensor) -> Tensor:
-        """Of blocks (B, size or all, T, H, d) those in the slots of the chunk's, (B, n, 4, T, H, d)."""
+    def _gather(self, chunk: Chunk, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Of blocks (B, size or all, T, H, d) those in the slots of the chunk's, (B, n, 4, T, H, d), and what is added.
+
+        added: (4, H, d), to all tokens in each slot.
+        """
         if x.requires_grad:
-            return torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
+            found = torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
+            return found if added is None else found.add_(added[:, None])
         found = x.new_empty((len(x), len(chunk.blocks), len(SLOTS), *x.shape[2:]))
         for slot, here, there in self._slices(chunk):
-            found[:, here, slot] = x[:, there]
+            if added is None:
+                found[:, here, slot] = x[:, there]
+            else:
+                torch.add(x[:, there], added[slot], out=found[:, here, slot])
         return found
 
-    def _slices(self, chunk: Chunk) -> Iterator[tuple[int, slice, slice]]:
-        """Slots, blocks of the chunk, and where those that they attend to in that slot are kept."""
-        for slot, indices in enumerate(chunk.neighbours):
-            for here, there in _runs(indices, self._size):
-                yield slot, here, there
+    def _slices(self, chunk: Chunk) -> list[tuple[int, slice, slice]]:
+        """Slots, blocks of the chunk, and where those that they attend to in that slot are kept; the first is its own.
+
+        They are the same for all layers, whose rings are of one size.
+        """
+        chunk.slices = chunk.slices or [
+            (slot, *run) for slot, indices in enumerate(chunk.neighbours) for run in _runs(indices, self._size)
+        ]
+        return chunk.slices
 
 
 def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
@@ -128,6 +143,10 @@ class Workbench:
 
     Rings of keys and values, hidden states between groups of layers, and room for the chunk at hand. That room is held
     as one piece while nobody works there: an allocator that gave parts of it to others would have to take it anew.
+
+    Attributes:
+        landings: where tokens of a chunk come to from another device, in turn, and are changed in place: one chunk that
+            waits, one at hand, one that may still be read while it leaves. None on a CPU.
     """
 
     def __init__(self, config: InfDiTConfig, layers: range, grid: BlockGrid, batch: int, offload: Offloader) -> None:
@@ -140,6 +159,7 @@ class Workbench:
         # a layer that has all blocks at once needs nothing of what it kept when it is done
         self.rings = [KVRing(size) for _ in self.groups[0][: 1 if len(self.chunks) == 1 else None]]
         self.rings *= len(self.groups[0]) // len(self.rings)
+        self.landings: list[Tensor] = []
         self._config, self._batch = config, batch
         self._room: Tensor | None = None
 
@@ -150,6 +170,8 @@ class Workbench:
             ring.take(like, (self._batch, T, H, d))
         if len(self.groups) > 1:
             self.states.take(like, (self._batch, len(self.chunks[0]), T, D))
+        if self.layers.start and like.device.type != "cpu" and not self.landings:
+            self.landings = [like.new_empty(self._batch * len(self.chunks[0]) * T * D) for _ in range(LANDINGS)]
 
     def clear(self) -> None:
         """Begin to work: a chunk may take the room."""
@@ -164,7 +186,7 @@ class Workbench:
     def give_back(self) -> None:
         """Keep nothing any more, whoever holds a reference to this."""
         self.states.give_back()
-        self._room = None
+        self._room, self.landings = None, []
         for ring in self.rings:
             ring.kept = None
 

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import infdit
 from benchmarks.__main__ import main
+from benchmarks.kernels import Kernels
 from benchmarks.peak_meter import PeakMeter
 from benchmarks.speed import Timing, random_model, time_plans
 from infdit import InfDiTConfig, MemoryPlan
@@ -23,6 +25,37 @@ def test_it_prints_constants_and_plans(capsys: pytest.CaptureFixture[str]) -> No
     assert "TFLOP/s in general" in out and "by a product measured here" in out
     assert out.count(" layers × ") == 6
     assert "weights streamed take" in out
+
+
+def test_kernels_of_a_layer_and_seconds_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """29 at the published width with four blocks, and 0.7 GB by those that only move numbers; 36 and 0.82 GB once."""
+    assert main(["--kernels", "4", "--size", "64x96"]) == 0
+    *_, whole, python = capsys.readouterr().out.splitlines()
+    kernels, moved, unit, *_ = whole.split()
+    assert float(kernels) <= 30
+    assert float(moved) <= 700
+    assert unit == "MB"
+    assert 0 < float(python.split(": ")[1].split(" ms in Python")[0]) < 1000
+
+
+def test_kernels_are_counted_as_an_accelerator_would_have_them() -> None:
+    kernels, x = Kernels(), torch.ones(4, 6)
+    kernels.on = True
+    with kernels:
+        y = x.view(6, 4).t()  # nothing
+        y = y + torch.ones(6).expand(4, 6)  # made by one; 24 and 6 numbers are read, 24 written
+        y.add_(1)
+        y[:2] = x[:2]  # 12 and 12
+        torch.add(x, x, out=y)
+        F.layer_norm(y[:, 3:], (3,))  # 12 numbers, copied first; two more for each of four rows
+        x @ y.t()
+    assert kernels.names == {
+        "ones": 1, "add": 2, "add_": 1, "copy_": 1, "native_layer_norm": 1, "copy for a norm": 1, "mm": 1,
+    }  # fmt: skip
+    numbers = {name: count // 4 for name, count in kernels.moved.items()}
+    assert numbers == {
+        "ones": 6, "add": 54 + 72, "add_": 48, "copy_": 24, "native_layer_norm": 24 + 8, "copy for a norm": 24, "mm": 0,
+    }  # fmt: skip
 
 
 def test_timings_are_of_the_plans_in_their_order() -> None:

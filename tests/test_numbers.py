@@ -110,7 +110,7 @@ def zeros(chunk: uniba.Chunk, x: torch.Tensor) -> torch.Tensor:
 
 
 FAULTS: dict[str, tuple[object, str, Callable]] = {
-    "rings are not read": (uniba.KVRing, "_gather", lambda ring, chunk, x: zeros(chunk, x)),
+    "rings are not read": (uniba.KVRing, "_gather", lambda ring, chunk, x, *added: zeros(chunk, x)),
     "neighbours change places": (
         uniba.KVRing, "_slices", lambda ring, chunk: ((3 - slot, *where) for slot, *where in SLICES(ring, chunk))
     ),

@@ -481,6 +481,13 @@ def test_a_wait_between_devices_that_is_left_out_is_found(
         watch(agents, monkeypatch, plan, shared(plan))
 
 
+def test_a_landing_that_is_used_again_too_early_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infdit.uniba.LANDINGS", 2)
+    plan = MemoryPlan(4, 1, layers=(1, 1, 2))
+    with pytest.raises(RaceError, match="written on copy lazy:0 while copy lazy:1 may still use it"):
+        watch(agents, monkeypatch, plan, shared(plan))
+
+
 @pytest.mark.parametrize("handed", [True, False])
 def test_threads_of_a_cpu_touch_nothing_at_the_same_time(
     handed: bool, agents: Agents, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -208,8 +209,8 @@ class Transfer:
         """Memory of the host that the device can reach quickly, for tensors of at most about `piece` bytes."""
         return HostMemory(piece, self.device, self._pinned)
 
-    def to_device(self, numbers: Sequence[object]) -> Tensor:
-        """Nested numbers as a tensor on the device, without waiting for what the device is doing."""
+    def to_device(self, numbers: np.ndarray) -> Tensor:
+        """Numbers as a tensor on the device, without waiting for what the device is doing."""
         tensor = torch.tensor(numbers, device="cpu")
         if self._stream is None:
             return tensor.to(self.device)
@@ -235,19 +236,23 @@ class Transfer:
         self._copy([target], [source])
         self._leaving = PendingCopy([source], self._copied())  # which keeps it as long as it is read
 
-    def hand_on(self, source: Tensor, device: torch.device) -> PendingCopy:
-        """Begin to copy a tensor of the device, all of whose arithmetic is queued, to another device."""
-        if self._stream is None or device.type != self.device.type:
+    def hand_on(self, source: Tensor, device: torch.device, landing: Tensor | None) -> PendingCopy:
+        """Begin to copy a tensor of the device, all of whose arithmetic is queued, to another device.
+
+        landing: room for it there, which what is queued there now may still use; None: it takes some.
+        """
+        if landing is None:
             return PendingCopy([source.to(device)])
+        target = landing[: source.numel()].view(source.shape)
+        if self._stream is None or device.type != self.device.type:
+            return PendingCopy([target.copy_(source)])
         if self._leaving is not None:
             self._leaving.wait()
-        target = torch.empty(source.shape, dtype=source.dtype, device=device)
         self._reached.add(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory may have been in use a moment ago
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._copy([target], [source])
-        copied = self._copied()
-        self._leaving = PendingCopy([source], copied)
-        return PendingCopy([target], copied)
+        self._leaving = PendingCopy([source], self._copied())
+        return PendingCopy([target], self._copied())
 
     def throttle(self) -> None:
         """After each layer of a chunk, wait until the device has done the one before: bar and stop tell the truth."""

@@ -1,0 +1,135 @@
+"""What an evaluation costs beside its products: kernels and bytes of a layer, and the share of time that Python takes.
+
+Kernels are counted from the operations that are really executed, on fake tensors on a fake accelerator: one for each
+that touches data. Attention is one, a product with its bias is one, a view is none; a norm of what is not contiguous is
+two, for it is copied first. Python's seconds are all that PyTorch's profiler does not find within an operation, what
+itself takes with them. They do not depend on the width of the model, so a narrow one stands in for it, whose arithmetic
+does not keep the CPU busy; what a card takes is foretold by the cost model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from infdit import attention
+from infdit.config import LR_FACTOR, InfDiTConfig
+from infdit.denoiser import Conditioning, Denoiser
+from infdit.grid import BlockGrid
+from infdit.memory.cost import CostModel
+from infdit.memory.plan import MemoryPlan
+
+from .dry_run import ACCELERATOR, FakeAccelerator, fake_model
+from .speed import random_model
+
+PRODUCTS = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention")  # whose bytes are not counted
+CUDA = torch.device("cuda")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what an accelerator is asked to do while it is `on`.
+
+    Attributes:
+        names: how many kernels of each name; moved: bytes that they read and write, of those that are no products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.names, self.moved = False, Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - PyTorch's own signature
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
+        result = func(*args, **kwargs)
+        if self.on and not func.is_view and func.namespace != "prim" and "empty" not in name:
+            kwargs.pop("out", None)
+            read = [x for x in tree_leaves((args[name == "copy_" :], kwargs)) if isinstance(x, Tensor)]
+            written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            self._count(name, [] if name in PRODUCTS else read + written)
+            if name == "native_layer_norm" and not read[0].is_contiguous():
+                self._count("copy for a norm", [read[0]] * 2)
+        return result
+
+    def _count(self, name: str, touched: Sequence[Tensor]) -> None:
+        self.names[name] += 1
+        self.moved[name] += sum(map(_bytes, touched))
+
+
+def _bytes(x: Tensor) -> int:
+    """Of a tensor, each number once."""
+    shape = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return torch.Size(shape).numel() * x.itemsize
+
+
+@torch.no_grad()
+def of_a_layer(config: InfDiTConfig, chunk: int, line: int, lines: int = 3) -> tuple[Kernels, int]:
+    """Kernels of a layer that is not the first, in bf16, and the number of chunks that it came by.
+
+    line: blocks of one; lines: of the picture.
+    """
+    config, kernels = replace(config, num_layers=2), Kernels()
+    height, width = lines * config.block_size, line * config.block_size
+    fused = mock.patch.object(attention, "fused", lambda *which: True)
+    with fused, FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
+        x, up = (torch.empty(1, 3, height, width, device=ACCELERATOR) for _ in range(2))
+        lr = torch.empty(1, 3, height // LR_FACTOR, width // LR_FACTOR, device=ACCELERATOR)
+        plan = MemoryPlan(2, chunk, sweep="rows")
+        denoise = Denoiser(fake_model(config, torch.bfloat16), Conditioning(lr, up), plan, device=ACCELERATOR)
+        layer = denoise.model.layers[1]
+        layer.register_forward_pre_hook(lambda *_: setattr(kernels, "on", True))
+        layer.register_forward_hook(lambda *_: setattr(kernels, "on", False))
+        with kernels:
+            denoise(x, 1.0)
+    return kernels, len(denoise.benches[0].chunks)
+
+
+@torch.no_grad()
+def in_python(config: InfDiTConfig, size: tuple[int, int], plan: MemoryPlan) -> float:
+    """Seconds of an evaluation of so many blocks outside calls of PyTorch; size: (height, width) in pixels."""
+    narrow = replace(config, hidden_size=4 * config.num_heads)
+    generator = torch.Generator().manual_seed(0)
+    x, up = (torch.randn((1, 3, *size), generator=generator) for _ in range(2))
+    lr = torch.randn((1, 3, *(side // LR_FACTOR for side in size)), generator=generator)
+    denoise = Denoiser(random_model(narrow, torch.float32), Conditioning(lr, up), plan)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        began = time.perf_counter()
+        denoise(x, 1.0)
+        seconds = time.perf_counter() - began
+    return seconds - 1e-6 * sum(event.self_cpu_time_total for event in seen.key_averages())
+
+
+def report(config: InfDiTConfig, size: tuple[int, int], chunk: int) -> Iterator[str]:
+    """Lines: a layer of the published width, kernel by kernel; then Python's share of a model's evaluation.
+
+    config: of the model whose evaluation of size (height, width) is profiled; chunk: blocks of its chunks.
+    """
+    published = InfDiTConfig()
+    counted, chunks = of_a_layer(published, 4, 4096 // published.block_size)
+    yield f"a layer of width {published.hidden_size}, 4 blocks of 1024 tokens in bf16, of 4096 pixels a line:"
+    for name, count in counted.names.most_common():
+        yield f"{count / chunks:7.2f} {counted.moved[name] / chunks / 1e6:8.1f} MB   {name}"
+    kernels, moved = counted.names.total() / chunks, counted.moved.total() / chunks
+    yield f"{kernels:7.2f} {moved / 1e6:8.1f} MB   kernels, and bytes of those that are neither product nor attention"
+    grid, plan = BlockGrid.covering(*size, config.block_size), MemoryPlan(config.num_layers, chunk)
+    seconds, chunks = in_python(config, (grid.height, grid.width), plan), -(-grid.blocks // chunk)
+    card = CostModel.family(CUDA, torch.bfloat16).evaluation(config, grid, plan, torch.bfloat16)
+    yield (
+        f"{size[1]}×{size[0]}, {config.num_layers} layers of width {config.hidden_size}, {chunk} blocks at a time: "
+        f"{1e3 * seconds / chunks:.1f} ms in Python, {1e3 * card / chunks:.1f} ms on a card by the cost model"
+    )
