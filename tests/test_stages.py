@@ -176,7 +176,10 @@ def cards(count: int) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", number) for number in range(count))
 
 
-@pytest.mark.parametrize("layers", [(2, 2), (1, 3), (1, 1, 1, 1), (2, 0, 2)], ids=str)
+MORE = (2, 2), (1, 1, 1, 1), (2, 0, 2)
+
+
+@pytest.mark.parametrize("layers", [(1, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)], ids=str)
 def test_no_device_holds_more_than_is_foretold_for_it(layers: tuple[int, ...]) -> None:
     first, *beside = cards(len(layers))
     config = InfDiTConfig(4, 256, 4, 4, 64, 0)

@@ -278,6 +278,7 @@ def watch(
     seen = Watch(agents)
     monkeypatch.setattr(dry_run, "PeakMeter", lambda *held: seen)
     monkeypatch.setattr(dry_run, "_streams", nullcontext)
+    monkeypatch.setattr(dry_run, "STEPS", 2)  # the second has what the first left
     with suppress(StopError):
         dry_run.counted(workload, plan, whole=True, seed=seed)
     gc.collect()
@@ -290,8 +291,10 @@ AWAY = MemoryPlan(1, 2, "streamed", "host", "host")
 PLANS = [
     AWAY,
     MemoryPlan(3, 5, "streamed"),
+    MemoryPlan(2, 3, "resident", "host", "device"),
+    MemoryPlan(2, 3, "streamed", "device", "host"),
     *(
-        MemoryPlan(2, 3, weights, hidden, images)
+        pytest.param(MemoryPlan(2, 3, weights, hidden, images), marks=pytest.mark.slow)
         for weights in ("resident", "streamed")
         for hidden in ("device", "host")
         for images in ("device", "host")
@@ -361,7 +364,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     return moves
 
 
-@pytest.mark.parametrize("stop", range(0, 54, 6))
+@pytest.mark.parametrize("stop", [0, 21, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 36, 3))])
 def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
     stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,11 +402,11 @@ def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
     """Early, late or amid the first evaluation, and the order is right all the same."""
     calls = failing_pin(monkeypatch, 0)
     undisturbed = watch(agents, monkeypatch, AWAY).copies
-    each = len(calls) // 3  # evaluations
+    each = len(calls) // 2  # evaluations
     assert each > 10
-    for number in (1, each // 2, each):
+    for number in (1, each // 2):
         calls = failing_pin(monkeypatch, number)
-        assert watch(agents, monkeypatch, AWAY).copies < undisturbed * 0.4
+        assert watch(agents, monkeypatch, AWAY).copies < undisturbed * 0.6
         assert len(calls) == number, "pinning is not tried again in this run"
 
 
@@ -429,7 +432,9 @@ def shared(plan: MemoryPlan, cards: Sequence[torch.device] = CARDS) -> Workload:
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 @pytest.mark.parametrize(
-    "plan", SEVERAL, ids=lambda p: f"{p.group}-{p.chunk}-{p.weights}-{p.hidden}-{p.images}-{p.pinned}-{p.layers}"
+    "plan",
+    [*SEVERAL[:3], *(pytest.param(plan, marks=pytest.mark.slow) for plan in SEVERAL[3:])],
+    ids=lambda p: f"{p.group}-{p.chunk}-{p.weights}-{p.hidden}-{p.images}-{p.pinned}-{p.layers}",
 )
 def test_nothing_is_used_too_early_or_too_late_on_several_devices(
     plan: MemoryPlan, seed: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
@@ -499,7 +504,7 @@ def test_threads_of_a_cpu_touch_nothing_at_the_same_time(
         watch(agents, monkeypatch, plan, shared(plan, [torch.device("cpu")] * 3))
 
 
-@pytest.mark.parametrize("stop", range(2, 30, 9))
+@pytest.mark.parametrize("stop", [2, 13])
 def test_a_stop_gives_nothing_back_that_is_on_its_way_to_another_device(
     stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
