@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infdit.config import SamplingDefaults
+from infdit.config import InfDiTConfig, SamplingDefaults
+from infdit.memory.cost import seconds_per_evaluation
+from infdit.memory.plan import MemoryPlan, Workload
+from infdit.memory.planner import format_seconds
 from infdit.presets import PRESETS, sampling
 from infdit.samplers import SAMPLERS, evaluations, get_sampler, karras_sigmas
 from infdit.tune import Fit, Fitting, Levels, fit_levels
@@ -20,6 +23,7 @@ from infdit.tune import Fit, Fitting, Levels, fit_levels
 from . import solvable
 
 PAPER = SamplingDefaults()
+ON_A_CARD = Workload(InfDiTConfig(), 2048, 2048, device=torch.device("cuda"))  # what times are foretold of
 END = 1e-4  # where paths that are stepped end: nothing is left to happen below
 COUNTS = (8, 13, 20, 39)  # evaluations with Karras's levels, a row for each sampler
 
@@ -94,8 +98,8 @@ def fit(counts: Sequence[int]) -> Iterator[str]:
 def report() -> Iterator[str]:
     """A row for each preset, then for each sampler with Karras's levels."""
     benches = judged_on()
-    yield f"| | sampler | evaluations | {' | '.join(benches)} |"
-    yield f"|---|---|---|{'---|' * len(benches)}"
+    yield f"| | sampler | evaluations | time | {' | '.join(benches)} |"
+    yield f"|---|---|---|---|{'---|' * len(benches)}"
     for name in PRESETS:
         chosen = sampling(PAPER, name)
         yield _row(f"**{name}**", str(chosen.sampler), chosen.sigmas, benches)
@@ -107,4 +111,6 @@ def report() -> Iterator[str]:
 
 def _row(name: str, sampler: str, sigmas: Tensor, benches: Mapping[str, Bench]) -> str:
     distances = " | ".join(f"{bench.distance(sampler, sigmas):.1e}" for bench in benches.values())
-    return f"| {name} | `{sampler}` | {evaluations(sampler, sigmas)} | {distances} |"
+    count = evaluations(sampler, sigmas)
+    seconds = count * seconds_per_evaluation(ON_A_CARD, MemoryPlan.default(ON_A_CARD.config))
+    return f"| {name} | `{sampler}` | {count} | {format_seconds(seconds)} | {distances} |"

@@ -88,11 +88,11 @@ class Belt:
     One that fails ends them all; so does a stop.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, is_stop: Callable[[BaseException], bool]) -> None:
+        """is_stop: whether an error is one that whoever watches the run has raised."""
+        self._progress, self._is_stop = progress, is_stop
         self._ended, self._lock, self._done = threading.Event(), threading.Lock(), 0
         self._failure: BaseException | None = None
-        self._stopped: BaseException | None = None
 
     def run(self, stages: Sequence[Stage], devices: Sequence[torch.device]) -> None:
         """Run all stages to their ends.
@@ -135,7 +135,7 @@ class Belt:
             pass
         except BaseException as error:  # noqa: BLE001 - the caller raises it again
             named = error
-            said = isinstance(error, DeviceFailed | PinFailed) or error is self._stopped
+            said = isinstance(error, DeviceFailed | PinFailed) or self._is_stop(error)
             if isinstance(error, RuntimeError) and not said and not out_of_memory(error):
                 reason = str(error).partition("\n")[0]
                 named = DeviceFailed(f"{device}, one of several devices, failed ({reason}): try without it")
@@ -157,8 +157,4 @@ class Belt:
             raise _LeftAlone
         with self._lock:
             done, self._done = done + self._done, 0
-        try:
-            self._progress(done)
-        except BaseException as error:
-            self._stopped = error
-            raise
+        self._progress(done)

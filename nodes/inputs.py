@@ -62,7 +62,8 @@ def _checks_of_links(execute: Callable[..., object]) -> dict[str, Check]:
     found: dict[str, Check] = {}
     for name, hint in get_type_hints(execute).items():
         kinds = tuple(kind for kind in get_args(hint) or (hint,) if isinstance(kind, type))
-        if any(kind.__module__.startswith(__package__ or "?") for kind in kinds):
+        ours = (kind for kind in kinds if kind.__module__.startswith(__package__ or "?"))
+        if any(not getattr(kind, "_is_protocol", False) for kind in ours):  # what core gives is no class of ours
             words = "must come from an Inf-DiT node"
             found[name] = lambda value, kinds=kinds, words=words: "" if isinstance(value, kinds) else words
     return found

@@ -163,6 +163,16 @@ def test_a_stop_at_any_move_of_the_bar_ends_all_and_keeps_nothing(noisy_mini: In
         assert sum(type(x) is torch.Tensor for x in gc.get_objects()) <= before
 
 
+def test_a_stop_while_a_picture_is_shown_is_no_failure_of_a_device(noisy_mini: InfDiT) -> None:
+    def painted(canvas: object, up: object) -> None:
+        raise StopError
+
+    x, conditioning, _ = random_inputs(6, 6, 1)
+    options = {"plan": MemoryPlan(6, 4, layers=(3, 3)), "device": [CPU, CPU], "painted": painted}
+    with pytest.raises(StopError):
+        Denoiser(noisy_mini, replace(conditioning, clip_embedding=None), **options)(x.float(), 1.0)
+
+
 def test_layers_that_do_not_fit_the_model_are_refused(noisy_mini: InfDiT) -> None:
     for layers in ((3, 2), (7, -1), (2, 2, 1, 1)):
         with pytest.raises(ValueError, match=r"layers .* over 3 devices must be all 6, some on each"):

@@ -340,7 +340,7 @@ def test_least_denoise_and_scale(inside: dict) -> None:
         ("half steps", "steps is 2.5 and must be a whole number from 0 to 1000"),
         ("denoise below", "denoise is -1.0 and must be a number from 0 to 1"),
         ("seed list", "seed is [1] and must be a whole number from 0"),
-        ("no sampler", "sampler '4' is none of"),
+        ("no sampler", "sampler_name is '4' and must be one of auto, heun"),
     ],
 )
 def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> None:
