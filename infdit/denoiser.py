@@ -22,7 +22,7 @@ from .memory.footprint import LEVELS, chunk_workspace
 from .memory.offload import Offloader, distribute_weights
 from .memory.plan import MemoryPlan
 from .model import InfDiT, MakeWindow
-from .stages import Belt, Elsewhere, Handover, Progress
+from .stages import Belt, Elsewhere, Handover, Progress, Stops
 from .uniba import Chunk, Give, Take, Workbench, sweep
 
 SIGMA_DATA = 0.5
@@ -73,9 +73,9 @@ class Denoiser:
         progress: Callable[[int], None] | None = None, device: torch.device | Sequence[torch.device] | None = None,
         painted: Painted | None = None, levels: Sequence[float] = (), elsewhere: Elsewhere | None = None,
     ) -> None:
-        self.conditioning, self._elsewhere, self._stop = conditioning, elsewhere, 0
-        self.progress = self._noting(progress or (lambda done: None))
-        self.painted = painted and self._noting(painted)
+        self.conditioning, self._elsewhere, self._stops = conditioning, elsewhere, Stops()
+        self.progress = self._stops.noting(progress or (lambda done: None))
+        self.painted = painted and self._stops.noting(painted)
         self._levels, self._modulated = list(dict.fromkeys(levels)), dict[float, Modulations]()
         self.plan = plan or MemoryPlan.default(model.config)
         *_, h, w = conditioning.lr_upscaled.shape
@@ -143,18 +143,6 @@ class Denoiser:
         self._sweep(modulations, read, write)
         return canvas.image
 
-    def _noting(self, told: Callable[..., None]) -> Callable[..., None]:
-        """Whoever is told may raise: that is no failure of a device."""
-
-        def tell(*what: object) -> None:
-            try:
-                told(*what)
-            except BaseException as error:
-                self._stop = id(error)
-                raise
-
-        return tell
-
     def pass_on(self, sigma: Tensor, level: float | None) -> None:
         """The same in a process that has some layers of those between: what comes from another goes on to another."""
         elsewhere, (modulations, _) = self._elsewhere, self._modulations(sigma, level)
@@ -191,7 +179,7 @@ class Denoiser:
             if len(stages) == 1:
                 stages[0](self.progress)
             else:
-                Belt(self.progress, lambda error: id(error) == self._stop).run(stages, devices)
+                Belt(self.progress, self._stops).run(stages, devices)
         except BaseException:
             for bench in self.benches:
                 bench.give_back()

@@ -82,15 +82,37 @@ class Handover:
             return coming.wait()[0]
 
 
+class Stops:
+    """Errors that whoever watches a run has raised, to end it: no device has failed."""
+
+    def __init__(self) -> None:
+        self._last = 0  # its id alone: an error would keep what the run held
+
+    def __contains__(self, error: BaseException) -> bool:
+        return id(error) == self._last
+
+    def noting(self, told: Callable[..., None]) -> Callable[..., None]:
+        """The same function; what it raises is known from then on."""
+
+        def tell(*what: object) -> None:
+            try:
+                told(*what)
+            except BaseException as error:
+                self._last = id(error)
+                raise
+
+        return tell
+
+
 class Belt:
     """Stages that work at the same time, each in a thread, the last in the caller's: bar and stop stay there.
 
     One that fails ends them all; so does a stop.
     """
 
-    def __init__(self, progress: Progress, is_stop: Callable[[BaseException], bool]) -> None:
-        """is_stop: whether an error is one that whoever watches the run has raised."""
-        self._progress, self._is_stop = progress, is_stop
+    def __init__(self, progress: Progress, stops: Stops) -> None:
+        """stops: knows an error that is no device's."""
+        self._progress, self._stops = progress, stops
         self._ended, self._lock, self._done = threading.Event(), threading.Lock(), 0
         self._failure: BaseException | None = None
 
@@ -135,7 +157,7 @@ class Belt:
             pass
         except BaseException as error:  # noqa: BLE001 - the caller raises it again
             named = error
-            said = isinstance(error, DeviceFailed | PinFailed) or self._is_stop(error)
+            said = isinstance(error, DeviceFailed | PinFailed) or error in self._stops
             if isinstance(error, RuntimeError) and not said and not out_of_memory(error):
                 reason = str(error).partition("\n")[0]
                 named = DeviceFailed(f"{device}, one of several devices, failed ({reason}): try without it")

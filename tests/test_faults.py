@@ -422,6 +422,33 @@ def test_a_disk_that_is_full(kilobytes: int, suffix: str, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
+SMALL_DISK = "mount -t tmpfs -o size={size}k tmpfs {folder} && {python} -m infdit {command}; s=$?; ls {folder}; exit $s"
+
+
+@pytest.mark.parametrize(("suffix", "size"), [("png", 40), pytest.param("tif", 60, marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up(suffix: str, size: int, tmp_path: Path) -> None:
+    """A real one, in memory: one sentence, nothing half written, and the result is kept elsewhere."""
+    alone = ["unshare", "-rm", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "mount -t tmpfs tmpfs /mnt"], check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    source, folder, kept = make_picture(tmp_path / "in.png", (64, 48)), tmp_path / "small", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    command = f"upscale {source} -o {folder}/out.{suffix} --scale 3 --device cpu"
+    script = SMALL_DISK.format(size=size, folder=folder, python=sys.executable, command=command)
+    done = subprocess.run(
+        [*alone, script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "TMPDIR": str(kept)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert done.stdout.split() == [], "nothing is left there"
+    (result,) = kept.rglob("out.*")
+    assert str(result) in done.stderr.splitlines()[-1]
+    assert Image.open(result).size == (192, 144)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_options_that_nobody_would_type(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, rng = make_picture(tmp_path / "in.png", (4, 3)), random.Random(seed)
