@@ -3,7 +3,7 @@
 `torchrun … -m infdit upscale …` starts the same command in each. The first, of rank 0, reads, samples, writes and
 reports; the others compute for it. Tokens of a chunk go from each to the next over torch.distributed, and from the last
 back to the first, which makes pixels of them. What is to be done is told through the key-value store, as JSON. Each
-process listens for signs of life of the one before it, so that one that is gone ends all.
+process listens for signs of life of the one before it, so that one that is gone ends all that need it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -30,18 +30,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from .config import LR_FACTOR
 from .denoiser import Conditioning, Denoiser
-from .device import DeviceFailed, WrongNumbers, one_memory
-from .memory.plan import MemoryPlan, Workload
+from .device import DeviceFailed, PinFailed, WrongNumbers, one_memory
+from .memory.plan import CPU, MemoryPlan, Workload
 from .memory.planner import Offer, PlannedRun, fastest_plan, free_bytes, offers, shared_plan
 from .model import InfDiT
 from .resume import model_digest
 from .selfcheck import check_device
 from .stages import COURIER, TICK, Progress
 
-BACKEND = "INFDIT_BACKEND"  # environment variable: how tokens travel, "gloo", through main memory, or "nccl"
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a process is taken for dead
-FOREVER = timedelta(days=365)  # of what waits for others: `_listen` ends it
+FOREVER = timedelta(days=365)  # of what waits for others: `_judge` ends it
+MESSAGE = 2**22  # bytes of what is sent around to know how fast that is
 LOST = 2  # exit status, as the shell has it where nothing was made
 LoadModel = Callable[[torch.dtype], InfDiT]
 
@@ -63,19 +63,22 @@ class Peers:
         Raises:
             DeviceFailed: they do not come.
         """
-        backend = os.environ.get(BACKEND, "gloo")
         try:
             store, self.rank, self.size = next(iter(rendezvous("env://")))
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
+            # through main memory: where nccl receives, all else that the device is to do waits for it
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
         except (RuntimeError, ValueError) as error:
-            raise DeviceFailed(f"the processes that torchrun starts did not meet ({_line(error)})") from error
+            raise DeviceFailed(
+                f"the processes that torchrun starts did not meet ({_line(error)}): check addresses and that nothing "
+                "blocks their ports"
+            ) from error
         store.set_timeout(timedelta(seconds=SILENCE))
-        self._store, self._through_host = store, backend == "gloo"
-        self._orders, self._looked, self._sending, self._over = 0, 0.0, False, threading.Event()
-        self._from = self._to = self.rank
-        self._incoming = _Courier(self._receive, self._lost)
-        self._outgoing = _Courier(self._send, self._lost)
-        threading.Thread(target=self._listen, name="infdit listens", daemon=True).start()
+        self._store, self._orders, self._looked, self._sending = store, 0, 0.0, False
+        self._from, self._to = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        self._incoming, self._outgoing = _Courier(self._receive), _Courier(self._send)
+        self._over, self._gone, self._waits, self._heard = threading.Event(), False, False, time.monotonic()
+        for work in (self._beat, self._judge):
+            threading.Thread(target=work, name="infdit listens", daemon=True).start()
 
     def __enter__(self) -> Peers:
         return self
@@ -83,6 +86,8 @@ class Peers:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Let the others go, whatever they are doing."""
         self._over.set()
+        if isinstance(error, dist.DistError | PinFailed):
+            raise DeviceFailed(self._lost if isinstance(error, dist.DistError) else self._failed(error)) from error
         with suppress(RuntimeError):  # who keeps the store may be gone
             if self.rank:
                 self._store.add("gone", 1)
@@ -99,15 +104,25 @@ class Peers:
 
         workload: of this process; digest: of its model; budget: see `fastest_plan`, of this process.
         """
+        pace = self._pace()
         asked = {name: getattr(workload, name) for name in ("height", "width", "source")}
         self._tell(asked | {"digest": digest, "dtype": _name(workload.dtype)})
         answers = [self._await(f"offer {self._orders} {rank}") for rank in range(1, self.size)]
         elsewhere = [[Offer(*offer) for offer in answer] for answer in answers]
-        plan = shared_plan(workload, _room(workload.device, budget), elsewhere=elsewhere)
+        plan = shared_plan(workload, _room(workload.device, budget), elsewhere=elsewhere, link=pace)
         free = partial(free_bytes, workload.device)
         if plan is None:
             return PlannedRun(workload, fastest_plan(workload, budget), free)
         return PlannedRun(workload, plan, free, self)
+
+    def _pace(self) -> float:
+        """Seconds that a byte takes from one process to the next, by a message around all of them."""
+        self._tell({"message": MESSAGE})
+        began = time.monotonic()
+        self.expect([(MESSAGE,)], torch.uint8, CPU, ())
+        self.give(torch.zeros(MESSAGE, dtype=torch.uint8, device="cpu"), lambda done: None)
+        self.take(lambda done: None)
+        return (time.monotonic() - began) / self.size / MESSAGE
 
     def begin(self, plan: MemoryPlan, shape: Sequence[int], vector: Tensor | None, levels: Sequence[float]) -> None:
         """Say what evaluations are of from now on: pictures (B, 3, h, w), their CLIP vectors, noise levels foreseen."""
@@ -135,12 +150,17 @@ class Peers:
             while True:
                 order = self._await(f"order {self._orders + 1}")
                 self._orders += 1
-                if "digest" in order:
+                if "message" in order:
+                    self.expect([(order["message"],)], torch.uint8, CPU, ())
+                    self.give(self.take(lambda done: None), lambda done: None)
+                elif "digest" in order:
+                    denoiser = None  # what it holds is free for the next
                     dtype = getattr(torch, order["dtype"])
                     model = model if model is not None and model.dtype == dtype else load(dtype)
                     self._offer(model, device, budget, order)
                 elif "plan" in order:
                     assert model is not None, "a model is named first"
+                    denoiser = None
                     denoiser = self._denoiser(model, device, order)
                 elif denoiser is not None:
                     sigma = torch.tensor(order["sigma"], dtype=getattr(torch, order["sigma_dtype"]), device="cpu")
@@ -152,7 +172,7 @@ class Peers:
         except (RuntimeError, MemoryError, ValueError, WrongNumbers) as error:
             if isinstance(error, DeviceFailed):
                 raise
-            raise DeviceFailed(f"process {self.rank} of {self.size} failed on {device}: {_line(error)}") from error
+            raise DeviceFailed(self._failed(error)) from error
 
     def _offer(self, model: InfDiT, device: torch.device, budget: int | None, order: dict[str, Any]) -> None:
         """Answer what this process can do of a run."""
@@ -184,17 +204,21 @@ class Peers:
 
     def _tell(self, order: dict[str, Any]) -> None:
         self._orders += 1
-        self._store.set(f"order {self._orders}", json.dumps(order))
+        with self._waiting():
+            self._store.set(f"order {self._orders}", json.dumps(order))
 
     def _await(self, key: str) -> Any:  # noqa: ANN401 - any JSON
         """What another process says under a name."""
-        while not self._store.check([key]):
-            self._look()
-            time.sleep(TICK / 10)
-        return json.loads(self._store.get(key))
+        with self._waiting():
+            while not self._store.check([key]):
+                self._look()
+                time.sleep(TICK / 10)
+            return json.loads(self._store.get(key))
 
     def _look(self) -> None:
-        """Whether the first process has ended, from time to time."""
+        """Whether another process is gone or, from time to time, whether the first has ended."""
+        if self._gone:
+            raise DeviceFailed(self._lost)
         now = time.monotonic()
         if now - self._looked > 10 * TICK:
             self._looked = now
@@ -216,44 +240,66 @@ class Peers:
         """Begin to receive tokens of these shapes, one after the other; landings: see `Workbench`."""
         self._device, self._landings = device, cycle(landings)
         for shape in shapes:
-            self._incoming.ask((shape, dtype, torch.device("cpu") if self._through_host else device))
+            self._incoming.ask((shape, dtype))
 
     def take(self, look: Progress) -> Tensor:
         """The tokens that come next; look: see `Handover`."""
-        h = self._incoming.result(look)
+        h = self._result(self._incoming, look)
         landing = next(self._landings, None)
         return h.to(self._device) if landing is None else landing[: h.numel()].view(h.shape).copy_(h)
 
     def give(self, h: Tensor, look: Progress) -> None:
         """Send tokens on as soon as those before have gone; look: see `Handover`."""
         if self._sending:
-            self._outgoing.result(look)
+            self._result(self._outgoing, look)
         self._sending = True
         self._outgoing.ask(h)
 
-    def _send(self, h: Tensor) -> None:
-        dist.send((h.cpu() if self._through_host else h).contiguous(), self._to)
+    def _result(self, courier: _Courier, look: Progress) -> Any:  # noqa: ANN401 - the errand's
+        """What an errand brings, or DeviceFailed."""
+        with self._waiting():
+            while (found := courier.result()) is None:
+                self._look()
+                look(0)
+        if isinstance(found[0], Exception):
+            raise DeviceFailed(self._lost) from found[0]
+        return found[0]
 
-    def _receive(self, what: tuple[tuple[int, ...], torch.dtype, torch.device]) -> Tensor:
-        shape, dtype, device = what
-        h = torch.empty(shape, dtype=dtype, device=device)
+    def _send(self, h: Tensor) -> None:
+        dist.send(h.cpu().contiguous(), self._to)
+
+    def _receive(self, what: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+        h = torch.empty(what[0], dtype=what[1], device="cpu")
         dist.recv(h, self._from)
         return h
 
     # who is alive
 
-    def _listen(self) -> None:
-        """Give signs of life, and end the process when the one before gives none: who waits for it cannot be woken."""
-        before, heard, since = (self.rank - 1) % self.size, -1, time.monotonic()
-        while not self._over.wait(BEAT):
-            try:
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """While another process is needed to go on."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _beat(self) -> None:
+        """Give signs of life, and note when the process before gave one. The store itself may never answer."""
+        before, last = (self.rank - 1) % self.size, -1
+        with suppress(RuntimeError):
+            while not self._over.wait(BEAT):
                 self._store.add(f"alive {self.rank}", 1)
                 beats = self._store.add(f"alive {before}", 0)
-            except RuntimeError:
-                beats = heard  # who keeps the store is gone
-            if beats != heard:
-                heard, since = beats, time.monotonic()
-            elif time.monotonic() - since > SILENCE:
+                if beats != last:
+                    last, self._heard = beats, time.monotonic()
+
+    def _judge(self) -> None:
+        """Know when the process before is gone. Who then waits for another, and cannot be woken, is ended."""
+        while not self._over.wait(BEAT):
+            silence = time.monotonic() - self._heard
+            self._gone = silence > SILENCE
+            if self._waits and silence > SILENCE + 2 * BEAT:
                 sys.stderr.write(f"infdit: {self._lost}\n")
                 sys.stderr.flush()
                 os._exit(LOST)
@@ -261,40 +307,40 @@ class Peers:
     @property
     def _lost(self) -> str:
         return (
-            f"process {self.rank} of {self.size} has lost another, which may say why: start all again, and with "
-            "--resume DIR they go on from the last step"
+            f"process {self.rank} (of {self.size}, from 0) hears no more of another, which may say why: start all "
+            "again, and with --resume DIR they go on from the last step"
         )
+
+    def _failed(self, error: BaseException) -> str:
+        return f"process {self.rank} (of {self.size}, from 0) failed: {_line(error)}"
 
 
 class _Courier:
     """Does one errand after another on a thread, which ends with the process; a result waits until it is taken."""
 
-    def __init__(self, errand: Callable[[Any], Any], lost: str) -> None:
-        """lost: what to say when an errand fails."""
-        self._errand, self._lost, self._failed = errand, lost, False
-        self._asked, self._done = Queue[Any](), Queue[Any](1)
+    def __init__(self, errand: Callable[[Any], Any]) -> None:
+        self._errand = errand
+        self._asked, self._done = Queue[Any](), Queue[tuple[Any]](1)
         threading.Thread(target=self._work, name=COURIER, daemon=True).start()
 
     def ask(self, what: object) -> None:
         """Have an errand done."""
         self._asked.put(what)
 
-    def result(self, look: Progress) -> Any:  # noqa: ANN401 - the errand's
-        """Of the errand that was asked for first; look: is called with 0 meanwhile, and may raise."""
-        while True:
-            try:
-                return self._done.get(timeout=TICK)
-            except Empty:
-                if self._failed:
-                    raise DeviceFailed(self._lost) from None
-                look(0)
+    def result(self) -> tuple[Any] | None:
+        """Of the errand that was asked for first, or the error that ended all; None if there is none yet."""
+        try:
+            return self._done.get(timeout=TICK)
+        except Empty:
+            return None
 
     def _work(self) -> None:
         try:
             while True:
-                self._done.put(self._errand(self._asked.get()))
-        except RuntimeError:
-            self._failed = True
+                self._done.put((self._errand(self._asked.get()),))
+        except Exception as error:  # noqa: BLE001 - whoever waits is told
+            while True:
+                self._done.put((error,))
 
 
 def _room(device: torch.device, budget: int | None) -> int:

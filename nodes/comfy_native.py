@@ -18,6 +18,7 @@ import torch
 from comfy.latent_formats import ChromaRadiance
 from comfy.model_base import BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import VAE
 from comfy.supported_models_base import BASE
@@ -97,6 +98,7 @@ class _Sampling:
         if which != self._of:
             lr, up = (part[i : i + 1].to(self._run.images) for part in (self._pictures.lr, self._pictures.up))
             self._denoise = self._run.denoiser(Conditioning(lr, up, vector), self._levels)
+            del lr, up  # which the run gives back where memory runs out
             self._of = which
         if self._bridged is None:
             return self._denoise(x, torch.tensor(sigma, device="cpu"))
@@ -136,11 +138,17 @@ class NativeModel(BaseModel):
         pictures, managed = self.pictures, self.managed
         pictures.check(noise)
         _refuse_unfit(guider.conds, extra_args["model_options"].get("transformer_options", {}))
+        if isinstance(guider.model_patcher.get_model_object("model_sampling"), CONST):
+            raise ValueError(UNFIT % "a node that shifts sampling")
         if not same_device(guider.model_patcher.load_device, managed.device):
             log.warning("Inf-DiT computes on %s: choose devices in Load Inf-DiT Model", managed.device)
         if not latent.any():  # an empty one stands for the picture
             latent = pictures.up.repeat(len(noise) // len(pictures.up), 1, 1, 1)
-        method = counted_sampler(getattr(executor, "class_obj", None), len(noise))
+        conds = [cond["cross_attn"] for kind in guider.conds.values() for cond in kind if "cross_attn" in cond]
+        different = {tuple(vector.flatten().tolist()) for vector in conds} if managed.listens else ()
+        method = counted_sampler(
+            getattr(executor, "class_obj", None), len(noise), max(1, len(conds)), max(1, len(different))
+        )
         shape = len(noise), *pictures.given.shape[1:]
         workload = managed.workload(shape, pictures.size, method, noise_given=True)
         check_device(workload)

@@ -158,7 +158,7 @@ class Bar:
         mm.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         preview = preview if wants_pictures() else None
-        if preview is None and done < total and now - self._shown < BAR_INTERVAL:
+        if preview is None and done != total and now - self._shown < BAR_INTERVAL:
             return
         bar = self._bar = self._bar or ProgressBar(total)
         picture = None if preview is None else ("JPEG", Image.fromarray(preview().numpy()), PREVIEW_SIDE)

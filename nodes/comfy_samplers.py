@@ -150,11 +150,14 @@ def named(sampler: object) -> tuple[str, str]:
     return name, name.removesuffix("_gpu")  # noise is always drawn on the CPU here
 
 
-def counted_sampler(sampler: object, batch: int) -> SamplerInfo:
-    """What core itself samples with: all pictures at once, their latent kept beside. What is unknown counts as most."""
-    evaluations, *held = (WORKING | ADDING_NOISE).get(named(sampler)[1], (1, 16, 14))
-    between, during = ((count + 1) * batch for count in held)
-    return SamplerInfo(lambda *_: torch.empty(0), evaluations, between, during)  # core calls its own
+def counted_sampler(sampler: object, batch: int, conds: int, different: int) -> SamplerInfo:
+    """What core itself samples with: all pictures at once, their latent kept beside. What is unknown counts as most.
+
+    conds: of guidance, for each of which core holds four more pictures meanwhile; different: which are evaluated.
+    """
+    evaluations, between, during = (WORKING | ADDING_NOISE).get(named(sampler)[1], (1, 16, 14))
+    held = (between + 1) * batch, (during + 1 + 4 * conds) * batch
+    return SamplerInfo(lambda *_: torch.empty(0), evaluations * different, *held)  # core calls its own
 
 
 def core_sampler(sampler: CoreSampler, seed: int, kept: int, start_noise: float = 1.0) -> tuple[SamplerInfo, str]:

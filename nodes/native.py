@@ -43,7 +43,7 @@ class InfDiTToModel(schema.BudgetedNode):
                     display_name="positive", tooltip="What Inf-DiT CLIP Encode says of the picture, or nothing."
                 ),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The same as positive: so cfg changes nothing and costs nothing."
+                    display_name="negative", tooltip="The same as positive: so cfg changes nothing and costs no time."
                 ),
                 io.Latent.Output(
                     display_name="latent", tooltip="The picture, plainly enlarged: sampling begins with it, not empty."
@@ -69,6 +69,11 @@ class InfDiTToModel(schema.BudgetedNode):
         plan_run(workload, budget)  # what cannot be is said here, not where it is sampled
         pictures = Pictures.of(given, workload, model.defaults)
         width = max(1, model.network.config.vector_dim)
+        if conditioning is not None and len(conditioning.vectors) not in (1, len(given)):
+            raise ValueError(
+                f"conditioning is of {len(conditioning.vectors)} pictures, and image has {len(given)}: give the same "
+                "ones to Inf-DiT CLIP Encode"
+            )
         vectors = conditioning.vectors if conditioning is not None and model.listens else torch.zeros(1, width)
         told = [[vectors[:, None], {}]]
         patcher, latent = native_patcher(model, pictures, budget), {"samples": pictures.up}

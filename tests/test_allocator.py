@@ -74,13 +74,15 @@ def fastest(workload: Workload, more: float) -> MemoryPlan:
     return plan
 
 
-@pytest.mark.parametrize(("side", "more", "sampler"), [(512, 1.0, "heun"), (768, 3.0, "euler")])
+@pytest.mark.parametrize(
+    ("side", "more", "sampler"), [(768, 3.0, "euler"), pytest.param(512, 1.0, "heun", marks=pytest.mark.slow)]
+)
 def test_the_memory_foretold_is_enough_for_a_real_allocator(side: int, more: float, sampler: str) -> None:
     workload = Workload(InfDiTConfig(num_layers=3), side, side, device=CUDA, sampler=sampler)
     assert_foretold(workload, fastest(workload, more))
 
 
-@pytest.mark.parametrize("layers", [(2, 2), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("layers", [(2, 2), pytest.param((1, 1, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_it_is_on_each_of_several_devices(layers: tuple[int, ...]) -> None:
     first, *beside = cards(len(layers))
     config = InfDiTConfig(4, 512, 8, 4, 128, 0)

@@ -46,7 +46,7 @@ def test_neutral_is_bit_equal_to_nothing(noisy_mini: InfDiT, crop: torch.Tensor)
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["as it is", "with noise left in it"])
-@pytest.mark.parametrize("scale", [1.0, 1.3, 2.0, 3.37, 4.0, 6.0, 16.0])
+@pytest.mark.parametrize("scale", [1.0, 1.3, 2.0, 3.37, 4.0, 6.0, pytest.param(16.0, marks=pytest.mark.slow)])
 def test_at_full_fidelity_the_result_made_small_is_the_input(
     noisy_mini: InfDiT, bundled: InfDiT, crop: torch.Tensor, scale: float, noise: bool
 ) -> None:

@@ -220,7 +220,7 @@ def test_a_foreign_sampler_recovers_too(
 def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted on fake tensors: with a plan that keeps pictures on the host, only the sampler's own stay where it is."""
     config = infdit.InfDiTConfig(num_layers=2, hidden_size=16, num_heads=2, block_size=64, vector_dim=0)
-    target = (512, 512)
+    target = (256, 256)
     plans = [MemoryPlan(2, 1), MemoryPlan(1, 1, "streamed", "host", "host")]
     live: list[int] = []
     sigmas = torch.tensor([0.1, 0.0])
@@ -245,13 +245,13 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
                 return original(layer, *inputs)
 
             monkeypatch.setattr(Layer, "forward", forward)
-            image, noises = torch.empty(1, 128, 128, 3), [iter([torch.empty(1, 3, 512, 512)])]
+            image, noises = torch.empty(1, 64, 64, 3), [iter([torch.empty(1, 3, 256, 256)])]
             upscale_batch(run, image, None, get_sampler("euler"), sigmas, noises, lambda state: None)
-    picture = 3 * 4 * 512 * 512
+    picture = 3 * 4 * 256 * 256
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"
     assert live[1] == picture, "x, which the sampler has; nothing else when a smaller plan is sought in what is free"
-    assert live[2] < 1.2 * picture, "and what is computed now"
+    assert live[2] < 1.5 * picture, "and what is computed now"
 
 
 class FailingPin:

@@ -225,7 +225,7 @@ def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.Captu
     model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=32, vector_dim=0)
     generator = torch.Generator().manual_seed(0)
     lr, up, x = (torch.randn((1, 3, s, 2 * s), generator=generator).clamp(-1, 1) for s in (8, 32, 32))
-    for dtype, sigma in ((torch.bfloat16, 0.002), (torch.bfloat16, 40.0), (torch.float16, 1.0)):
+    for dtype, sigma in ((torch.bfloat16, 40.0), (torch.float16, 1.0)):
         noisy = up + sigma * x
         exact, low = (Denoiser(m, Conditioning(lr, up))(noisy, sigma) for m in (model, _copy(model, dtype)))
         deviation = (low - exact).abs()

@@ -56,6 +56,7 @@ from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, re
 if TYPE_CHECKING:
     from ..ranks import Peers
 
+OTHER_PLAN = "another plan than the receipt's is made, %s: pixels may differ in rounding"
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
 # what a receipt says itself
@@ -128,8 +129,8 @@ def run(options: argparse.Namespace) -> int:
     device, *others = devices_of(options.device)
     if others:
         raise ValueError("--device names several, and torchrun starts a process for each: give one, or none")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type in ("cuda", "xpu") and device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
     with Peers() as peers:
         if not peers.rank:
             return _run(options, [device], peers)
@@ -179,7 +180,8 @@ def _upscale_all(
                 raise
             except (ValueError, MemoryError, RuntimeError, WrongNumbers) as error:
                 memory = out_of_memory(error)
-                if len(jobs) == 1 or not (memory or isinstance(error, ValueError | WrongNumbers)):
+                lost = memory and recipe.peers is not None  # the others are in the middle of it
+                if len(jobs) == 1 or lost or not (memory or isinstance(error, ValueError | WrongNumbers)):
                     raise
                 left += isinstance(error, LeftOut)
                 failed += not isinstance(error, LeftOut)  # the others are not lost
@@ -220,6 +222,8 @@ def _upscale_one(
         return None
     plan = _plan(taken, workload, digest, settings, options) if taken else None
     if recipe.peers is not None:
+        if taken:
+            log.warning(OTHER_PLAN, "for the processes there are")
         plan = recipe.peers.plan(workload, model.digest, options.budget)
     resume = options.resume and SavedRun(options.resume / _state_name(source, target))
     report, began = Report(), time.monotonic()
@@ -342,7 +346,7 @@ def _plan(
         raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
     held = workload.footprint(receipt.plan)
     if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):
-        log.warning("another plan than the receipt's is made, for the memory there is: pixels may differ in rounding")
+        log.warning(OTHER_PLAN, "for the memory there is")
         return None
     return replace(receipt.plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
 

@@ -234,7 +234,7 @@ def offers(workload: Workload, device: torch.device, room: int) -> list[Offer]:
 
 def shared_plan(
     workload: Workload, budget: int | None = None, host_budget: int | None = None,
-    free: Callable[[torch.device], int] | None = None, elsewhere: Sequence[Sequence[Offer]] = (),
+    free: Callable[[torch.device], int] | None = None, elsewhere: Sequence[Sequence[Offer]] = (), link: float = 0.0,
 ) -> MemoryPlan | None:
     """The fastest plan in which several devices have some of the layers each; None where one is as fast, or must do.
 
@@ -245,6 +245,7 @@ def shared_plan(
         workload, budget, host_budget: see `fastest_plan`.
         free: what is free on a device, in place of `free_bytes`.
         elsewhere: what other processes offer, see `ranks`; then the first device has a layer in any case.
+        link: seconds that a byte takes from one process to the next.
     """
     config, grid = workload.config, workload.grid
     host_budget = free_bytes(CPU) if host_budget is None else host_budget
@@ -253,6 +254,8 @@ def shared_plan(
     pictures = workload.footprint(MemoryPlan(images="host")).host
     rooms = [(r - pictures) // sum(shares_memory) if one else r for r, one in zip(rooms, shares_memory, strict=True)]
     here = (offers(workload, device, room) for device, room in zip(workload.devices, rooms, strict=True))
+    blocks, unit = sum(part.grid.blocks for part in workload.passes), config.block_tokens * config.hidden_size
+    sent = blocks * unit * workload.dtype.itemsize  # over each link
     found: list[Candidate] = []
     for chunk, *offered in zip(_chunks(config, grid), *here, *elsewhere, strict=True):
         layers = _split(config.num_layers, offered, first=1 if elsewhere else 0)
@@ -262,7 +265,7 @@ def shared_plan(
         held = workload.share(plan, workload.device, layers[0]) if elsewhere else workload.footprint(plan)
         if held.host <= host_budget:
             work = [count * offer.seconds for count, offer in zip(layers, offered, strict=True) if count]
-            found.append(Candidate(in_turn(work, workload, plan), held.device, plan, held))
+            found.append(Candidate(max(in_turn(work, workload, plan), link * sent), held.device, plan, held))
     alone = (plan.seconds for plan in candidates(workload) if plan.peak <= rooms[0])
     if not found or min(found).seconds >= min(alone, default=math.inf):
         return None
