@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,18 +30,27 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a 
 OPTIONS = ["--steps", "12", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
 
 
-def start(size: int, *arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """So many processes of one command, as torchrun starts them, but nobody watches them."""
+def start(size: int, *arguments: str | Path, before: str = "") -> list[subprocess.Popen[str]]:
+    """So many processes of one command, as torchrun starts them, but nobody watches them.
+
+    before: code that the first runs.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return [one(arguments, {**os.environ, **meeting, "RANK": str(rank)}) for rank in range(size)]
+    first = ["-c", before + "import sys; from infdit.__main__ import shell; shell()"]
+    return [
+        one(arguments, {**os.environ, **meeting, "RANK": str(rank)}, ["-m", "infdit"] if rank else first)
+        for rank in range(size)
+    ]
 
 
-def one(arguments: Sequence[str | Path], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command, pipe = [sys.executable, "-m", "infdit", *map(str, arguments)], subprocess.PIPE
+def one(
+    arguments: Sequence[str | Path], environment: dict[str, str], how: Sequence[str] = ("-m", "infdit")
+) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, *how, *map(str, arguments)], subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=pipe)
 
 
@@ -122,6 +132,32 @@ def test_one_that_is_gone_ends_all_and_they_can_go_on(
     assert [status for status, _ in ends(start(size, *given[:3], whole, *given[4:-2]), 120)] == [0] * size
     assert np.array_equal(pixels(target), pixels(whole))
     assert list(states.iterdir()) == []
+
+
+FULL = """
+from infdit.model import Layer
+forward, calls = Layer.forward, []
+def full(*inputs):
+    calls.append(1)
+    if len(calls) == 7:
+        raise MemoryError("out of memory")
+    return forward(*inputs)
+Layer.forward = full
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_the_first_ends_all(tmp_path: Path, source: Path, noisy_file: Path) -> None:
+    """Of a folder too: the others are in the middle of what it cannot go on with."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(source, tmp_path / "in" / f"{name}.png")
+    given = ["upscale", tmp_path / "in", "-o", f"{tmp_path}/out/", "--model", noisy_file, *OPTIONS]
+    (status, said), (other, nothing) = ends(start(2, *given, before=FULL), 60)
+    assert status == 2
+    assert "out of memory" in said
+    assert (other, nothing) == (0, ""), "it was let go"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow
