@@ -66,6 +66,18 @@ def test_it_fits_writes_and_upscale_takes_it_up(
     assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"
 
 
+@pytest.mark.slow
+def test_every_number_of_evaluations_is_as_good_as_karras(noisy_file: Path, picture: Path) -> None:
+    """Of the bundled model's weights, in several steps."""
+    model, counts = noisy_file, range(5, 21)
+    infdit.convert(model, model)
+    assert tuned(model, picture, "--evaluations", ",".join(map(str, counts))) == 0
+    (fits,) = json.loads(schedules_path(model).read_text())["fits"].values()
+    assert [len(fit["levels"]) for fit in fits] == [*counts]
+    assert all(fit["distance"] <= fit["karras"] for fit in fits)
+    assert sum(fit["distance"] < 0.9 * fit["karras"] for fit in fits) > 4
+
+
 def test_it_goes_on_where_it_was_stopped(model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned(model, picture, "--evaluations", "5,6") == 0
     whole = schedules_path(model).read_text()
