@@ -2,8 +2,8 @@
 
 `torchrun … -m infdit upscale …` starts the same command in each. The first, of rank 0, reads, samples, writes and
 reports; the others compute for it. Tokens of a chunk go from each to the next over torch.distributed, and from the last
-back to the first, which makes pixels of them. What is to be done is told through the key-value store, as JSON. Each
-process listens for signs of life of the one before it, so that one that is gone ends all that need it.
+back to the first, which makes pixels of them. What is to be done is told through the key-value store, as JSON. All
+listen for signs of life of all, so that one that is gone ends whoever needs it.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Peers:
             ) from error
         store.set_timeout(timedelta(seconds=SILENCE))
         self._store, self._orders, self._looked, self._sending = store, 0, 0.0, False
-        self._from, self._to = (self.rank - 1) % self.size, (self.rank + 1) % self.size
         self._incoming, self._outgoing = _Courier(self._receive), _Courier(self._send)
-        self._over, self._gone, self._waits, self._heard = threading.Event(), False, False, time.monotonic()
+        self._over, self._gone, self._waits = threading.Event(), False, False
+        self._heard = [time.monotonic()] * self.size  # when each gave a sign of life
         for work in (self._beat, self._judge):
             threading.Thread(target=work, name="infdit listens", daemon=True).start()
 
@@ -118,6 +118,7 @@ class Peers:
     def _pace(self) -> float:
         """Seconds that a byte takes from one process to the next, by a message around all of them."""
         self._tell({"message": MESSAGE})
+        self._line_up(range(self.size))
         began = time.monotonic()
         self.expect([(MESSAGE,)], torch.uint8, CPU, ())
         self.give(torch.zeros(MESSAGE, dtype=torch.uint8, device="cpu"), lambda done: None)
@@ -128,7 +129,7 @@ class Peers:
         """Say what evaluations are of from now on: pictures (B, 3, h, w), their CLIP vectors, noise levels foreseen."""
         given = None if vector is None else vector.tolist()
         self._tell({"plan": asdict(plan), "shape": [*shape], "vector": given, "levels": [*levels]})
-        self._place(plan)
+        self._line_up(_at_work(plan))
 
     def evaluate(self, sigma: Tensor, level: float | None) -> None:
         """Begin an evaluation; arguments as those of `Denoiser.pass_on`."""
@@ -151,6 +152,7 @@ class Peers:
                 order = self._await(f"order {self._orders + 1}")
                 self._orders += 1
                 if "message" in order:
+                    self._line_up(range(self.size))
                     self.expect([(order["message"],)], torch.uint8, CPU, ())
                     self.give(self.take(lambda done: None), lambda done: None)
                 elif "digest" in order:
@@ -187,9 +189,9 @@ class Peers:
     def _denoiser(self, model: InfDiT, device: torch.device, order: dict[str, Any]) -> Denoiser | None:
         """What computes this process's share of evaluations; None if it has none."""
         plan = MemoryPlan(**order["plan"] | {"layers": tuple(order["plan"]["layers"])})
-        self._place(plan)
-        if not plan.layers[self.rank]:
+        if self.rank not in _at_work(plan):
             return None
+        self._line_up(_at_work(plan))
         batch, channels, height, width = order["shape"]
         nothing, vector = torch.zeros((), dtype=torch.float32, device="cpu"), order["vector"]
         conditioning = Conditioning(
@@ -227,12 +229,10 @@ class Peers:
 
     # tokens
 
-    def _place(self, plan: MemoryPlan) -> None:
-        """Know between which processes this one stands: those without a layer are left out."""
-        line = [rank for rank, layers in enumerate(plan.layers) if layers]
-        if self.rank in line:
-            here = line.index(self.rank)
-            self._from, self._to = line[here - 1], line[(here + 1) % len(line)]
+    def _line_up(self, ranks: Sequence[int]) -> None:
+        """Know between which processes this one stands when tokens go from each of these to the next."""
+        here = ranks.index(self.rank)
+        self._from, self._to = ranks[here - 1], ranks[(here + 1) % len(ranks)]
 
     def expect(
         self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, landings: Sequence[Tensor]
@@ -240,7 +240,7 @@ class Peers:
         """Begin to receive tokens of these shapes, one after the other; landings: see `Workbench`."""
         self._device, self._landings = device, cycle(landings)
         for shape in shapes:
-            self._incoming.ask((shape, dtype))
+            self._incoming.ask((shape, dtype, self._from))
 
     def take(self, look: Progress) -> Tensor:
         """The tokens that come next; look: see `Handover`."""
@@ -253,7 +253,7 @@ class Peers:
         if self._sending:
             self._result(self._outgoing, look)
         self._sending = True
-        self._outgoing.ask(h)
+        self._outgoing.ask((h, self._to))
 
     def _result(self, courier: _Courier, look: Progress) -> Any:  # noqa: ANN401 - the errand's
         """What an errand brings, or DeviceFailed."""
@@ -265,12 +265,14 @@ class Peers:
             raise DeviceFailed(self._lost) from found[0]
         return found[0]
 
-    def _send(self, h: Tensor) -> None:
-        dist.send(h.cpu().contiguous(), self._to)
+    @staticmethod
+    def _send(what: tuple[Tensor, int]) -> None:
+        dist.send(what[0].cpu().contiguous(), what[1])
 
-    def _receive(self, what: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+    @staticmethod
+    def _receive(what: tuple[tuple[int, ...], torch.dtype, int]) -> Tensor:
         h = torch.empty(what[0], dtype=what[1], device="cpu")
-        dist.recv(h, self._from)
+        dist.recv(h, what[2])
         return h
 
     # who is alive
@@ -285,19 +287,19 @@ class Peers:
             self._waits = False
 
     def _beat(self) -> None:
-        """Give signs of life, and note when the process before gave one. The store itself may never answer."""
-        before, last = (self.rank - 1) % self.size, -1
+        """Give signs of life, and note when each of the others gave one. The store itself may never answer."""
+        beats = [-1] * self.size
         with suppress(RuntimeError):
             while not self._over.wait(BEAT):
-                self._store.add(f"alive {self.rank}", 1)
-                beats = self._store.add(f"alive {before}", 0)
-                if beats != last:
-                    last, self._heard = beats, time.monotonic()
+                for rank in range(self.size):
+                    found = self._store.add(f"alive {rank}", int(rank == self.rank))
+                    if found != beats[rank]:
+                        beats[rank], self._heard[rank] = found, time.monotonic()
 
     def _judge(self) -> None:
-        """Know when the process before is gone. Who then waits for another, and cannot be woken, is ended."""
+        """Know when another is gone. If this process then waits, and cannot be woken, it is ended."""
         while not self._over.wait(BEAT):
-            silence = time.monotonic() - self._heard
+            silence = time.monotonic() - min(self._heard)
             self._gone = silence > SILENCE
             if self._waits and silence > SILENCE + 2 * BEAT:
                 sys.stderr.write(f"infdit: {self._lost}\n")
@@ -341,6 +343,11 @@ class _Courier:
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             while True:
                 self._done.put((error,))
+
+
+def _at_work(plan: MemoryPlan) -> list[int]:
+    """Who has layers."""
+    return [rank for rank, layers in enumerate(plan.layers) if layers]
 
 
 def _room(device: torch.device, budget: int | None) -> int:

@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import MakeModel
 from PIL import Image
+from safetensors.torch import save_file
 from test_readme import ROOT
 
 from infdit import InfDiTConfig
@@ -30,10 +32,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a 
 OPTIONS = ["--steps", "12", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
 
 
-def start(size: int, *arguments: str | Path, before: str = "") -> list[subprocess.Popen[str]]:
+def start(
+    size: int, *arguments: str | Path, before: str = "", more: Mapping[int, Sequence[str]] | None = None
+) -> list[subprocess.Popen[str]]:
     """So many processes of one command, as torchrun starts them, but nobody watches them.
 
-    before: code that the first runs.
+    before: code that the first runs; more: options of some of them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,7 +46,11 @@ def start(size: int, *arguments: str | Path, before: str = "") -> list[subproces
     meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     first = ["-c", before + "import sys; from infdit.__main__ import shell; shell()"]
     return [
-        one(arguments, {**os.environ, **meeting, "RANK": str(rank)}, ["-m", "infdit"] if rank else first)
+        one(
+            [*arguments, *(more or {}).get(rank, ())],
+            {**os.environ, **meeting, "RANK": str(rank)},
+            ["-m", "infdit"] if rank else first,
+        )
         for rank in range(size)
     ]
 
@@ -132,6 +140,26 @@ def test_one_that_is_gone_ends_all_and_they_can_go_on(
     assert [status for status, _ in ends(start(size, *given[:3], whole, *given[4:-2]), 120)] == [0] * size
     assert np.array_equal(pixels(target), pixels(whole))
     assert list(states.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_one_without_room_is_left_out(tmp_path: Path, source: Path, make_model: MakeModel) -> None:
+    """Of a folder, whose second picture is planned anew; and the model listens to CLIP."""
+    _, weights = make_model(dtype=torch.float32, layers=4, hidden=32, heads=2, block=16, vector_dim=8)
+    model = tmp_path / "listens.safetensors"
+    save_file({name: w.clone() for name, w in weights.items()}, model, {"config": json.dumps({"position_period": 64})})
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(source, tmp_path / "in" / f"{name}.png")
+    given = ["upscale", tmp_path / "in", "--model", model, *OPTIONS, "--receipt"]
+    processes = start(3, *given, tmp_path / "3.json", "-o", f"{tmp_path}/three/", more={1: ["--budget", "1"]})
+    assert [status for status, _ in ends(processes, 120)] == [0, 0, 0]
+    for receipt in json.loads((tmp_path / "3.json").read_text()):
+        assert receipt["plan"]["layers"][1] == 0
+        assert min(receipt["plan"]["layers"][::2]) > 0
+    assert main([*map(str, given), str(tmp_path / "1.json"), "-o", f"{tmp_path}/one/"]) == 0
+    for name in ("a.png", "b.png"):
+        assert np.abs(pixels(tmp_path / "three" / name) - pixels(tmp_path / "one" / name)).max() <= 1
 
 
 FULL = """
