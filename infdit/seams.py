@@ -24,24 +24,22 @@ def seams(picture: Tensor, periods: Sequence[int], told: Callable[[int], None]) 
         told: is called several times a second, with 0.
     """
     weights = torch.tensor(LUMA, dtype=torch.float64, device="cpu")
-    across, elsewhere = ([[0.0, 0] for _ in periods] for _ in range(2))  # sums of steps, and how many they are
+    found = [(0.0, 0, 0.0, 0) for _ in periods]  # sum and number of the steps across lines, and of all
     for top in range(0, picture.shape[1], STRIP):
         luma = torch.tensordot(weights, picture[:, top : top + STRIP + 1].double(), 1)
         # the row after the strip belongs to the next: only the step to it is of this one
         for steps, first in ((luma.diff(dim=0), top + 1), (luma[:STRIP].diff(dim=1).mT, 1)):
-            totals = steps.abs().sum(1)
+            each, length = steps.abs().sum(1), steps.shape[1]
             for n, period in enumerate(periods):
-                lines = totals[-first % period :: period]
-                sums = lines.sum().item(), totals.sum().item()
-                counts = len(lines) * steps.shape[1], len(totals) * steps.shape[1]
-                across[n] = [across[n][0] + sums[0], across[n][1] + counts[0]]
-                elsewhere[n] = [elsewhere[n][0] + sums[1] - sums[0], elsewhere[n][1] + counts[1] - counts[0]]
+                lines, (across, counted, total, count) = each[-first % period :: period], found[n]
+                across, total = across + lines.sum().item(), total + each.sum().item()
+                found[n] = across, counted + len(lines) * length, total, count + len(each) * length
         told(0)
-    return [_ratio(a, b) for a, b in zip(across, elsewhere, strict=True)]
+    return [_ratio(*sums) for sums in found]
 
 
-def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    if not (a[1] and b[1]):
+def _ratio(across: float, lines: int, total: float, count: int) -> float:
+    if lines in (0, count):
         return math.nan
-    mean, usual = a[0] / a[1], b[0] / b[1]
-    return mean / usual if usual else 1.0 if not mean else math.inf
+    mean, elsewhere = across / lines, max(0.0, total - across) / (count - lines)
+    return mean / elsewhere if elsewhere else 1.0 if not mean else math.inf

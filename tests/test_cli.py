@@ -348,7 +348,7 @@ def test_clip_named_or_beside_the_model(
 
         return encode
 
-    monkeypatch.setattr("infdit.cli.upscale.load_clip", load)
+    monkeypatch.setattr("infdit.cli.recipe.load_clip", load)
     source, model = make_picture(tmp_path / "in.png"), tmp_path / "tiny.safetensors"
     assert run("convert", PUBLISHED, model) == 0
     options = ("--model", model, "--steps", 2, "--dtype", "fp32")
@@ -371,7 +371,7 @@ def test_clip_named_or_beside_the_model(
         again, options = tmp_path / f"{name}_again.png", ("--model", model, "--from-receipt", tmp_path / f"{name}.png")
         assert run("upscale", source, "-o", again, *options, *clip) == 0
         assert pixels_of(again) == pixels
-    monkeypatch.setattr("infdit.cli.upscale.load_clip", lambda *_, **__: lambda image: torch.zeros(1, 32))
+    monkeypatch.setattr("infdit.cli.recipe.load_clip", lambda *_, **__: lambda image: torch.zeros(1, 32))
     assert run("upscale", source, "-o", tmp_path / "no.png", "--model", model, "--from-receipt", again) == 0
     options = ("--model", model, "--from-receipt", tmp_path / "named.png")
     assert run("upscale", source, "-o", tmp_path / "never.png", *options) == 2

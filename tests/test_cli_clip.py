@@ -26,6 +26,7 @@ from clipmath import (
 from PIL import Image
 from test_cli import PUBLISHED, make_picture, one_line, run
 
+from infdit.cli import recipe
 from infdit.cli import upscale as shell
 from infdit.clip import load_clip
 
@@ -54,7 +55,7 @@ class Encoder:
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> type[Encoder]:
     Encoder.made, Encoder.read = [], []
-    monkeypatch.setattr(shell, "load_clip", Encoder)
+    monkeypatch.setattr(recipe, "load_clip", Encoder)
     return Encoder
 
 
@@ -174,7 +175,7 @@ def test_real_towers_from_a_file_to_a_picture(
 ) -> None:
     weights = tower_weights(VISION) | text_weights(TEXT)
     load = partial(load_clip, dtype=torch.float64, config=VISION, text_config=TEXT)
-    monkeypatch.setattr(shell, "load_clip", load)
+    monkeypatch.setattr(recipe, "load_clip", load)
     source, out = make_picture(tmp_path / "in.png", size=(40, 30)), tmp_path / "out.png"
     options = ("--positive", "clear", "--negative", "noisy", "--strength", "1.5")
     assert run("upscale", source, "-o", out, *MODEL, "--clip", clip_file(tmp_path, weights), *options) == 0
@@ -193,7 +194,7 @@ def test_real_towers_from_a_file_to_a_picture(
 def test_texts_for_a_file_that_has_no_text_tower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shell, "load_clip", partial(load_clip, config=VISION, text_config=TEXT))
+    monkeypatch.setattr(recipe, "load_clip", partial(load_clip, config=VISION, text_config=TEXT))
     source, out = make_picture(tmp_path / "in.png"), tmp_path / "out.png"
     path = clip_file(tmp_path, tower_weights(VISION))
     assert run("upscale", source, "-o", out, *MODEL, "--clip", path, "--positive", "clear") == 2

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,11 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..checkpoint import clip_path, load_model, read_checkpoint
-from ..clip import NEGATIVE, POSITIVE, STRENGTH, WEIGHTS, CLIPEncoder, guide, load_clip, text_direction
-from ..conditioning import visible_colour
+from ..checkpoint import load_model
+from ..clip import NEGATIVE, POSITIVE, STRENGTH
 from ..device import WrongNumbers, default_dtype, devices_of, one_memory, out_of_memory
 from ..draft import sweep
-from ..memory.plan import CPU, MemoryPlan, Workload
-from ..memory.planner import OutOfMemory, free_bytes
+from ..memory.planner import OutOfMemory
 from ..model import InfDiT
 from ..picture import (
     DEPTHS,
@@ -42,26 +40,32 @@ from ..picture import (
     read_picture,
     write_picture,
 )
-from ..presets import PRESETS, sampling
+from ..presets import PRESETS
 from ..progress import Preview
-from ..receipt import Receipt, ReceiptError, receipt_of
-from ..resume import SavedRun, difference, model_digest, settings_of
+from ..receipt import receipt_of
+from ..resume import SavedRun, settings_of
 from ..run import Report
 from ..samplers import SAMPLERS, get_sampler
 from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
 from ..upscale import upscale, workload_of
 from . import BAR, DTYPES, FAILED, add_memory, size_of
-from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, read_receipt, receipts_at
+from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, receipts_at
+from .recipe import (
+    IN_RECEIPT,
+    OTHER_PLAN,
+    Recipe,
+    clip_of_call,
+    clip_vectors,
+    plan_of_receipt,
+    receipt_of_call,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
     from ..ranks import Peers
 
-OTHER_PLAN = "another plan than the receipt's is made, %s: pixels may differ in rounding"
 OUT_OF_MEMORY = "out of memory; choose a smaller result, close other programs, or try --device cpu"
 log = logging.getLogger(__name__)
-# what a receipt says itself
-_IN_RECEIPT = ("scale", "size", "longest", "shortest", "megapixels", "steps", "sampler", "denoise", "seed", "dtype")
-_IN_RECEIPT += ("positive", "negative", "strength", "preset", "fidelity", "colour_match")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,23 +102,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--resume", type=Path, metavar="DIR", help="keep the state of each step there, and go on from it")
     p.add_argument("--receipt", type=Path, metavar="JSON", help="write what was done; every PNG made holds it too")
     p.add_argument("--from-receipt", type=Path, metavar="FILE", help="JSON or PNG: with its settings, the same pixels")
-    p.set_defaults(own={name: p.get_default(name) for name in _IN_RECEIPT})
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What all pictures of a call have in common; `receipt`, where it was taken from one; `peers` share it."""
-
-    model: InfDiT
-    devices: list[torch.device]
-    sampler: str
-    sigmas: torch.Tensor
-    seed: int
-    fidelity: float
-    colour_match: bool
-    words: str
-    receipt: Receipt | None
-    peers: Peers | None
+    p.set_defaults(own={name: p.get_default(name) for name in IN_RECEIPT})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -147,12 +135,12 @@ def _run(options: argparse.Namespace, devices: list[torch.device], peers: Peers 
     output = Path(options.output)
     jobs = jobs_of(find_pictures(options.inputs, options.recursive, output), options)
     sources = [source for source, _ in jobs]
-    receipt = _receipt(options)
+    receipt = receipt_of_call(options)
     device = devices[0]
     place = "cpu" if devices[1:] else _place(device)
     model = load_model(options.model, DTYPES[options.dtype] or default_dtype(device), place)
-    recipe = _recipe(options, model, devices, receipt, peers)
-    encoder = None if receipt and receipt.settings["clip"] is None else _clip(options, model)
+    recipe = recipe_of(options, model, devices, receipt, peers)
+    encoder = None if receipt and receipt.settings["clip"] is None else clip_of_call(options, model)
     with receipts_at(options.receipt, sources, options.force) as write_receipts:
         for folder in dict.fromkeys(target.parent for _, target in jobs):
             if jobs[0][1] != output:  # made only now that nothing else can be refused
@@ -162,13 +150,13 @@ def _run(options: argparse.Namespace, devices: list[torch.device], peers: Peers 
             _make_folder(options.resume)
         with place_for(jobs[0][1]):
             pass  # that nothing can be written is told before the work
-        vectors = _vectors(encoder, options, sources)
+        vectors = clip_vectors(encoder, options, sources)
         del encoder  # its memory is free while pictures are enlarged
         return _upscale_all(jobs, recipe, vectors, options, write_receipts)
 
 
 def _upscale_all(
-    jobs: list[tuple[Path, Path]], recipe: _Recipe, vectors: dict[Path, torch.Tensor], options: argparse.Namespace,
+    jobs: list[tuple[Path, Path]], recipe: Recipe, vectors: dict[Path, torch.Tensor], options: argparse.Namespace,
     write_receipts: WriteReceipts,
 ) -> int:
     receipts, done, left, failed = [], 0, 0, 0
@@ -199,7 +187,7 @@ def _upscale_all(
 
 
 def _upscale_one(
-    source: Path, target: Path, recipe: _Recipe, vector: torch.Tensor | None, options: argparse.Namespace
+    source: Path, target: Path, recipe: Recipe, vector: torch.Tensor | None, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """The receipt of what was made; None if it was there already."""
     picture = read_picture(source)
@@ -220,7 +208,7 @@ def _upscale_one(
     made_from = {"model": model.digest, "picture": digest, "bits": bits, **settings}
     if not options.force and check_existing(target, made_from):
         return None
-    plan = _plan(taken, workload, digest, settings, options) if taken else None
+    plan = plan_of_receipt(taken, workload, digest, settings, options) if taken else None
     if recipe.peers is not None:
         if taken:
             log.warning(OTHER_PLAN, "for the processes there are")
@@ -253,7 +241,7 @@ def _upscale_one(
 
 
 def _about(
-    model: InfDiT, picture: Picture, digest: str, recipe: _Recipe, options: argparse.Namespace
+    model: InfDiT, picture: Picture, digest: str, recipe: Recipe, options: argparse.Namespace
 ) -> dict[str, object]:
     return {
         "model": {"name": Path(options.model).name, "sha256": model.digest},
@@ -295,62 +283,6 @@ def _state_name(source: Path, target: Path) -> str:
     return f"{source.stem[:60]}-{hashlib.sha256(os.fsencode(target.absolute())).hexdigest()[:16]}"
 
 
-def _receipt(options: argparse.Namespace) -> Receipt | None:
-    """The receipt to go by, whose dtype and texts become the options'.
-
-    Raises:
-        ReceiptError: one that cannot be used; options that it says itself.
-    """
-    if options.from_receipt is None:
-        return None
-    receipt = read_receipt(options.from_receipt)
-    given = [name for name, value in options.own.items() if getattr(options, name) != value]
-    if given:
-        raise ReceiptError(f"--from-receipt says itself what --{given[0]} would: leave one of them out")
-    options.dtype = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{receipt.settings['dtype']}")
-    options.positive, options.negative, options.strength = receipt.text
-    return receipt
-
-
-def _recipe(
-    options: argparse.Namespace, model: InfDiT, devices: list[torch.device], receipt: Receipt | None,
-    peers: Peers | None,
-) -> _Recipe:
-    model.digest = model_digest(model)
-    if receipt is None:
-        asked = options.preset, options.steps, options.sampler
-        chosen = sampling(model.defaults, *asked, denoise=options.denoise)
-        finish = options.fidelity, options.colour_match
-        how = str(chosen.sampler), chosen.sigmas, options.seed
-        return _Recipe(model, devices, *how, *finish, chosen.words, None, peers)
-    settings = receipt.settings
-    if receipt.sha256 != model.digest:
-        raise ReceiptError(
-            f"{options.from_receipt}: it is of the model {receipt.model} ({receipt.sha256[:12]}…), not of "
-            f"{options.model} ({model.digest[:12]}…): give that --model"
-        )
-    if receipt.device != devices[0].type:
-        here = devices[0].type
-        log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
-    sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
-    return _Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt, peers)
-
-
-def _plan(
-    receipt: Receipt, workload: Workload, digest: str, settings: dict[str, Any], options: argparse.Namespace
-) -> MemoryPlan | None:
-    """The plan of a receipt, if there is memory for it; says why other pixels than its come out, where they do."""
-    if receipt.picture and digest != receipt.picture:
-        log.warning("another picture than the receipt's is upscaled with its settings")
-    elif receipt.picture and difference(receipt.settings, settings):
-        raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
-    held = workload.footprint(receipt.plan)
-    if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):
-        log.warning(OTHER_PLAN, "for the memory there is")
-        return None
-    return replace(receipt.plan, peak_bytes=held.device, host_bytes=held.host, reason="the receipt's plan")
-
-
 def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> None:
     """Write a result; where that fails after all the work, into the folder for temporary files."""
     try:
@@ -368,37 +300,6 @@ def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> 
             kept.parent.rmdir()
             raise error from None
         raise TargetError(target, error.reason, f"the result is kept as {kept}") from error
-
-
-def _vectors(encoder: CLIPEncoder | None, options: argparse.Namespace, sources: list[Path]) -> dict[Path, torch.Tensor]:
-    """CLIP's vector of each picture, made before the first upscale, for CLIP's memory is free then."""
-    if encoder is None:
-        return {}
-    direction = text_direction(encoder, options.positive, options.negative) if options.strength else None
-    vectors: dict[Path, torch.Tensor] = {}
-    for source in tqdm(sources, desc="CLIP", leave=False, disable=len(sources) == 1):
-        try:
-            image = read_picture(source).pixels[None]
-        except PictureError:
-            continue  # told when its turn comes
-        vectors[source] = guide(encoder(visible_colour(image) * 2 - 1), direction, options.strength)
-    return vectors
-
-
-def _clip(options: argparse.Namespace, model: InfDiT) -> CLIPEncoder | None:
-    """The encoder named, or the one that `convert` put beside the model, if the model listens to it."""
-    text = bool(options.positive.strip() or options.negative.strip())
-    if not model.config.vector_dim:
-        if options.clip is not None or text:
-            log.warning("this model has no CLIP input: --clip, --positive and --negative are ignored")
-        return None
-    beside = clip_path(options.model)
-    path = options.clip or (beside if beside.exists() else None)
-    if path is None and read_checkpoint(options.model).clip:
-        path = options.model
-    if path is None and text:
-        raise ValueError(f"--positive and --negative need CLIP: give --clip FILE, {WEIGHTS}")
-    return None if path is None else load_clip(path, device="cpu")
 
 
 def _make_folder(path: Path) -> None:
