@@ -6,16 +6,34 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .draft import draft, sweep
 from .tensorfile import CheckpointError, why
-from .tune import MOST, Fit, Levels
 
 log = logging.getLogger(__name__)
+MOST = 64  # evaluations
+Levels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where a fit stands; all that the next round depends on.
+
+    Attributes:
+        levels: falling, without the 0 at the end: as many as evaluations.
+        distance: RMS from the reference; karras: that of the Karras schedule of as many evaluations.
+        damping: of the next round; rounds: of the fit that are done.
+    """
+
+    levels: Levels
+    distance: float
+    karras: float
+    damping: float = 0.01
+    rounds: int = 0
 
 
 def schedules_path(path: str | Path) -> Path:

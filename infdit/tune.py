@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import SamplingDefaults
 from .presets import FITTED, SAMPLER, resampled
 from .samplers import Denoise, get_sampler, karras_sigmas, sample_heun
+from .sidecar import MOST, Fit, Levels
 
 REFERENCE = 100  # steps of Heun's method
 ROUNDS = 8  # of Gauss and Newton
@@ -25,26 +26,6 @@ TRIES = 3  # dampings of a round
 NUDGE = 0.02  # of ln h, for finite differences: far above the rounding of a network
 EVEN = 0.01  # weight of even steps beside the distance, which Karras's levels have 1 of
 FARTHEST = 1.0  # that ln h moves in a round
-MOST = 64  # evaluations
-
-Levels = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Where a fit stands; all that the next round depends on.
-
-    Attributes:
-        levels: falling, without the 0 at the end: as many as evaluations.
-        distance: RMS from the reference; karras: that of the Karras schedule of as many evaluations.
-        damping: of the next round; rounds: done, ROUNDS when the fit is.
-    """
-
-    levels: Levels
-    distance: float
-    karras: float
-    damping: float = 0.01
-    rounds: int = 0
 
 
 def reference(denoise: Denoise, start: Tensor, defaults: SamplingDefaults) -> Tensor:

@@ -132,12 +132,12 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 ROOMS = (  # architecture.md draws them
     (
         "attention", "config", "grid", "rotary", "samplers", "presets", "tune",
-        "device", "names", "sizes", "tensorfile", "draft", "disk", "seams",
+        "device", "names", "sizes", "tensorfile", "draft", "disk", "seams", "sidecar",
     ),
     ("conditioning", "blocks", "model", "memory.plan", "memory.measure", "memory.offload", "memory.planner", "memory"),
     ("uniba", "stages", "denoiser"),
     ("run", "selfcheck", "progress", "fidelity", "receipt", "resume", "upscale"),
-    ("clip", "sidecar", "checkpoint", "picture", "ranks"),
+    ("clip", "checkpoint", "picture", "ranks"),
     ("", "cli", "__main__"),
 )
 
