@@ -56,7 +56,7 @@ class SavedRun:
 
     def remove(self) -> None:
         """Remove the states: the result is safe."""
-        for file in self._path.parent.iterdir():
+        for file in self._path.parent.glob("*.state"):  # nothing, and no error, of a folder that has gone
             if re.fullmatch(rf"{re.escape(self._path.name)}\.\d+(\.\d+)?\.state", file.name):
                 with suppress(OSError):
                     file.unlink()

@@ -123,8 +123,7 @@ def begin_run(
     report.evaluations = count * work.batch * len(work.passes)
     shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
     if resume is not None:
-        kinds = "+".join(dict.fromkeys(device.type for device in work.devices))
-        resume.begin(report.settings | {"model": model_digest(model), "device": kinds}, report.resumed)
+        resume.begin(report.settings | {"model": model_digest(model), "device": work.device_kinds}, report.resumed)
     return Run(model, plan, shown.advance, report, shown.painted), shown
 
 
@@ -254,9 +253,11 @@ def upscale_batch(
 
 
 def _skip(run: Run, part: Workload, sampler: SamplerInfo, sigmas: Tensor, steps: int) -> None:
-    """Move the bar over steps that are done already."""
+    """Move the bar over steps that are done already: at no pace from which the time left could be told."""
     done = evaluations(sampler, sigmas) - evaluations(sampler, sigmas[steps:])
+    run.report.doing = "preparing"
     run.advance(done * part.config.num_layers * part.grid.blocks)
+    run.report.doing = "sampling"
 
 
 def _sample(sampler: SamplerInfo, denoise: Denoise, start: list[Tensor], sigmas: Tensor, callback: Callback) -> Tensor:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,19 @@ def test_a_folder_that_goes_ends_no_run(mini: InfDiT, pictures: torch.Tensor, tm
     assert torch.equal(result, infdit.upscale(mini, pictures, sampler="euler", steps=STEPS))
     assert len(report.resumed) == 1
     assert "cannot be written" in report.resumed[0]
+    saved.remove()  # nothing
+
+
+def test_no_pace_is_told_of_steps_that_were_done_before(mini: InfDiT, pictures: torch.Tensor, tmp_path: Path) -> None:
+    """Whoever tells the time left from what is done, while it is sampled, would promise far too little."""
+    run(mini, pictures[:1], tmp_path, 4, steps=5)
+    report, seen = infdit.Report(), [(0, "")]
+    infdit.upscale(
+        mini, pictures[:1], sampler="euler", steps=5, resume=SavedRun(tmp_path / "run"), report=report,
+        progress=lambda done, total, _: seen.append((done, report.doing)),
+    )  # fmt: skip
+    moved = [after - before for (before, _), (after, doing) in pairwise(seen) if doing == "sampling"]
+    assert sum(moved) == mini.config.num_layers  # of one step, of one block
 
 
 @pytest.mark.parametrize("sampler", list(infdit.samplers.SAMPLERS))

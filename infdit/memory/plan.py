@@ -138,6 +138,11 @@ class Workload:
         """All that may compute."""
         return self.device, *self.beside
 
+    @property
+    def device_kinds(self) -> str:
+        """Their kinds, of which each has its own rounding, like "cuda"."""
+        return "+".join(dict.fromkeys(device.type for device in self.devices))
+
     @cached_property
     def passes(self) -> tuple[Workload, ...]:
         """What is computed one after another until the size is reached, for each picture; itself if that is enough."""
