@@ -18,10 +18,10 @@ SEEN = 2.0  # ΔE2000, on average over a picture
 
 
 def run_report(
-    name: str, sampling: str, steps: int, planned: PlannedRun, done: Report, seconds: float, notes: Sequence[str]
+    name: str, sampling: str, planned: PlannedRun, done: Report, seconds: float, notes: Sequence[str]
 ) -> str:
-    """All lines about a run with the model of this name; steps: of all pictures; seconds: in all."""
-    workload, plan = planned.workload, done.plan or planned.plan
+    """All lines about a run with the model of this name; seconds: in all."""
+    workload, plan, steps = planned.workload, done.plan or planned.plan, len(done.seconds)  # of this run, not before it
     each = f" ({duration(seconds / steps)} a step)" if steps > 1 else ""
     return "\n".join(
         [
@@ -30,6 +30,7 @@ def run_report(
             sampling,
             model_line(name, workload),
             *notes,
+            *resumed_lines(done),
             *(f"note: {note}" for note in done.replanned),
             *faithful_lines(done),
             *plan_lines(workload, plan),
@@ -47,6 +48,13 @@ def overshoot_note(image: Tensor) -> list[str]:
     """That values are clipped, if any are."""
     low, high = (bound.item() for bound in image.aminmax())
     return [] if low >= 0 and high <= 1 else [f"note: values from {low:.3g} to {high:.3g} were clipped to 0..1"]
+
+
+def resumed_lines(done: Report) -> list[str]:
+    """Where the run went on, and what of its states was of no use: of many pictures the first and the last."""
+    told = done.resumed
+    told = told if len(told) < 4 else [told[0], f"{len(told) - 2} more such notes are in the receipt", told[-1]]
+    return [f"note: {note}" for note in told]
 
 
 def size_line(workload: Workload) -> str:

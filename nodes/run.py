@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from .clip import GuidedVector
 from .comfy_memory import ManagedModel, with_weights
 from .comfy_page import Bar, duration, page_language
 from .report import overshoot_note, run_report, seconds_foretold
+from .unfinished import kept_states
 from .words import RECEIPT, in_language
 
 
@@ -29,6 +31,7 @@ def run_upscale(
     conditioning: GuidedVector | None,
     node_id: str | None,
     told: Callable[[], tuple[str, Sequence[str]]],
+    resume: bool = False,
     **given: Any,  # noqa: ANN401 - seed, noise, callback: as `upscale` has them
 ) -> tuple[Tensor, str]:
     """The enlarged pictures, float32 on the CPU, and the report.
@@ -41,9 +44,11 @@ def run_upscale(
         conditioning: what CLIP says, if it was asked.
         node_id: of the node that runs.
         told: what is known after the run of how it was sampled, for the report: a line, and notes.
+        resume: whether the states of its steps are kept, to go on from; seed, fidelity and colour_match are given then.
         given: passed on to `upscale`.
     """
-    workload, done, bar = planned.workload, Report(), Bar(node_id, planned.workload.batch)
+    workload, network, done, bar = planned.workload, model.network, Report(), Bar(node_id, planned.workload.batch)
+    network.digest = model_digest(network)  # once for all runs: it may take seconds
     vectors = conditioning.vectors if conditioning is not None and model.listens else None
     work = partial(
         upscale,
@@ -57,18 +62,19 @@ def run_upscale(
         report=done,
         **given,
     )
+    kept = kept_states(network, workload, image, sigmas, vectors, done.resumed, **given) if resume else nullcontext()
     began = time.monotonic()
     bar.tell(f"about {format_seconds(seconds_foretold(workload, planned.plan, sigmas))}")
-    result = with_weights(model, planned.plan, work)
+    with kept as saved:
+        result = with_weights(model, planned.plan, partial(work, resume=saved))
     seconds = time.monotonic() - began
     bar.fill()
     bar.tell(f"{workload.width}×{workload.height} in {duration(seconds)}")
-    steps = (len(sigmas) - 1) * workload.batch * len(workload.passes)
     sampling, notes = told()
     lines = [*overshoot_note(image), *notes, *conditioning_lines(model, conditioning)]
-    about = {"name": model.name, "sha256": model_digest(model.network)}
+    about = {"name": model.name, "sha256": network.digest}
     receipt = json.dumps(receipt_of(done, seconds, model=about, device=workload.device.type))
-    report = run_report(model.name, sampling, steps, planned, done, seconds, lines)
+    report = run_report(model.name, sampling, planned, done, seconds, lines)
     return result, f"{in_language(report, page_language())}\n{RECEIPT}{receipt}"
 
 

@@ -53,6 +53,7 @@ class InfDiTUpscale(schema.BudgetedNode):
                     "draft 8, paper 39. steps and sampler_name, where set, go before it. The bundled model takes one "
                     "step at most: there it changes nothing, and the report says so.",
                 ),
+                _resume_input(),
             ],
             outputs=[
                 schema.image_output(),
@@ -72,7 +73,7 @@ class InfDiTUpscale(schema.BudgetedNode):
         cls, model: ManagedModel, image: Tensor, steps: int, sampler_name: str, denoise: float, seed: int,
         memory_budget: float, size: Size | None = None, conditioning: GuidedVector | None = None,
         mask: Tensor | None = None, transparency: Tensor | None = None, fidelity: float = 0.0,
-        colour_match: bool = False, preset: str = OWN,
+        colour_match: bool = False, preset: str = OWN, resume: bool = False,
     ) -> io.NodeOutput:
         pictures = from_image(image)
         steps, seed = (
@@ -99,6 +100,7 @@ class InfDiTUpscale(schema.BudgetedNode):
                 sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
                 [*preset_note(chosen.words, planned, sigmas), *steps_note(steps, defaults)],
             ),
+            resume=bool(resume),
             seed=seed,
             fidelity=fidelity,
             colour_match=bool(colour_match),
@@ -146,6 +148,15 @@ def _faithful_inputs() -> list[io.Input]:
             "For models that shift colours, which the bundled one does not.",
         ),
     ]
+
+
+def _resume_input() -> io.Input:
+    return io.Boolean.Input(
+        "resume", display_name="resume (stop = pause)", default=False, optional=True, extra_dict=schema.ADVANCED,
+        tooltip="Keep the state after each step on disk: after a stop, an error or a crash the same workflow, queued "
+        "again, goes on after the last finished step and makes the same picture. The report says so. States are in "
+        "the output folder, in inf-dit-unfinished, until the run is done. For runs of more than one step.",
+    )
 
 
 def _mask_input() -> io.Input:

@@ -17,7 +17,10 @@ import traceback
 import harness
 
 # in their order
-FILES = ("cases_upscale", "cases_advanced", "cases_native", "cases_models", "cases_memory", "cases_made_up")
+FILES = (
+    "cases_upscale", "cases_unfinished", "cases_advanced", "cases_native", "cases_models", "cases_memory",
+    "cases_made_up",
+)  # fmt: skip
 
 
 def main() -> None:

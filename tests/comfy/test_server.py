@@ -38,6 +38,7 @@ INPUTS = {
         "fidelity": "FLOAT?",
         "colour_match": "BOOLEAN?",
         "preset": "COMBO?",
+        "resume": "BOOLEAN?",
     },
     "InfDiTMemoryPlan": {
         "model": "INFDIT_MODEL",
@@ -220,6 +221,7 @@ def test_sliders_and_folded_inputs(online: dict) -> None:
         ("InfDiTUpscale", "fidelity"),
         ("InfDiTUpscale", "colour_match"),
         ("InfDiTUpscale", "preset"),
+        ("InfDiTUpscale", "resume"),
         ("InfDiTScheduler", "sigma_min"),
         ("InfDiTScheduler", "rho"),
     }
