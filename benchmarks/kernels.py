@@ -9,6 +9,7 @@ does not keep the CPU busy; what a card takes is foretold by the cost model.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from infdit import attention
+from infdit import attention, fuse
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.denoiser import Conditioning, Denoiser
 from infdit.grid import BlockGrid
@@ -61,12 +62,13 @@ class Kernels(TorchDispatchMode):
             kwargs.pop("out", None)
             read = [x for x in tree_leaves((args[name == "copy_" :], kwargs)) if isinstance(x, Tensor)]
             written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-            self._count(name, [] if name in PRODUCTS else read + written)
+            self.count(name, [] if name in PRODUCTS else read + written)
             if name == "native_layer_norm" and not read[0].is_contiguous():
-                self._count("copy for a norm", [read[0]] * 2)
+                self.count("copy for a norm", [read[0]] * 2)
         return result
 
-    def _count(self, name: str, touched: Sequence[Tensor]) -> None:
+    def count(self, name: str, touched: Sequence[Tensor]) -> None:
+        """One kernel, and the tensors that it reads or writes."""
         self.names[name] += 1
         self.moved[name] += sum(map(_bytes, touched))
 
@@ -78,15 +80,25 @@ def _bytes(x: Tensor) -> int:
 
 
 @torch.no_grad()
-def of_a_layer(config: InfDiTConfig, chunk: int, line: int, lines: int = 3) -> tuple[Kernels, int]:
+def of_a_layer(
+    config: InfDiTConfig, chunk: int, line: int, lines: int = 3, triton: bool = False
+) -> tuple[Kernels, int]:
     """Kernels of a layer that is not the first, in bf16, and the number of chunks that it came by.
 
-    line: blocks of one; lines: of the picture.
+    line: blocks of one; lines: of the picture; triton: with the kernel of `infdit.fuse`.
     """
     config, kernels = replace(config, num_layers=2), Kernels()
+
+    def norm_and_turn(qkv: Tensor, heads: int, norm: torch.nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (torch.empty_like(qkv[..., :heads, :]) for _ in range(2))
+        kernels.count("norm and turn", [qkv[..., : 2 * heads, :], turns, q, k] if kernels.on else [])
+        return q, k
+
     height, width = lines * config.block_size, line * config.block_size
     fused = mock.patch.object(attention, "fused", lambda *which: True)
-    with fused, FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
+    asked = mock.patch.dict(os.environ, {fuse.SWITCH: "1" if triton else ""})
+    kernel = mock.patch.object(fuse, "_kernel", lambda *which: norm_and_turn)
+    with fused, asked, kernel, FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         x, up = (torch.empty(1, 3, height, width, device=ACCELERATOR) for _ in range(2))
         lr = torch.empty(1, 3, height // LR_FACTOR, width // LR_FACTOR, device=ACCELERATOR)
         plan = MemoryPlan(2, chunk, sweep="rows")
@@ -126,6 +138,9 @@ def report(config: InfDiTConfig, size: tuple[int, int], chunk: int) -> Iterator[
         yield f"{count / chunks:7.2f} {counted.moved[name] / chunks / 1e6:8.1f} MB   {name}"
     kernels, moved = counted.names.total() / chunks, counted.moved.total() / chunks
     yield f"{kernels:7.2f} {moved / 1e6:8.1f} MB   kernels, and bytes of those that are neither product nor attention"
+    counted, chunks = of_a_layer(published, 4, 4096 // published.block_size, triton=True)
+    kernels, moved = counted.names.total() / chunks, counted.moved.total() / chunks
+    yield f"{kernels:7.2f} {moved / 1e6:8.1f} MB   with {fuse.SWITCH}=1"
     grid, plan = BlockGrid.covering(*size, config.block_size), MemoryPlan(config.num_layers, chunk)
     seconds, chunks = in_python(config, (grid.height, grid.width), plan), -(-grid.blocks // chunk)
     card = CostModel.family(CUDA, torch.bfloat16).evaluation(config, grid, plan, torch.bfloat16)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
-from .rotary import rotate
+from .fuse import queries_and_keys
 
 EPS = 1e-6
 NOISE_CHANNELS = 192
@@ -173,14 +173,9 @@ class Layer(nn.Module):
         """Block attention of tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
         qkv = self.qkv(modulate(_norm(h), shift, scale))
         qkv = rearrange(qkv, "b n t (three h d) -> b n t (three h) d", three=3, h=self.heads)
-        # values are normalised too, and not used: keys and queries alone would be copied first, which moves more bytes
-        normed = self.qk_norm(qkv)
-        q, k, _ = normed.split(self.heads, -2)  # (B, N, T, H, d)
-        q, k = rotate(q, turns).to(normed.dtype), rotate(k, turns)
-        if k.requires_grad:
-            k = k.to(normed.dtype)
+        q, k = queries_and_keys(qkv, self.heads, self.qk_norm, turns)  # (B, N, T, H, d)
         find_neighbours = keep_neighbours(k, qkv[..., 2 * self.heads :, :])
-        del qkv, normed, k, _  # what is kept of them is elsewhere: they make room for those of four blocks
+        del qkv, k  # what is kept of them is elsewhere: they make room for those of four blocks
         keys, values = find_neighbours(self.slot_embed)  # (B, N, 4, T, H, d)
         del find_neighbours
         found = _attention(q, keys.flatten(2, 3), values.flatten(2, 3))

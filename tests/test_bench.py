@@ -28,13 +28,14 @@ def test_it_prints_constants_and_plans(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_kernels_of_a_layer_and_seconds_of_python(capsys: pytest.CaptureFixture[str]) -> None:
-    """29 at the published width with four blocks, and 0.7 GB by those that only move numbers; 36 and 0.82 GB once."""
+    """At the published width with four blocks: 36 kernels and 0.82 GB by those that only move numbers once."""
     assert main(["--kernels", "4", "--size", "64x96"]) == 0
-    *_, whole, python = capsys.readouterr().out.splitlines()
-    kernels, moved, unit, *_ = whole.split()
-    assert float(kernels) <= 30
-    assert float(moved) <= 700
-    assert unit == "MB"
+    *_, whole, triton, python = capsys.readouterr().out.splitlines()
+    for line, most, megabytes in ((whole, 30, 700), (triton, 26, 500)):
+        kernels, moved, unit, *_ = line.split()
+        assert float(kernels) <= most
+        assert float(moved) <= megabytes
+        assert unit == "MB"
     assert 0 < float(python.split(": ")[1].split(" ms in Python")[0]) < 1000
 
 

@@ -131,7 +131,7 @@ def test_library_has_few_levels_and_no_module_imports_upwards() -> None:
 
 ROOMS = (  # architecture.md draws them
     (
-        "attention", "config", "grid", "rotary", "samplers", "presets", "tune",
+        "attention", "config", "fuse", "grid", "kernel", "rotary", "samplers", "presets", "tune",
         "device", "names", "sizes", "tensorfile", "draft", "disk", "seams", "sidecar",
     ),
     ("conditioning", "blocks", "model", "memory.plan", "memory.measure", "memory.offload", "memory.planner", "memory"),

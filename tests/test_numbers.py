@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[object, str, Callable]] = {
     "attention leaves keys out": (
         F, "scaled_dot_product_attention", lambda q, k, v: ATTENTION(q, k[..., :-4, :], v[..., :-4, :])
     ),
-    "nothing is turned": ("infdit.model", "rotate", lambda x, angles: x),
+    "nothing is turned": ("infdit.fuse", "rotate", lambda x, angles: x),
     "nothing is turned at a seam": ("infdit.uniba", "rotate", lambda x, angles: x),
     "another activation": (torch.nn.GELU, "forward", lambda gelu, x: F.relu(x)),
 }  # fmt: skip
