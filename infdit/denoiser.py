@@ -7,6 +7,7 @@ with σ_data = 0.5. x, the result and the arithmetic here are float32 or float64
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
-from .grid import BlockGrid, Geometry, Positions
+from .grid import BlockGrid, BlockIndex, Geometry, Positions
 from .memory.footprint import LEVELS, chunk_workspace
-from .memory.offload import Offloader, distribute_weights
+from .memory.offload import Offloader, PendingCopy, distribute_weights
 from .memory.plan import MemoryPlan
 from .model import InfDiT, MakeWindow
 from .stages import Belt, Elsewhere, Handover, Progress, Stops
@@ -114,34 +115,12 @@ class Denoiser:
         on_the_host = not isinstance(sigma, Tensor) or (sigma.dim() == 0 and sigma.device.type == "cpu")
         level = float(sigma) if on_the_host else None
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
-        norm = (s**2 + SIGMA_DATA**2).sqrt()
-        c_skip, c_out, c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
-        up, lr = self.conditioning.lr_upscaled, self.conditioning.lr
-        block, model = self.geometry.grid.block, self.model
-        canvas = Canvas(self.geometry.grid, x)
         if self._elsewhere is not None:
             self._elsewhere.evaluate(sigma, level)
         modulations, head_modulation = self._modulations(sigma, level)
-        if not head_modulation.requires_grad:
-            canvas.take()
-
-        def read(chunk: Chunk) -> tuple[Tensor, MakeWindow]:
-            at = chunk.coordinates
-            pixels = torch.cat((cut(x, at, block), cut(up, at, block).to(x.dtype)), 2)
-            windows = self._to_device(cut_windows(lr, at, block // LR_FACTOR).to(model.dtype))
-            # published: c_in scales all six channels
-            h = model.embed(self._to_device((c_in * pixels).to(model.dtype)))
-            return h, partial(model.embed_lr, windows, chunk.inside)
-
-        def write(chunk: Chunk, h: Tensor) -> None:
-            pixels = model.unembed(h, head_modulation).to(x)
-            canvas.paste(chunk.coordinates, c_skip * cut(x, chunk.coordinates, block) + c_out * pixels)
-            if self.painted is not None and not canvas.whole:
-                self.painted(canvas, up)
-
-        self._sweep(modulations, read, write)
-        return canvas.image
+        with closing(_Pictures(self, x, sigma, head_modulation)) as pictures:
+            self._sweep(modulations, pictures.read, pictures.write, pictures.prepare)
+            return pictures.result()
 
     def pass_on(self, sigma: Tensor, level: float | None) -> None:
         """The same in a process that has some layers of those between: what comes from another goes on to another."""
@@ -151,7 +130,10 @@ class Denoiser:
         self._expect(elsewhere)
         self._sweep(modulations, lambda chunk: (elsewhere.take(self.progress), None), None)
 
-    def _sweep(self, modulations: list[Tensor], read: Take, write: Give | None) -> None:
+    def _sweep(
+        self, modulations: list[Tensor], read: Take, write: Give | None,
+        prepare: Callable[[range], None] = lambda blocks: None,
+    ) -> None:
         """All layers over all blocks, on one device or on several at a time; write: None where others do it."""
         devices = [bench.offload.transfer.device for bench in self.benches]
         first = self.benches[0].layers.start
@@ -169,7 +151,7 @@ class Denoiser:
             take = read if not number else lambda chunk: (handed[number - 1].take(progress), None)
             give = write if number == len(handed) and write else lambda chunk, h: handed[number].give(h, progress)
             own = modulations[bench.layers.start - first : bench.layers.stop - first]
-            sweep(self.model, bench, self.geometry, own, take, give, progress)
+            sweep(self.model, bench, self.geometry, own, take, give, progress, *(() if number else (prepare,)))
 
         stages = [partial(stage, number) for number in range(len(devices))]
         if self._elsewhere is not None and write is not None:
@@ -232,7 +214,73 @@ class Denoiser:
                 for (linear,) in ready:
                     yield lambda c, linear=linear, device=device: linear(c.to(device))
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.plan.images == "device":
-            return tensor
-        return self.benches[0].offload.transfer.copy_to_device([tensor]).wait()[0]
+
+class _Pictures:
+    """The pictures of one evaluation, where they meet the tokens: cut into blocks, and put together of them.
+
+    Those that are not on the device are cut and copied one chunk ahead of the arithmetic, and pasted one behind, where
+    copies run beside it.
+    """
+
+    def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, head_modulation: Tensor) -> None:
+        """x: (B, 3, h, w); sigma: (B,); head_modulation: see `InfDiT.modulations_for`."""
+        self._model, self._grid, self._given = denoiser.model, denoiser.geometry.grid, denoiser.conditioning
+        self._painted, self._modulation, self._x = denoiser.painted, head_modulation, x
+        self._from, self._to = (denoiser.benches[i].offload.transfer for i in (-1, 0))
+        self._away = denoiser.plan.images != "device"
+        self._coming: dict[range, PendingCopy] = {}
+        self._leaving: deque[tuple[list[BlockIndex], PendingCopy]] = deque()
+        s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
+        norm = (s**2 + SIGMA_DATA**2).sqrt()
+        self._c_skip, self._c_out, self._c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
+        self._canvas = Canvas(self._grid, x)
+        if not head_modulation.requires_grad:
+            self._canvas.take()
+
+    def prepare(self, blocks: range) -> None:
+        """Begin to bring a chunk that will be read."""
+        if self._away and self._to.beside:
+            self._coming[blocks] = self._to.send(self._cut(self._grid.places(blocks)))
+
+    def read(self, chunk: Chunk) -> tuple[Tensor, MakeWindow]:
+        """The tokens of a chunk, and what makes those of its windows."""
+        if chunk.blocks in self._coming:
+            pixels, windows = self._coming.pop(chunk.blocks).wait()
+        else:
+            pixels, windows = self._cut(chunk.coordinates)
+            if self._away:
+                pixels, windows = self._to.send([pixels, windows]).wait()
+        return self._model.embed(pixels), partial(self._model.embed_lr, windows, chunk.inside)
+
+    def write(self, chunk: Chunk, h: Tensor) -> None:
+        """Take the tokens of a chunk after the last layer."""
+        pixels = self._model.unembed(h, self._modulation)
+        there = self._from.fetch(pixels) if self._away else PendingCopy([pixels])
+        self._leaving.append((chunk.coordinates, there))
+        if len(self._leaving) > (self._away and self._from.beside):
+            self._paste()
+
+    def result(self) -> Tensor:
+        """D(x; σ), of which all blocks are written."""
+        while self._leaving:
+            self._paste()
+        return self._canvas.image
+
+    def close(self) -> None:
+        """Keep no block any more, whoever holds a reference to this."""
+        self._coming.clear()
+        self._leaving.clear()
+
+    def _cut(self, at: list[BlockIndex]) -> list[Tensor]:
+        block, up, lr = self._grid.block, self._given.lr_upscaled, self._given.lr
+        pixels = torch.cat((cut(self._x, at, block), cut(up, at, block).to(self._x.dtype)), 2)
+        windows = cut_windows(lr, at, block // LR_FACTOR)
+        return [(self._c_in * pixels).to(self._model.dtype), windows.to(self._model.dtype)]  # published: of all six
+
+    def _paste(self) -> None:
+        at, copy = self._leaving.popleft()
+        (pixels,) = copy.wait()
+        known = self._c_skip * cut(self._x, at, self._grid.block)
+        self._canvas.paste(at, known + self._c_out * pixels.to(self._x))
+        if self._painted is not None and not self._canvas.whole:
+            self._painted(self._canvas, self._given.lr_upscaled)

@@ -67,6 +67,11 @@ class BlockGrid:
         line, along = index // self.line, index % self.line
         return (line, along) if self.by_rows else (along, line)
 
+    def places(self, blocks: range) -> list[BlockIndex]:
+        """Rows and columns of these blocks."""
+        rows, columns = self.coordinates(np.arange(blocks.start, blocks.stop))
+        return list(zip(rows.tolist(), columns.tolist(), strict=True))
+
     def index(self, coordinates: tuple[Whole, Whole]) -> Whole:
         """When the block at (row, column) is visited: the inverse of `coordinates`."""
         row, column = coordinates

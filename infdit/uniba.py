@@ -47,7 +47,7 @@ class Chunk:
         grid, transfer = geometry.grid, offload.transfer
         head_dim, dtype = model.config.head_dim, torch.promote_types(model.dtype, torch.float32)
         self.blocks, indices = blocks, np.arange(blocks.start, blocks.stop)
-        self.coordinates = list(zip(*(at.tolist() for at in grid.coordinates(indices)), strict=True))
+        self.coordinates = grid.places(blocks)
         rows, columns = geometry.token_positions(indices)
         self.turns = rotary_turns(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
         self.inside = transfer.to_device(grid.around(indices))
@@ -193,7 +193,7 @@ class Workbench:
 
 def sweep(
     model: InfDiT, bench: Workbench, geometry: Geometry, modulations: Sequence[Tensor], take: Take, give: Give,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None], prepare: Callable[[range], None] = lambda blocks: None,
 ) -> None:
     """Consecutive layers over a whole grid of blocks.
 
@@ -205,6 +205,7 @@ def sweep(
         take: gives the tokens of the chunk at hand before the first of these layers, give: takes them after the last,
             both on the device.
         progress: is told the number of blocks after each layer; an exception that it raises ends the sweep.
+        prepare: is told which blocks will be taken next, once the device has work to do.
     """
     layers, offload, states = bench.layers, bench.offload, bench.states
     differentiated = modulations[0].requires_grad  # then every tensor stays, and none is used again
@@ -224,6 +225,8 @@ def sweep(
                     layer, modulation, ring = steps[number]
                     h = layer(h, modulation, chunk.turns, partial(ring.keep, chunk), window)
                     del layer, modulation  # no variable may outlive the group and keep a layer
+                    if number == 0 and group.start == layers.start and following is not None:
+                        prepare(following)
                     offload.transfer.throttle()
                     progress(len(blocks))
                 if group.stop == layers.stop:

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import dry_run
 from infdit import InfDiTConfig, MemoryPlan
+from infdit.blocks import Canvas
 from infdit.memory.offload import Transfer
 from infdit.memory.plan import Workload
 from infdit.run import Run
@@ -342,6 +343,37 @@ def test_a_wait_that_is_left_out_is_found(what: str, agents: Agents, monkeypatch
     monkeypatch.setattr(Stream, what, lambda self, other: None)
     with pytest.raises(RaceError, match=r"may not have written yet|while compute .* may still use it"):
         watch(agents, monkeypatch, AWAY)
+
+
+def test_pixels_that_are_read_before_they_came_are_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "synchronize", lambda self: None)
+    with pytest.raises(RaceError, match="read on host of what copy .* may not have written yet"):
+        watch(agents, monkeypatch, AWAY)
+
+
+def test_the_card_has_work_while_pictures_on_the_host_are_cut_and_pasted(
+    agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first chunk of an evaluation, and for the last."""
+    queued: dict[str, list[int]] = {"send": [], "paste": []}
+
+    def noting(of: type, name: str) -> None:
+        original = getattr(of, name)
+
+        def note(*given: object) -> object:
+            queued[name].append(agents.clocks[COMPUTE][COMPUTE] - agents.clocks[HOST][COMPUTE])
+            return original(*given)
+
+        monkeypatch.setattr(of, name, note)
+
+    noting(Transfer, "send")
+    noting(Canvas, "paste")
+    watch(agents, monkeypatch, MemoryPlan(3, 2, images="host"))
+    chunks = 6
+    for name, idle in (("send", 0), ("paste", chunks - 1)):
+        moments = queued[name]
+        assert len(moments) % chunks == 0
+        assert all(moment > 0 for i, moment in enumerate(moments) if i % chunks != idle), name
 
 
 def test_all_memory_of_the_card_is_of_one_stream(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,3 +157,9 @@ def _workspace(config: InfDiTConfig, dtype: torch.dtype) -> int:
 def pixel_bytes(config: InfDiTConfig) -> int:
     """Bytes of one block while it is read: x and up cut, joined and scaled, and its window of the lr picture."""
     return 18 * config.block_size**2 * FLOAT32 + 9 * (3 * config.lr_block_size) ** 2 * FLOAT32
+
+
+def staged_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
+    """Bytes of one block in pinned memory: what is read of two chunks, and what is written of two, by powers of two."""
+    read = 6 * config.block_size**2 + 3 * (3 * config.lr_block_size) ** 2
+    return 2 * 2 * (read + 3 * config.block_size**2) * dtype.itemsize

@@ -1,8 +1,8 @@
 """What a plan keeps on the host, and how it comes to the device in time: weights by groups, hidden states by chunks.
 
 The copies of the next group and of the next chunk are under way while this one is computed. On CUDA weights and hidden
-states on the host are pinned and their copies run on a stream of their own; pictures are copied when a chunk of them
-is needed, and the arithmetic waits. All memory of the device is of the stream that computes, in whose order it is given
+states on the host are pinned, what is cut from pictures goes through pinned memory, and their copies run on a stream of
+their own. All memory of the device is of the stream that computes, in whose order it is given
 back and used again; copies wait for it, and it for them, before either touches what the other has. Elsewhere, and where
 a plan does without pinned memory, a copy is a plain copy, for which all wait; on a CPU device and host are one memory,
 and every plan stays legal.
@@ -218,13 +218,29 @@ class Transfer:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
+    @property
+    def beside(self) -> bool:
+        """Whether copies run beside the arithmetic."""
+        return self._stream is not None
+
     def copy_to_device(self, tensors: Sequence[Tensor]) -> PendingCopy:
-        """Begin to copy tensors from the host to the device."""
+        """Begin to copy tensors from the host to the device, from pinned memory where copies run beside."""
         if self._stream is None:
             return PendingCopy([tensor.to(self.device, copy=True) for tensor in tensors])
         copies = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
         self._copy(copies, tensors)
         return PendingCopy(copies, self._copied())
+
+    def send(self, tensors: Sequence[Tensor]) -> PendingCopy:
+        """The same of tensors anywhere on the host, through pinned memory.
+
+        Raises:
+            PinFailed: there is none.
+        """
+        if self._stream is not None:
+            with pinning():
+                tensors = [tensor.pin_memory() for tensor in tensors]
+        return self.copy_to_device(tensors)
 
     def copy_to_host(self, source: Tensor, target: Tensor) -> None:
         """Begin to copy a tensor of the device, all of whose arithmetic is queued, into one of the host."""
@@ -235,6 +251,20 @@ class Transfer:
             self._leaving.wait()
         self._copy([target], [source])
         self._leaving = PendingCopy([source], self._copied())  # which keeps it as long as it is read
+
+    def fetch(self, source: Tensor) -> PendingCopy:
+        """Begin to copy a tensor of the device, all of whose arithmetic is queued, to the host, into pinned memory.
+
+        Raises:
+            PinFailed: there is none.
+        """
+        if self._stream is None:
+            return PendingCopy([source.to("cpu")])
+        with pinning():
+            on_cuda = self.device.type == "cuda"
+            target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_cuda)
+        self.copy_to_host(source, target)
+        return PendingCopy([target], self._copied())
 
     def hand_on(self, source: Tensor, device: torch.device, landing: Tensor | None) -> PendingCopy:
         """Begin to copy a tensor of the device, all of whose arithmetic is queued, to another device.
@@ -324,13 +354,17 @@ class HostMemory:
 
 
 class PendingCopy:
-    """Tensors of the device that are being copied."""
+    """Tensors that are being copied, to the device or from it."""
 
     def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None = None) -> None:
         self._tensors, self._event = tensors, event
 
     def wait(self) -> list[Tensor]:
-        """The tensors; arithmetic that is queued from now on comes after their copies."""
+        """The tensors; what is queued from now on, on the host what is done, comes after their copies."""
         if self._event is not None:
-            torch.cuda.current_stream(self._tensors[0].device).wait_event(self._event)
+            device = self._tensors[0].device
+            if device.type == "cpu":
+                self._event.synchronize()
+            else:
+                torch.cuda.current_stream(device).wait_event(self._event)
         return self._tensors

@@ -20,7 +20,7 @@ from ..disk import PIECE
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
 from ..sizes import passes
-from .footprint import CPU, FLOAT32, Footprint, Weights, pixel_bytes, workspace
+from .footprint import CPU, FLOAT32, Footprint, Weights, pixel_bytes, staged_bytes, workspace
 
 Tier = Literal["device", "host"]
 Place = Literal["device", "host", "disk"]
@@ -228,9 +228,13 @@ class Workload:
 
         segments = SEGMENTS if self.device.type == "cuda" else 0
 
+        cut = chunk * pixel_bytes(config) if images_away else 0
+        if images_away and plan.pinned and self.device.type not in ("cpu", "mps"):
+            cut += chunk * staged_bytes(config, self.dtype)
+
         def phase(held: int, on_the_way: int = always, **parts: int) -> Footprint:
             """What is held beside so many bytes of pictures."""
-            beside = given + on_the_way + (0 if on_disk else made) + (chunk * pixel_bytes(config) if images_away else 0)
+            beside = given + on_the_way + (0 if on_disk else made) + cut
             around = beside if one else 0
             return Footprint(
                 **{"ring": 0, "hidden": 0, "workspace": 0, "host_hidden": 0} | parts,
