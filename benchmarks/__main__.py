@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=2, metavar="N", help="of the timed model, of the published width (2)")
     p.add_argument("--steps", type=_steps, default=(1, 4, 8, 16), metavar="N,…", help="a row each (default 1,4,8,16, "
                    "or as many as the model gains from)")
+    p.add_argument("--presets", action="store_true", help="rows of pictures: the presets in place of --steps")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
@@ -97,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         options.crop,
         options.halve,
+        options.presets,
     )
     print(f"model {options.model or 'mini'}")
     if options.lines:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from tqdm import tqdm
 from infdit.config import LR_FACTOR, InfDiTConfig
 from infdit.model import InfDiT
 from infdit.picture import PictureError, find_pictures, read_picture
+from infdit.presets import PRESETS, sampling
 from infdit.samplers import evaluations
+from infdit.tune import REFERENCE
 from infdit.upscale import schedule, upscale
 
 from . import scores
@@ -32,6 +35,7 @@ from .scores import Bytes, over
 MULTIPLE = 32  # that pictures with an original are cut to, in pixels: a whole number of LR tokens and of most blocks
 BORDER = 4  # pixels that PSNR and SSIM leave out
 ORIGINAL, BICUBIC, LANCZOS, NOISE = "original", "bicubic", "Lanczos", "bicubic + noise"
+EXACT = f"heun, {REFERENCE} steps"  # beside presets: where the ODE leads
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 _LR = "LR: bicubic downscale of the output against the input, dB over R, G and B."
 _SEAM = "patch and block: step across the lines of the patch and the block grid over the step elsewhere"
@@ -39,7 +43,7 @@ LEGEND = (
     "PSNR, SSIM: of luma, 4-pixel border. energy: above half Nyquist, over the original's; flat: the same in its\n"
     "flattest fifth of 16×16 tiles; corr: correlation of what lies there with the original's; corr ¼: above a quarter\n"
     "of Nyquist, where the input ends (not judged). LPIPS: ST-LPIPS, how different it looks, if stlpips-pytorch is\n"
-    "there (not judged). s: seconds.\n"
+    "there (not judged). ODE: RMS distance from Heun's 100 steps, in units of [-1, 1], of presets. s: seconds.\n"
     f"{_LR}\n{_SEAM}, over the original's."
 )
 LEGEND_ALONE = (
@@ -87,11 +91,12 @@ class Scores:
     patch_seam: float = math.nan
     block_seam: float = math.nan
     perceptual: float = math.nan
+    distance: float = math.nan
     seconds: float = math.nan
 
 
-_HEADS = ("PSNR", "SSIM", "energy", "flat", "corr", "corr ¼", "LR", "patch", "block", "LPIPS", "s")
-_DIGITS = (2, 4, 3, 3, 3, 3, 2, 3, 3, 3, 2)
+_HEADS = ("PSNR", "SSIM", "energy", "flat", "corr", "corr ¼", "LR", "patch", "block", "LPIPS", "ODE", "s")
+_DIGITS = (2, 4, 3, 3, 3, 3, 2, 3, 3, 3, 5, 2)
 _NAME, _WIDTH = 22, 8  # characters
 
 
@@ -100,7 +105,7 @@ class Settings:
     """How the contenders run. None: the model's default, or what `upscale` does on its own.
 
     steps: one row each; limit: pictures of a folder; crop: pixels of the side of a centre crop; halve: pictures are
-    made half as large first, which takes the grid and the noise of a JPEG away.
+    made half as large first, which takes the grid and the noise of a JPEG away; presets: they in place of steps.
     """
 
     steps: tuple[int, ...] = (1, 4, 8, 16)
@@ -112,11 +117,21 @@ class Settings:
     limit: int | None = None
     crop: int | None = None
     halve: bool = False
+    presets: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("crop", self.crop)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1, or left out")
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the picture of a row is sampled: its name, how many evaluations that takes, and what `upscale` is told."""
+
+    name: str
+    evaluations: int
+    told: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -138,21 +153,22 @@ def report(
         ValueError: settings that the model does not have.
     """
     paths = find_pictures([given])[: settings.limit]
-    sampler = settings.sampler or model.defaults.sampler
-    counts = [evaluations(sampler, schedule(model.defaults, n, settings.sigma_max)) for n in settings.steps]
+    ways, sampler = _ways(model, settings), settings.sampler or model.defaults.sampler
     sigma = model.defaults.sigma_max if settings.sigma_max is None else settings.sigma_max
-    yield f"{given}: {len(paths)} pictures; {sampler}, sigma_max {sigma:g}, {str(model.dtype).removeprefix('torch.')}"
+    how = "presets" if settings.presets else sampler
+    yield f"{given}: {len(paths)} pictures; {how}, sigma_max {sigma:g}, {str(model.dtype).removeprefix('torch.')}"
     yield LEGEND if with_original else LEGEND_ALONE
     table: dict[str, list[Scores]] = {}
-    with tqdm(total=len(paths) * sum(counts), bar_format=_BAR, mininterval=0.5) as bar:
+    with tqdm(total=len(paths) * sum(way.evaluations for way in ways), bar_format=_BAR, mininterval=0.5) as bar:
         for path in paths:
             bar.set_description_str(path.name)
             case = _case(path, settings, with_original)
             if not table:  # what the first run of all pays for must not be in the seconds
-                _run(_Case("", case.low[:8, :8], None), model, settings, 1, bar, 0)
-            pictures = _contenders(case, model, settings, counts, bar)
+                _run(_Case("", case.low[:8, :8], None), model, settings, _Way("", 0, {"steps": 1}), bar)
+            pictures, apart = _contenders(case, model, settings, ways, bar)
             bicubic = pictures[BICUBIC][0]
             rows = {name: _score(case, one, bicubic, model.config) for name, one in pictures.items()}
+            rows |= {name: replace(rows[name], distance=distance) for name, distance in apart.items()}
             for name, row in rows.items():
                 table.setdefault(name, []).append(row)
             if each:
@@ -217,23 +233,39 @@ def _case(path: Path, settings: Settings, with_original: bool) -> _Case:
     return _Case(path.name, _resized(original, height // LR_FACTOR, width // LR_FACTOR), original)
 
 
+def _ways(model: InfDiT, settings: Settings) -> list[_Way]:
+    given: dict[str, Any] = {"sigma_max": settings.sigma_max}
+    own = settings.sampler or model.defaults.sampler
+    if settings.presets:
+        chosen = {name: sampling(model.defaults, name, **given) for name in PRESETS}
+        counts = {name: evaluations(str(how.sampler), how.sigmas) for name, how in chosen.items()}
+        exact = _Way(EXACT, 2 * REFERENCE - 1, {"steps": REFERENCE, "sampler": "heun"} | given)
+        return [exact, *(_Way(f"{name} ({count})", count, {"preset": name} | given) for name, count in counts.items())]
+    default, ways = _default_steps(model, settings), list[_Way]()
+    for steps in settings.steps:
+        name = f"{steps} step{'s' * (steps > 1)}" + " (default)" * (steps == default)
+        count = evaluations(own, schedule(model.defaults, steps, settings.sigma_max))
+        ways.append(_Way(name, count, {"steps": steps, "sampler": settings.sampler} | given))
+    return ways
+
+
 def _contenders(
-    case: _Case, model: InfDiT, settings: Settings, counts: Sequence[int], bar: tqdm
-) -> dict[str, tuple[Bytes, float]]:
-    """(h, w, 3) uint8 and seconds by name."""
+    case: _Case, model: InfDiT, settings: Settings, ways: Sequence[_Way], bar: tqdm
+) -> tuple[dict[str, tuple[Bytes, float]], dict[str, float]]:
+    """By name (h, w, 3) uint8 and seconds; and of presets how far they are from where the ODE leads."""
     height, width = (LR_FACTOR * side for side in case.low.shape[:2])
     found = {} if case.original is None else {ORIGINAL: (case.original, math.nan)}
     for name, kernel in ((BICUBIC, Image.Resampling.BICUBIC), (LANCZOS, Image.Resampling.LANCZOS)):
         start = time.perf_counter()
         found[name] = _resized(case.low, height, width, kernel), time.perf_counter() - start
-    default = _default_steps(model, settings)
-    results: dict[str, tuple[Bytes, float]] = {}
-    for steps, count in zip(settings.steps, counts, strict=True):
-        name = f"{steps} step{'s' * (steps > 1)}" + " (default)" * (steps == default)
-        results[name] = _run(case, model, settings, steps, bar, count)
-        if steps == (settings.steps[-1] if default is None else default):
-            found[NOISE] = _with_noise(found[BICUBIC][0], results[name][0], settings.seed), math.nan
-    return found | results
+    results = {way.name: _run(case, model, settings, way, bar) for way in ways}
+    pictures = {name: (_to_bytes(result), seconds) for name, (result, seconds) in results.items()}
+    model_own = next((way.name for way in ways if way.name.endswith("(default)")), ways[-1].name)
+    found[NOISE] = _with_noise(found[BICUBIC][0], pictures[model_own][0], settings.seed), math.nan
+    ends = {name: result for name, (result, _) in results.items() if EXACT in results}
+    return found | pictures, {
+        name: 2 * (end - ends[EXACT]).double().square().mean().sqrt().item() for name, end in ends.items()
+    }
 
 
 def _default_steps(model: InfDiT, settings: Settings) -> int | None:
@@ -243,30 +275,18 @@ def _default_steps(model: InfDiT, settings: Settings) -> int | None:
     return model.defaults.steps if own else None
 
 
-def _run(
-    case: _Case, model: InfDiT, settings: Settings, steps: int, bar: tqdm, count: int
-) -> tuple[Bytes, float]:
-    """The model's picture; the bar moves by `count` in all."""
+def _run(case: _Case, model: InfDiT, settings: Settings, way: _Way, bar: tqdm) -> tuple[torch.Tensor, float]:
+    """The model's picture, (h, w, 3), and seconds; the bar moves by the evaluations in all."""
     begun = bar.n
 
     def progress(done: int, total: int, _: object) -> None:
-        bar.update(begun + count * done / total - bar.n)
+        bar.update(begun + way.evaluations * done / total - bar.n)
 
     image = torch.from_numpy(case.low.astype(np.float32) / 255)[None]
     start = time.perf_counter()
-    result = upscale(
-        model,
-        image,
-        float(LR_FACTOR),
-        steps,
-        settings.sampler,
-        settings.sigma_max,
-        settings.seed,
-        settings.budget,
-        progress=progress,
-        device=settings.device,
-    )
-    return _to_bytes(result[0]), time.perf_counter() - start
+    more: dict[str, Any] = {"progress": progress, "device": settings.device} | dict(way.told)
+    result = upscale(model, image, float(LR_FACTOR), seed=settings.seed, budget=settings.budget, **more)
+    return result[0], time.perf_counter() - start
 
 
 def _with_noise(bicubic: Bytes, result: Bytes, seed: int) -> Bytes:

@@ -290,6 +290,25 @@ def test_the_row_is_what_upscale_gives(tmp_path: Path, noisy_mini: InfDiT) -> No
     assert row["block"] == pytest.approx(scores.seam(a, 32) / scores.seam(b, 32), abs=0.01)
 
 
+def test_presets_are_rows_beside_where_the_ode_leads(
+    tmp_path: Path, noisy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photograph(tmp_path / "a.png", (32, 32))
+    assert main(["--quality", str(path), "--presets", "--model", str(noisy_file), "--sigma-max", "0.5"]) == 0
+    rows = table(capsys.readouterr().out)
+    names = ["heun, 100 steps", "paper (39)", "balanced (13)", "draft (8)"]
+    assert list(rows)[-4:] == names
+    far = [float(rows[name]["ODE"]) for name in names]
+    assert far[0] == 0 < far[1] < far[3]
+    assert all(rows[name]["ODE"] == "-" for name in ("bicubic", "bicubic + noise"))
+    low = Image.open(path).convert("RGB").resize((8, 8), Image.Resampling.BICUBIC)
+    image = torch.from_numpy(np.array(low, np.float32) / 255)[None]
+    model = infdit.load_model(noisy_file, device="cpu")
+    draft = infdit.upscale(model, image, sigma_max=0.5, preset="draft")
+    exact = infdit.upscale(model, image, sigma_max=0.5, steps=100, sampler="heun")
+    assert far[3] == pytest.approx(2 * (draft - exact).square().mean().sqrt().item(), abs=1e-5)
+
+
 def test_without_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         photograph(tmp_path / f"{name}.png", (80, 64))

@@ -347,7 +347,7 @@ def test_a_wait_that_is_left_out_is_found(what: str, agents: Agents, monkeypatch
 
 def test_pixels_that_are_read_before_they_came_are_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "synchronize", lambda self: None)
-    with pytest.raises(RaceError, match="read on host of what copy .* may not have written yet"):
+    with pytest.raises(RaceError, match=r"read on host of what copy .* may not have written yet"):
         watch(agents, monkeypatch, AWAY)
 
 

@@ -225,12 +225,10 @@ class Workload:
         # copies to or from the device; beside a host of its own they are never the most that the device holds
         on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
         one, always = self.unified_memory and plan.images != "host", 0 if self.unified_memory else on_the_way
-
         segments = SEGMENTS if self.device.type == "cuda" else 0
 
-        cut = chunk * pixel_bytes(config) if images_away else 0
-        if images_away and plan.pinned and self.device.type not in ("cpu", "mps"):
-            cut += chunk * staged_bytes(config, self.dtype)
+        staged = plan.pinned and self.device.type not in ("cpu", "mps")
+        cut = chunk * (pixel_bytes(config) + staged * staged_bytes(config, self.dtype)) * images_away
 
         def phase(held: int, on_the_way: int = always, **parts: int) -> Footprint:
             """What is held beside so many bytes of pictures."""
