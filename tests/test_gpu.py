@@ -19,13 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import infdit
 from benchmarks.speed import time_plans
-from infdit import InfDiTConfig, MemoryPlan, Report, attention, selfcheck
+from infdit import InfDiTConfig, MemoryPlan, Report, attention, fuse, selfcheck
 from infdit.device import empty_caches, empty_pinned_cache
 from infdit.memory.footprint import Weights
 from infdit.memory.measure import measured
 from infdit.memory.plan import Workload
 from infdit.memory.planner import PlannedRun
 from infdit.model import Layer
+from infdit.rotary import rotary_turns
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -212,6 +213,24 @@ def test_the_card_computes_as_the_cpu_does(dtype: torch.dtype, pinned: bool) -> 
 
 
 SMALL = InfDiTConfig(8, 64, 2, 4, 32, 0, position_period=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_kernel_of_triton_computes_as_operations_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv(fuse.SWITCH, "1")
+    assert fuse._kernel(CUDA, dtype) is not None
+    selfcheck.compare(CUDA, dtype)  # the toy network there with the kernel, on the CPU without
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn((2, 3, 64, 3 * 16, 80), generator=generator).to(CUDA, dtype)
+    norm, positions = torch.nn.LayerNorm(80, eps=1e-6, device=CUDA, dtype=dtype), torch.arange(24.0, device=CUDA)
+    with torch.no_grad():
+        turns = rotary_turns(positions.view(3, 8), positions.view(3, 8), 80, torch.float32)
+        found = fuse.queries_and_keys(qkv, 16, norm, turns)
+        monkeypatch.delenv(fuse.SWITCH)
+        expected = fuse.queries_and_keys(qkv, 16, norm, turns)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.float() - b.float()).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
 
 
 def test_without_pinned_memory_the_picture_is_the_same() -> None:
