@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.solvable import ROUNDING, Problem, covariance, edges, natural, textures
-from benchmarks.solvers import Bench
+from benchmarks.solvers import Bench, judged_on
 from infdit.config import SamplingDefaults
-from infdit.presets import FITTED, PRESETS, resampled, sampling, schedule
+from infdit.presets import FITTED, OFF, PRESETS, resampled, sampling, schedule
 from infdit.samplers import SAMPLERS, evaluations, karras_sigmas
 from infdit.tune import Fit, Fitting, fit_levels, reference
 
@@ -176,3 +176,13 @@ def test_the_bench_prints_a_row_for_each_preset(
     out = capsys.readouterr().out
     assert [f"**{name}**" in out for name in PRESETS] == [True] * len(PRESETS)
     assert set(FITTED) == {PRESETS["balanced"], PRESETS["draft"]}
+
+
+@pytest.mark.slow
+def test_what_presets_are_off_at_most_is_what_the_bench_finds() -> None:
+    for name in PRESETS:
+        chosen = sampling(PAPER, name)
+        worst = max(bench.distance(str(chosen.sampler), chosen.sigmas) for bench in judged_on().values())
+        assert 0.5 * OFF[name] < worst * 255 / 2 <= OFF[name] + 0.05
+        assert chosen.words.endswith(f", within {OFF[name]} of a grey level of many steps on known pictures")
+    assert "grey level" not in sampling(PAPER, "balanced", steps=5).words
