@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--lines", action="store_true", help="how straight a model draws edges and lines of every angle")
     p.add_argument("--solvers", action="store_true", help="presets and samplers on posteriors that are known")
     p.add_argument("--fit", type=_steps, metavar="N,…", help="fit noise levels of N evaluations to such posteriors")
+    p.add_argument("--misreadings", action="store_true", help="fidelity after sampling and within it, on these")
     p.add_argument("--scaling", action="store_true", help="what one to eight cards would take, by the cost model")
     p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
     p.add_argument("--kernels", type=int, nargs="?", const=64, metavar="N", help="count the kernels of a layer; time "
@@ -72,14 +73,9 @@ def run(options: argparse.Namespace) -> int:
     """Time plans; or hold a model's pictures against limits, say how straight its lines are, count what a run holds."""
     if options.memory:
         return _memory(options)
-    if options.solvers or options.fit or options.scaling:
-        told = scaling.report() if options.scaling else solvers.fit(options.fit) if options.fit else solvers.report()
+    if (told := _without_pictures(options)) is not None:
         for text in told:
             print(text, flush=True)
-        return 0
-    if options.kernels:
-        for line in kernels.report(read_checkpoint(options.model or "mini").config, options.size, options.kernels):
-            print(line, flush=True)
         return 0
     if not options.quality and not options.without_original and not options.lines:
         return _speed(options)
@@ -111,6 +107,19 @@ def run(options: argparse.Namespace) -> int:
                 print(text, flush=True)
             print()
     return 0
+
+
+def _without_pictures(options: argparse.Namespace) -> Iterator[str] | None:
+    """What is told of what needs neither a picture nor a device, if that is asked for."""
+    if options.kernels:
+        return kernels.report(read_checkpoint(options.model or "mini").config, options.size, options.kernels)
+    if options.scaling:
+        return scaling.report()
+    if options.fit:
+        return solvers.fit(options.fit)
+    if options.misreadings:
+        return solvers.misreadings()
+    return solvers.report() if options.solvers else None
 
 
 def _speed(options: argparse.Namespace) -> int:

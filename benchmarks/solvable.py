@@ -85,10 +85,12 @@ class Problem:
     """What a small picture may have been.
 
     Attributes:
-        posterior: of the picture; up: (1, 1, h, w), the small picture enlarged, where sampling starts.
+        priors: that the picture is drawn from one of; posterior: of the picture.
+        up: (1, 1, h, w), the small picture enlarged, where sampling starts.
         shrink: (n/16, n), the resampler as a matrix; small: (n/16,), the small picture.
     """
 
+    priors: Sequence[tuple[Tensor, Tensor]]
     posterior: Posterior
     up: Tensor
     shrink: Tensor
@@ -98,6 +100,18 @@ class Problem:
         """(count, 1, h, w) float64: the enlarged picture + σ·noise, as `upscale` starts."""
         generator = torch.Generator("cpu").manual_seed(seed)
         return self.up + sigma * torch.randn((count, *self.up.shape[1:]), generator=generator, dtype=torch.float64)
+
+    def misread(self, gain: float, shift: float, blur: float) -> Posterior:
+        """What a model would say that reads the small picture with another contrast, brightness or sharpness."""
+        side = math.isqrt(len(self.small))
+        around = torch.nn.functional.pad(self.small.reshape(1, 1, side, side), (1, 1, 1, 1), mode="replicate")
+        soft = torch.nn.functional.avg_pool2d(around, 3, 1).reshape(-1)
+        return posterior(self.priors, self.shrink, gain * self.small.lerp(soft, blur) + shift)
+
+    def fitted(self, x: Tensor) -> Tensor:
+        """The nearest to x (B, 1, h, w) that the small picture is the downscale of."""
+        missing = self.small - x.reshape(len(x), -1) @ self.shrink.T
+        return x + (missing @ torch.linalg.pinv(self.shrink).T).reshape(x.shape)
 
     def consistency(self, x: Tensor) -> float:
         """RMS distance of x, shrunk again, from the small picture."""
@@ -175,4 +189,4 @@ def _problem(priors: Sequence[tuple[Tensor, Tensor]], seed: int, true: int = 0) 
     small = shrink @ picture + ROUNDING * torch.randn(len(shrink), generator=generator, dtype=torch.float64)
     image = small.reshape(1, 1, side // LR_FACTOR, -1)
     up = resample(image, (1 / LR_FACTOR, 1 / LR_FACTOR), range(side), range(side), (-1, 1))
-    return Problem(posterior(priors, shrink, small), up, shrink, small)
+    return Problem(priors, posterior(priors, shrink, small), up, shrink, small)

@@ -16,7 +16,7 @@ from infdit.config import InfDiTConfig, SamplingDefaults
 from infdit.memory.cost import seconds_per_evaluation
 from infdit.memory.plan import MemoryPlan, Workload
 from infdit.memory.planner import format_seconds
-from infdit.presets import PRESETS, sampling
+from infdit.presets import PRESETS, Sampling, sampling
 from infdit.samplers import SAMPLERS, evaluations, get_sampler, karras_sigmas
 from infdit.tune import Fit, Fitting, Levels, fit_levels
 
@@ -107,6 +107,40 @@ def report() -> Iterator[str]:
         each = get_sampler(sampler).evaluations
         for count in COUNTS:
             yield _row("Karras", sampler, karras_sigmas((count + each - 1) // each, PAPER.sigma_min, 40), benches)
+
+
+def misreadings(seeds: Sequence[int] = range(6)) -> Iterator[str]:
+    """How far a model that misreads the small picture ends from one that does not, fitted or not, and when.
+
+    Fitted after sampling; or, below some σ, each answer of the model as well.
+    """
+    chosen, below = sampling(PAPER, "balanced"), (0.05, 0.3, 2.0)
+    heads = "not fitted", "after sampling", *(f"and below σ {sigma:g}" for sigma in below)
+    yield f"| | misread | {' | '.join(heads)} |"
+    yield f"|---|---|{'---|' * len(heads)}"
+    for name, make in (("Gaussian", solvable.natural), ("edges", solvable.edges), ("textures", solvable.textures)):
+        for what, wrong in {"contrast": (0.9, 0, 0), "brightness": (1, 0.04, 0), "sharpness": (1, 0, 0.3)}.items():
+            rows = torch.tensor([_misreading(make(seed), wrong, chosen, below) for seed in seeds])
+            yield f"| {name} | {what} | {' | '.join(f'{distance:.2e}' for distance in rows.mean(0).tolist())} |"
+
+
+def _misreading(
+    problem: solvable.Problem, wrong: tuple[float, float, float], chosen: Sampling, below: Sequence[float]
+) -> list[float]:
+    model, start = problem.misread(*wrong), problem.start(PAPER.sigma_max, 1)
+    sample = get_sampler(chosen.sampler).sample
+    goal = sample(problem.posterior.denoise, start, chosen.sigmas)
+
+    def end(fitted_below: float) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            answer = model.denoise(x, sigma)
+            return problem.fitted(answer) if sigma < fitted_below else answer
+
+        return sample(denoise, start, chosen.sigmas)
+
+    plain = end(0)
+    ends = plain, problem.fitted(plain), *(problem.fitted(end(sigma)) for sigma in below)
+    return [(x - goal).square().mean().sqrt().item() for x in ends]
 
 
 def _row(name: str, sampler: str, sigmas: Tensor, benches: Mapping[str, Bench]) -> str:

@@ -49,10 +49,10 @@ class InfDiTUpscale(schema.BudgetedNode):
                 *_faithful_inputs(),
                 io.Combo.Input(
                     "preset", options=[OWN, *PRESETS], default=OWN, optional=True, extra_dict=schema.ADVANCED,
-                    tooltip="How carefully a model that starts from noise is sampled: balanced takes 13 evaluations and "
-                    "ends within 0.1 of a grey level of where many steps lead, on pictures that are known; draft 8 and "
-                    "0.2, paper 39 and 0.8. steps and sampler_name, where set, go before it. The bundled model takes one "
-                    "step at most: there it changes nothing, and the report says so.",
+                    tooltip="How carefully a model that starts from noise is sampled: balanced takes 13 evaluations "
+                    "and ends within 0.1 of a grey level of where many steps lead, on pictures that are known; draft "
+                    "8 and 0.2, paper 39 and 0.8. steps and sampler_name, where set, go before it. The bundled model "
+                    "takes one step at most: there it changes nothing, and the report says so.",
                 ),
                 _resume_input(),
             ],

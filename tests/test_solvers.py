@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.solvable import ROUNDING, Problem, covariance, edges, natural, textures
-from benchmarks.solvers import Bench, judged_on
+from benchmarks.solvers import Bench, judged_on, misreadings
 from infdit.config import SamplingDefaults
 from infdit.presets import FITTED, OFF, PRESETS, resampled, sampling, schedule
 from infdit.samplers import SAMPLERS, evaluations, karras_sigmas
@@ -166,6 +166,24 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_levels() -> None:
     rounds: list[Fit] = []
     whole = fit_levels(fitting, 7, told=rounds.append)
     assert fit_levels(fitting, 7, fit=rounds[1]) == whole
+
+
+def test_fidelity_within_the_sampler_brings_next_to_nothing_beyond_fidelity_after_it() -> None:
+    """As docs/sampling.md says why it is not there."""
+    *_, edges, _, _, textures, _, _ = (row for row in misreadings([1]) if row)
+    for row in (edges, textures):
+        plain, after, *within = (float(cell) for cell in row.split("|")[3:-1])
+        assert after < 0.97 * plain
+        assert min(within) > 0.95 * after
+
+
+def test_a_model_that_reads_rightly_is_the_posterior() -> None:
+    problem = GAUSSIAN
+    x, right = problem.start(1.0, 3, 2), problem.posterior
+    assert torch.allclose(problem.misread(1, 0, 0).denoise(x, torch.tensor(1.0)), right.denoise(x, torch.tensor(1.0)))
+    assert not torch.allclose(problem.misread(1, 0, 0.5).means, right.means)
+    assert problem.fitted(x).shape == x.shape
+    assert problem.consistency(problem.fitted(x)) < 1e-12
 
 
 def test_the_bench_prints_a_row_for_each_preset(
