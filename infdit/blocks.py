@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +10,24 @@ from einops import rearrange
 from torch import Tensor
 
 from .disk import like
-from .grid import BlockGrid, BlockIndex
+from .grid import Area, BlockGrid
 
 
-def cut(image: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
+def cut(image: Tensor, areas: Sequence[Area], size: int) -> Tensor:
     """Blocks of an image (B, c, h, w) → (B, n, c, size, size)."""
-    areas = (_area(image, where, size) for _, where in _stretches(coordinates))
-    return torch.cat([rearrange(area, "b k r h c w -> b (r c) k h w") for area in areas], 1)
+    return torch.cat([_in_order(_blocks(image, area, size), area) for area in areas], 1)
 
 
-def _stretches(coordinates: Sequence[BlockIndex]) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
-    """Blocks that lie in one line: where they stand, and their first row and column, and how many there are of both."""
-    begin, step = 0, (0, 1)
-    for end in range(1, len(coordinates) + 1):
-        (row, column), (first, left) = coordinates[end - 1], coordinates[begin]
-        if end == begin + 1 and end < len(coordinates):
-            step = (1, 0) if coordinates[end] == (row + 1, column) else (0, 1)
-        if end == len(coordinates) or coordinates[end] != (row + step[0], column + step[1]):
-            yield slice(begin, end), (first, left, row + 1 - first, column + 1 - left)
-            begin = end
+def _blocks(image: Tensor, area: Area, size: int) -> Tensor:
+    """Those of an area, a view: (B, c, rows, size, columns, size)."""
+    top, left = area.row * size, area.column * size
+    pixels = image[..., top : top + area.rows * size, left : left + area.columns * size]
+    return pixels.unflatten(-1, (area.columns, size)).unflatten(-3, (area.rows, size))
 
 
-def _area(image: Tensor, where: tuple[int, int, int, int], size: int) -> Tensor:
-    """So many rows and columns of blocks from one on, a view: (B, c, rows, size, columns, size)."""
-    row, column, rows, columns = where
-    area = image[..., row * size : (row + rows) * size, column * size : (column + columns) * size]
-    return area.unflatten(-1, (columns, size)).unflatten(-3, (rows, size))
+def _in_order(blocks: Tensor, area: Area) -> Tensor:
+    """(B, k, rows, h, columns, w) → (B, n, k, h, w)."""
+    return rearrange(blocks, f"b k r h c w -> b {'(r c)' if area.by_rows else '(c r)'} k h w")
 
 
 class Canvas:
@@ -65,18 +57,18 @@ class Canvas:
         if self._image is None:
             self._image = like(self._like)
 
-    def paste(self, coordinates: Sequence[BlockIndex], pixels: Tensor) -> None:
+    def paste(self, areas: Sequence[Area], pixels: Tensor) -> None:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
-        self.blocks += len(coordinates)
+        self.blocks += pixels.shape[1]
         grid, size = self._grid, self._grid.block
+        order = "(r c)" if grid.by_rows else "(c r)"
         if pixels.requires_grad:  # all at once, and not written in place: it is to be differentiated
-            order = "(r c)" if grid.by_rows else "(c r)"
             self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
         self.take()
-        for here, where in _stretches(coordinates):
-            new = pixels[:, here].unflatten(1, where[2:])
-            _area(self.image, where, size)[:] = rearrange(new, "b r c k h w -> b k r h c w")
+        for area in areas:
+            new = rearrange(pixels[:, area.where], f"b {order} k h w -> b k r h c w", r=area.rows)
+            _blocks(self.image, area, size)[:] = new
 
     def there(self, stride: int) -> Tensor:
         """Of every `stride`-th pixel both ways: whether its block is there."""
@@ -86,15 +78,16 @@ class Canvas:
         return (rows * grid.line + columns if grid.by_rows else columns * grid.line + rows) < self.blocks
 
 
-def cut_windows(lr: Tensor, coordinates: Sequence[BlockIndex], size: int) -> Tensor:
+def cut_windows(lr: Tensor, areas: Sequence[Area], size: int) -> Tensor:
     """The 3×3 blocks of `size` pixels of `lr` around each block, (B, n, 3, w, w); zeros outside."""
     windows: list[Tensor] = []
-    for _, (row, column, rows, columns) in _stretches(coordinates):
+    for area in areas:
+        row, column, rows, columns = area.row, area.column, area.rows, area.columns
         above, before = (1 - min(row, 1)) * size, (1 - min(column, 1)) * size  # pixels that lie outside
         top, left = (row - 1) * size + above, (column - 1) * size + before
         strip = lr[..., top : (row + rows + 1) * size, left : (column + columns + 1) * size]
         below, behind = (rows + 2) * size - above - strip.shape[-2], (columns + 2) * size - before - strip.shape[-1]
         strip = F.pad(strip, (before, behind, above, below))
-        cut = strip.unfold(-2, 3 * size, size).unfold(-2, 3 * size, size)
-        windows.append(rearrange(cut, "b k r c h w -> b (r c) k h w"))
+        found = strip.unfold(-2, 3 * size, size).unfold(-2, 3 * size, size)  # (B, 3, rows, columns, w, w)
+        windows.append(_in_order(found.transpose(-2, -3), area))
     return torch.cat(windows, 1)

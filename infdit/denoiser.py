@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .blocks import Canvas, cut, cut_windows
 from .config import LR_FACTOR
-from .grid import BlockGrid, BlockIndex, Geometry, Positions
+from .grid import Area, BlockGrid, Geometry, Positions
 from .memory.footprint import LEVELS, chunk_workspace
 from .memory.offload import Offloader, PendingCopy, distribute_weights
 from .memory.plan import MemoryPlan
@@ -229,7 +229,7 @@ class _Pictures:
         self._from, self._to = (denoiser.benches[i].offload.transfer for i in (-1, 0))
         self._away = denoiser.plan.images != "device"
         self._coming: dict[range, PendingCopy] = {}
-        self._leaving: deque[tuple[list[BlockIndex], PendingCopy]] = deque()
+        self._leaving: deque[tuple[list[Area], PendingCopy]] = deque()
         s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
         norm = (s**2 + SIGMA_DATA**2).sqrt()
         self._c_skip, self._c_out, self._c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
@@ -240,14 +240,14 @@ class _Pictures:
     def prepare(self, blocks: range) -> None:
         """Begin to bring a chunk that will be read."""
         if self._away and self._to.beside:
-            self._coming[blocks] = self._to.send(self._cut(self._grid.places(blocks)))
+            self._coming[blocks] = self._to.send(self._cut(self._grid.areas(blocks)))
 
     def read(self, chunk: Chunk) -> tuple[Tensor, MakeWindow]:
         """The tokens of a chunk, and what makes those of its windows."""
         if chunk.blocks in self._coming:
             pixels, windows = self._coming.pop(chunk.blocks).wait()
         else:
-            pixels, windows = self._cut(chunk.coordinates)
+            pixels, windows = self._cut(chunk.areas)
             if self._away:
                 pixels, windows = self._to.send([pixels, windows]).wait()
         return self._model.embed(pixels), partial(self._model.embed_lr, windows, chunk.inside)
@@ -256,7 +256,7 @@ class _Pictures:
         """Take the tokens of a chunk after the last layer."""
         pixels = self._model.unembed(h, self._modulation)
         there = self._from.fetch(pixels) if self._away else PendingCopy([pixels])
-        self._leaving.append((chunk.coordinates, there))
+        self._leaving.append((chunk.areas, there))
         if len(self._leaving) > (self._away and self._from.beside):
             self._paste()
 
@@ -271,7 +271,7 @@ class _Pictures:
         self._coming.clear()
         self._leaving.clear()
 
-    def _cut(self, at: list[BlockIndex]) -> list[Tensor]:
+    def _cut(self, at: list[Area]) -> list[Tensor]:
         block, up, lr = self._grid.block, self._given.lr_upscaled, self._given.lr
         pixels = torch.cat((cut(self._x, at, block), cut(up, at, block).to(self._x.dtype)), 2)
         windows = cut_windows(lr, at, block // LR_FACTOR)

@@ -22,6 +22,23 @@ SLOTS: tuple[BlockIndex, ...] = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
 @dataclass(frozen=True)
+class Area:
+    """A rectangle of a grid's blocks that follow each other in a chunk: part of a line, or whole lines.
+
+    Attributes:
+        where: they stand in the chunk.
+        row, column: of the first; rows, columns: how many there are of both; by_rows: whether lines are rows.
+    """
+
+    where: slice
+    row: int
+    column: int
+    rows: int
+    columns: int
+    by_rows: bool
+
+
+@dataclass(frozen=True)
 class BlockGrid:
     """`rows` × `columns` blocks of `block` pixels, visited line by line; `sweep` says whether lines are rows."""
 
@@ -67,10 +84,18 @@ class BlockGrid:
         line, along = index // self.line, index % self.line
         return (line, along) if self.by_rows else (along, line)
 
-    def places(self, blocks: range) -> list[BlockIndex]:
-        """Rows and columns of these blocks."""
-        rows, columns = self.coordinates(np.arange(blocks.start, blocks.stop))
-        return list(zip(rows.tolist(), columns.tolist(), strict=True))
+    def areas(self, blocks: range) -> list[Area]:
+        """These blocks as rectangles, three at most: the rest of a line, whole lines, and part of one."""
+        found, start = list[Area](), blocks.start
+        while start < blocks.stop:
+            line, along = start // self.line, start % self.line
+            lines = 1 if along else max(1, (blocks.stop - start) // self.line)
+            length = min(self.line - along, blocks.stop - start)
+            where = slice(start - blocks.start, start - blocks.start + lines * length)
+            corner, sides = ((line, along), (lines, length)) if self.by_rows else ((along, line), (length, lines))
+            found.append(Area(where, *corner, *sides, self.by_rows))
+            start += lines * length
+        return found
 
     def index(self, coordinates: tuple[Whole, Whole]) -> Whole:
         """When the block at (row, column) is visited: the inverse of `coordinates`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,7 @@ class Chunk:
     """A chunk of blocks at hand: what every layer needs to know of it, computed once.
 
     Attributes:
-        blocks: indices in the order of the sweep; coordinates: their rows and columns.
+        blocks: indices in the order of the sweep; areas: where they lie.
         turns: (n, T, d/2) rotary positions of their tokens, on the device.
         inside: (n, 3, 3), which of the blocks around each lie in the picture, on the device.
         neighbours: for each slot the indices of the blocks that they attend to; slices: see `KVRing`.
@@ -47,11 +48,11 @@ class Chunk:
         grid, transfer = geometry.grid, offload.transfer
         head_dim, dtype = model.config.head_dim, torch.promote_types(model.dtype, torch.float32)
         self.blocks, indices = blocks, np.arange(blocks.start, blocks.stop)
-        self.coordinates = grid.places(blocks)
+        self.areas = grid.areas(blocks)
         rows, columns = geometry.token_positions(indices)
         self.turns = rotary_turns(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
         self.inside = transfer.to_device(grid.around(indices))
-        self.neighbours = [there.tolist() for there in grid.neighbours(indices)]
+        self.neighbours = grid.neighbours(indices)
         self.slices: list[tuple[int, slice, slice]] = []
         self.shifted: list[tuple[int, int, Tensor]] = []
         shifts = geometry.frame_shifts(indices)
@@ -97,7 +98,7 @@ class KVRing:
     def _find(self, chunk: Chunk, k: Tensor, v: Tensor, slot_embed: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._gather(chunk, k, slot_embed), self._gather(chunk, v)
         for block, slot, turn in chunk.shifted:
-            there = chunk.neighbours[slot][block] % self._size
+            there = int(chunk.neighbours[slot][block]) % self._size
             keys[:, block, slot] = rotate(k[:, there], turn).to(k.dtype).add_(slot_embed[slot])
         return keys, values
 
@@ -107,7 +108,7 @@ class KVRing:
         added: (4, H, d), to all tokens in each slot.
         """
         if x.requires_grad:
-            found = torch.stack([x[:, list(indices)] for indices in chunk.neighbours], 2)
+            found = torch.stack([x[:, indices.tolist()] for indices in chunk.neighbours], 2)
             return found if added is None else found.add_(added[:, None])
         found = x.new_empty((len(x), len(chunk.blocks), len(SLOTS), *x.shape[2:]))
         for slot, here, there in self._slices(chunk):
@@ -128,14 +129,12 @@ class KVRing:
         return chunk.slices
 
 
-def _runs(indices: Sequence[int], size: int) -> Iterator[tuple[slice, slice]]:
+def _runs(indices: np.ndarray, size: int) -> Iterator[tuple[slice, slice]]:
     """Indices by runs that follow each other modulo size: where they stand, and their slice of what has that size."""
-    begin = 0
-    for end in range(1, len(indices) + 1):
-        if end == len(indices) or indices[end] != indices[end - 1] + 1 or indices[end] % size == 0:
-            there = indices[begin] % size
-            yield slice(begin, end), slice(there, there + end - begin)
-            begin = end
+    ends = np.flatnonzero((np.diff(indices) != 1) | (indices[1:] % size == 0)) + 1
+    for begin, end in pairwise((0, *ends.tolist(), len(indices))):
+        there = int(indices[begin]) % size
+        yield slice(begin, end), slice(there, there + end - begin)
 
 
 class Workbench:

@@ -90,17 +90,17 @@ def test_the_network_at_once_is_what_the_sweep_computes_in_pieces(make_model: Ma
 
     geometry, grid = denoise.geometry, denoise.geometry.grid
     chunk = uniba.Chunk(geometry, range(grid.blocks), denoise.benches[0].offload, model)
-    pixels = torch.cat([cut(x, chunk.coordinates, BLOCK), cut(conditioning.lr_upscaled, chunk.coordinates, BLOCK)], 2)
+    pixels = torch.cat([cut(x, chunk.areas, BLOCK), cut(conditioning.lr_upscaled, chunk.areas, BLOCK)], 2)
     result = model(
         pixels / norm[:, None],
-        cut_windows(conditioning.lr, chunk.coordinates, BLOCK // 4),
+        cut_windows(conditioning.lr, chunk.areas, BLOCK // 4),
         chunk.inside,
         chunk.turns,
         partial(uniba.KVRing(grid.blocks).keep, chunk),
         sigma.log() / 4,
         conditioning.clip_embedding,
     )
-    torch.testing.assert_close(result, cut(expected, chunk.coordinates, BLOCK), **EXACT)
+    torch.testing.assert_close(result, cut(expected, chunk.areas, BLOCK), **EXACT)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 2)], ids=str)
