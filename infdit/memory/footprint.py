@@ -6,6 +6,7 @@ Counted as they are when most is held, tensor by tensor, from the code of `model
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -33,6 +34,7 @@ class Weights:
     largest: int
 
     @classmethod
+    @cache
     def of(cls, config: InfDiTConfig, dtype: torch.dtype) -> Weights:
         """From the sizes alone."""
         D, d, e = config.hidden_size, config.head_dim, dtype.itemsize

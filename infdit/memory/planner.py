@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -289,8 +290,12 @@ def _split(depth: int, offered: Sequence[Offer], first: int) -> tuple[int, ...] 
 
 def candidates(workload: Workload, on_disk: bool = False) -> list[Candidate]:
     """What `schedules` lists, with its cost; on_disk: with pictures there, wherever they were."""
+    return _candidates(workload, on_disk, CostModel.of(workload.device, workload.dtype))
+
+
+@lru_cache(2)  # many budgets are asked for one workload
+def _candidates(workload: Workload, on_disk: bool, costs: CostModel) -> list[Candidate]:
     config, grid = workload.config, workload.grid
-    costs = CostModel.of(workload.device, workload.dtype)
     found: list[Candidate] = []
     for plan in schedules(config, grid, workload.unified_memory, costs.longest_chunk(config)):
         if workload.weights in (None, plan.weights) and not (on_disk and plan.images == "host"):
