@@ -162,9 +162,11 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # most of all calls, and no data is touched
+            return args[0].device
+        if self.lost:
+            raise RaceError(self.lost[0])
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # asks for the device: no data is touched
-            return func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         result = func(*args, **kwargs)
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -269,7 +271,7 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> Agents:
     return found
 
 
-ONE = Workload(CONFIG, 48, 64, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
+ONE = Workload(CONFIG, 32, 48, dtype=torch.bfloat16, device=torch.device("cuda"), sampler="dpmpp_2m")
 
 
 def watch(
@@ -291,7 +293,7 @@ def watch(
 AWAY = MemoryPlan(1, 2, "streamed", "host", "host")
 PLANS = [
     AWAY,
-    MemoryPlan(3, 5, "streamed"),
+    MemoryPlan(3, 3, "streamed"),
     MemoryPlan(2, 3, "resident", "host", "device"),
     MemoryPlan(2, 3, "streamed", "device", "host"),
     *(
@@ -310,6 +312,7 @@ def test_nothing_is_used_before_it_is_there_or_after_it_is_gone(
     seen = watch(agents, monkeypatch, plan)
     away = plan.weights == "streamed" or plan.images == "host" or (plan.hidden == "host" and plan.group < 3)
     assert (seen.copies > 0) == away
+    assert COPY not in seen.owners, "all memory of the card is of one stream"
 
 
 def unfinished(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -335,6 +338,7 @@ def test_the_host_is_one_layer_ahead_at_most(agents: Agents, monkeypatch: pytest
 
 def test_a_host_that_does_not_wait_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "synchronize", lambda self: None)
+    stopping(monkeypatch, 8)
     assert max(unfinished(agents, monkeypatch)) > 5
 
 
@@ -369,16 +373,11 @@ def test_the_card_has_work_while_pictures_on_the_host_are_cut_and_pasted(
     noting(Transfer, "send")
     noting(Canvas, "paste")
     watch(agents, monkeypatch, MemoryPlan(3, 2, images="host"))
-    chunks = 6
+    chunks = 3
     for name, idle in (("send", 0), ("paste", chunks - 1)):
         moments = queued[name]
         assert len(moments) % chunks == 0
         assert all(moment > 0 for i, moment in enumerate(moments) if i % chunks != idle), name
-
-
-def test_all_memory_of_the_card_is_of_one_stream(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watch(agents, monkeypatch, AWAY)
-    assert COPY not in seen.owners
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
@@ -396,7 +395,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     return moves
 
 
-@pytest.mark.parametrize("stop", [0, 21, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 36, 3))])
+@pytest.mark.parametrize("stop", [0, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 18, 2) if n != 12)])
 def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
     stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,36 +408,26 @@ def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
 
 def test_memory_that_is_given_back_while_it_is_copied_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transfer, "settle", lambda self: setattr(self, "_leaving", None))
-    stopping(monkeypatch, 8)  # amid the second group, the next chunk is on its way
+    stopping(monkeypatch, 4)  # amid the second group, the next chunk is on its way
     with pytest.raises(RaceError, match=r"given back to compute .* while copy .* may still use it"):
         watch(agents, monkeypatch, AWAY)
-
-
-def failing_pin(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
-    """Of the calls that pin a tensor, the one of this number fails as CUDA says it. The calls."""
-    calls: list[int] = []
-
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        calls.append(len(calls) + 1)
-        if len(calls) == number:
-            raise RuntimeError("CUDA error: out of memory")
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    return calls
 
 
 def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
     agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Amid the first evaluation, and the order is right all the same."""
-    calls = failing_pin(monkeypatch, 0)
-    undisturbed = watch(agents, monkeypatch, AWAY).copies
-    each = len(calls) // 2  # evaluations
-    assert each > 10
-    calls = failing_pin(monkeypatch, each // 2)
-    assert watch(agents, monkeypatch, AWAY).copies < undisturbed * 0.6
-    assert len(calls) == each // 2, "pinning is not tried again in this run"
+    """Amid the first evaluation, as CUDA says it, and the order is right all the same."""
+    copies: list[int] = []  # so far, at each call that pins
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copies.append(agents.clocks[COPY][COPY])
+        if len(copies) == 20:
+            raise RuntimeError("CUDA error: out of memory")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert watch(agents, monkeypatch, AWAY).copies == copies[-1] > 0
+    assert len(copies) == 20, "pinning is not tried again in this run"
 
 
 # several devices
@@ -458,7 +447,7 @@ def shared(plan: MemoryPlan, cards: Sequence[torch.device] = CARDS) -> Workload:
     """What several devices do under a plan."""
     first, *beside = cards[: len(plan.layers)]
     config = replace(CONFIG, num_layers=4)
-    return replace(ONE, config=config, height=32, device=first, beside=tuple(beside), sampler="euler")
+    return replace(ONE, config=config, device=first, beside=tuple(beside), sampler="euler")
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
@@ -490,7 +479,7 @@ def test_tokens_set_off_while_the_next_device_is_at_work(agents: Agents, monkeyp
 
     noting(Transfer, "hand_on", COPY)
     noting(Handover, "take", "compute lazy:1")
-    watch(agents, monkeypatch, SEVERAL[0], shared(SEVERAL[0]), seed=1)
+    watch(agents, monkeypatch, SEVERAL[0], replace(shared(SEVERAL[0]), width=64), seed=1)
     ahead = [began < taken for began, taken in zip(moments["hand_on"], moments["take"], strict=True)]
     assert sum(ahead) > len(ahead) / 2
 
