@@ -87,7 +87,7 @@ def assert_predicted(seed: int, cases: int) -> None:
 
 
 def test_counted_peaks_of_random_runs_are_predicted() -> None:
-    assert_predicted(seed=0, cases=6)
+    assert_predicted(seed=0, cases=4)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
 @pytest.mark.parametrize(
     ("side", "plan"),
     [
-        (512, MemoryPlan(1, 1, "streamed", "host", "host")),
+        (384, MemoryPlan(1, 1, "streamed", "host", "host")),
         pytest.param(768, MemoryPlan(28, 2), marks=pytest.mark.slow),
         pytest.param(768, MemoryPlan(4, 4, "streamed"), marks=pytest.mark.slow),
         pytest.param(512, MemoryPlan(1, 1, "streamed", "host", "host", pinned=False), marks=pytest.mark.slow),
@@ -106,8 +106,8 @@ def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
     ids=["everything on the host", "everything on the device", "weights streamed", "nothing pinned"],
 )
 def test_published_size_on_fake_tensors(side: int, plan: MemoryPlan) -> None:
-    """Where 16 MiB of slack are little beside the whole; of four layers, for all are alike and each takes its time."""
-    workload = Workload(InfDiTConfig(num_layers=4), side, side, device=torch.device("cuda"), sampler="euler")
+    """Where 16 MiB of slack are little beside the whole; of three layers, for all are alike and each takes its time."""
+    workload = Workload(InfDiTConfig(num_layers=3), side, side, device=torch.device("cuda"), sampler="euler")
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device
     assert held.device <= 1.1 * counted["device"] + SLACK

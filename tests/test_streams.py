@@ -395,7 +395,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     return moves
 
 
-@pytest.mark.parametrize("stop", [0, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 18, 2) if n != 12)])
+@pytest.mark.parametrize("stop", [0, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 18, 2))])
 def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
     stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
 ) -> None:

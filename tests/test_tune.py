@@ -41,10 +41,17 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "REFERENCE", 16)
 
 
+@pytest.fixture
+def _two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("infdit.tune", "infdit.cli.tune"):
+        monkeypatch.setattr(f"{module}.ROUNDS", 2)
+
+
 def tuned(model: Path, picture: Path, *more: str) -> int:
     return main(["tune", str(picture), "--model", str(model), "--crop", "8", "--device", "cpu", *more])
 
 
+@pytest.mark.usefixtures("_two_rounds")
 def test_it_fits_writes_and_upscale_takes_it_up(
     model: Path, picture: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -78,6 +85,7 @@ def test_every_number_of_evaluations_is_as_good_as_karras(noisy_file: Path, pict
     assert sum(fit["distance"] < 0.9 * fit["karras"] for fit in fits) > 4
 
 
+@pytest.mark.usefixtures("_two_rounds")
 def test_it_goes_on_where_it_was_stopped(model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned(model, picture, "--evaluations", "5,6") == 0
     whole = schedules_path(model).read_text()
@@ -85,7 +93,7 @@ def test_it_goes_on_where_it_was_stopped(model: Path, picture: Path, monkeypatch
     improve, done = tune.Fitting.improve, []
 
     def stopped(self: tune.Fitting, fit: tune.Fit) -> tune.Fit:
-        if len(done) == 3:
+        if len(done) == 1:
             raise KeyboardInterrupt
         done.append(fit)
         return improve(self, fit)

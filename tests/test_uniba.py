@@ -44,10 +44,11 @@ def reference(
 
 
 def plans(blocks: int, every: bool = False) -> Iterator[MemoryPlan]:
-    """Of all groups, in chunks that come out even and do not; every: in all chunks that there are."""
+    """Of all groups, in chunks that come out even and do not, half of them by rows; every: in all chunks, both ways."""
     chunks = range(1, blocks + 1) if every else sorted({1, 2, blocks // 2 + 1, blocks} - {blocks + 1})
     for group, chunk, sweep in itertools.product((1, 2, 3), chunks, ("rows", "columns")):
-        yield MemoryPlan(group, chunk, sweep=sweep)
+        if every or (group + chunk + (sweep == "rows")) % 2:
+            yield MemoryPlan(group, chunk, sweep=sweep)
     yield MemoryPlan(9, 99)  # more than there is
 
 
@@ -122,9 +123,9 @@ def test_every_schedule_in_single_precision(grid: tuple[int, int], make_model: M
 @pytest.mark.parametrize("images", ["device", "host"])
 def test_where_things_are_kept_changes_nothing(weights: str, hidden: str, images: str, make_model: MakeModel) -> None:
     model, published = make_model(period=PERIOD, **SIZES)
-    x, conditioning, sigma = random_inputs(3, 4)
+    x, conditioning, sigma = random_inputs(3, 2)
     expected = reference(published, x, sigma, conditioning, positions="continuous")
-    for group, chunk in itertools.product((1, 2, 3), (1, 5, 12)):
+    for group, chunk in itertools.product((1, 2, 3), (1, 4, 6)):
         denoise = Denoiser(model, conditioning, MemoryPlan(group, chunk, weights, hidden, images))
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)  # nothing of the first is left behind
@@ -222,9 +223,9 @@ def test_gradients_with_one_chunk(make_model: MakeModel) -> None:
 
 
 def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
-    model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=32, vector_dim=0)
+    model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=BLOCK, vector_dim=0)
     generator = torch.Generator().manual_seed(0)
-    lr, up, x = (torch.randn((1, 3, s, 2 * s), generator=generator).clamp(-1, 1) for s in (8, 32, 32))
+    lr, up, x = (torch.randn((1, 3, s, 2 * s), generator=generator).clamp(-1, 1) for s in (4, 16, 16))
     for dtype, sigma in ((torch.bfloat16, 40.0), (torch.float16, 1.0)):
         noisy = up + sigma * x
         exact, low = (Denoiser(m, Conditioning(lr, up))(noisy, sigma) for m in (model, _copy(model, dtype)))
