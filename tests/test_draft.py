@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forks import fork
 
 import infdit
 from infdit.draft import draft, sweep
@@ -17,12 +17,6 @@ from infdit.picture import Picture, write_picture
 from infdit.resume import SavedRun
 from infdit.sidecar import write_fits
 from training.export import restate
-
-KILLED = """
-import os, pathlib, runpy, signal, sys
-pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, and not yet in its place
-runpy.run_path(sys.argv[1])["WRITERS"][sys.argv[2]](pathlib.Path(sys.argv[3]))
-"""
 
 
 def save_state(folder: Path) -> None:
@@ -43,9 +37,14 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_a_killed_writer_leaves_the_next_one_removes(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-c", KILLED, __file__, name, tmp_path]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, env=os.environ | {"PYTHONPATH": "."})
-    assert killed.returncode == -9
+    def killed() -> None:
+        """When all is written, and not yet in its place."""
+        setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
+        WRITERS[name](tmp_path)
+
+    process = fork(killed)
+    process.join()
+    assert process.exitcode == -9
     left = set(tmp_path.iterdir())
     assert {path.suffix for path in left} == {".part"}
     WRITERS[name](tmp_path)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -20,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import infdit
 from benchmarks.peak_meter import PeakMeter
+from infdit.__main__ import main
 from infdit.model import InfDiT
 from infdit.resume import SavedRun
 from infdit.samplers import SamplerInfo, get_sampler
 
 STEPS = 3
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -268,27 +266,28 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 @pytest.mark.parametrize(("targets", "kills"), [(1, 1), pytest.param(20, 1, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path: Path, noisy_file: Path, targets: int, kills: int) -> None:
-    """Through the shell: the pixels of a run that nobody killed, and nothing left over."""
+def test_killed_at_random_moments(
+    tmp_path: Path, noisy_file: Path, targets: int, kills: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their commands: the pixels of a run that nobody killed, and nothing left over."""
     source, states, rng = tmp_path / "in.png", tmp_path / "states", random.Random(kills)
     Image.effect_noise((32, 24), 90).convert("RGB").save(source)
     options = ["--model", noisy_file, "--steps", "10", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
-    command = [sys.executable, "-m", "infdit", "upscale", source, *options, "-o"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path / "whole.png"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = ["upscale", source, *options, "-o"]
+    assert main([*map(str, command), str(tmp_path / "whole.png")]) == 0
     for number in range(targets):
         target = tmp_path / f"{number}.png"
         resumed = [*command, target, "--force", "--resume", states]
         for _ in range(kills):
             before = {state: state.stat().st_mtime_ns for state in states.glob("*.state")}
-            running = subprocess.Popen(resumed, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-            while running.poll() is None and before == {s: s.stat().st_mtime_ns for s in states.glob("*.state")}:
+            running = forks.infdit(*resumed)
+            while running.is_alive() and before == {s: s.stat().st_mtime_ns for s in states.glob("*.state")}:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.5))
-            running.send_signal(signal.SIGKILL)
-            running.wait()
+            running.kill()
+            running.join()
             assert all(load_file(state) for state in states.glob("*.state"))  # what has its name is whole
-        done = subprocess.run(resumed, cwd=ROOT, env=environment, check=True, capture_output=True)
-        assert b"afresh" not in done.stderr
+        assert main([*map(str, resumed)]) == 0
+        assert "afresh" not in capsys.readouterr().err
         assert np.array_equal(pixels(target), pixels(tmp_path / "whole.png"))
         assert list(states.iterdir()) == []
