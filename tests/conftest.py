@@ -30,6 +30,13 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """What tests write need not outlive a power cut."""
+    with mock.patch("os.fsync", lambda file: None):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _figures_of_a_family() -> Iterator[None]:
     """Plans depend on what a device does in a second: for tests it is the same at all times."""
     with mock.patch.object(measure, "measured", lambda device, dtype: None):

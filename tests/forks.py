@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
@@ -18,8 +19,11 @@ def fork(act: Callable[[], object]) -> BaseProcess:
     return process
 
 
-def infdit(*arguments: object, stderr: int | None = None) -> BaseProcess:
-    """`python -m infdit` with these arguments; stderr: where what it says there goes, or nowhere."""
+def infdit(*arguments: object, stderr: int | None = None, first: Callable[[], object] = lambda: None) -> BaseProcess:
+    """`python -m infdit` with these arguments.
+
+    stderr: where what it says there goes, or nowhere; first: what the process does before, as to its environment.
+    """
 
     def act() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -27,6 +31,8 @@ def infdit(*arguments: object, stderr: int | None = None) -> BaseProcess:
         os.dup2(nowhere if stderr is None else stderr, 2)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 - as Python begins
         sys.argv = ["infdit", *map(str, arguments)]
+        tempfile.tempdir = None
+        first()
         shell()
 
     return fork(act)

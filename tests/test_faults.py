@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -406,19 +407,24 @@ MORE_DISKS = ("png", 0), ("png", 1), ("tif", 40), ("webp", 40)
 def test_a_disk_that_is_full(kilobytes: int, suffix: str, tmp_path: Path) -> None:
     """As far as a limit on what files can hold stands in for one: one sentence, nothing half written."""
     make_picture(tmp_path / "in.png", (64, 48))
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10},) * 2)\n"
-    code += "import sys; from infdit.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    resource = pytest.importorskip("resource")
+
+    def limited() -> None:
+        os.environ["TMPDIR"] = str(tmp_path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10,) * 2)
+
+    ends, writes = os.pipe()
     arguments = "upscale", tmp_path / "in.png", "-o", tmp_path / f"out.{suffix}", "--scale", 3
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=120,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    if done.returncode == 0:  # a JPEG is small
+    process = forks.infdit(*arguments, stderr=writes, first=limited)
+    os.close(writes)
+    with os.fdopen(ends) as pipe:
+        said = pipe.read()
+    process.join(120)
+    if process.exitcode == 0:  # a JPEG is small
         assert Image.open(tmp_path / f"out.{suffix}").size == (192, 144)
         return
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2 and "cannot be" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert "Traceback" not in said
+    assert process.exitcode == 2 and "cannot be" in said.splitlines()[-1], said[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 

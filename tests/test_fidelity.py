@@ -1,5 +1,6 @@
 """Faithfulness to the input: the adjoint, the projection and ΔE2000 against what others say they are."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -45,13 +46,20 @@ def test_neutral_is_bit_equal_to_nothing(noisy_mini: InfDiT, crop: torch.Tensor)
     assert torch.equal(plain, upscale(noisy_mini, crop, 3.0, fidelity=0, colour_match=False, report=Report(), **FAST))
 
 
-@pytest.mark.parametrize("noise", [False, True], ids=["as it is", "with noise left in it"])
-@pytest.mark.parametrize("scale", [1.0, 1.3, 2.0, 3.37, 4.0, 6.0, pytest.param(16.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scale", "noise"),
+    [
+        *itertools.product([1.0, 1.3, 3.37, 6.0], [False]),
+        *itertools.product([1.3, 4.0], [True]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product([2.0, 16.0], [False, True])),
+        *(pytest.param(scale, True, marks=pytest.mark.slow) for scale in (1.0, 3.37, 6.0)),
+    ],
+)
 def test_at_full_fidelity_the_result_made_small_is_the_input(
     noisy_mini: InfDiT, bundled: InfDiT, crop: torch.Tensor, scale: float, noise: bool
 ) -> None:
     """Torch's own downscale says so."""
-    image = crop[:, :32, :32] if scale > 4 else crop
+    image = crop[:, :20, :20] if scale > 4 else crop
     model, given = (noisy_mini, FAST) if noise else (bundled, {})
     report, before = Report(), Report()
     upscale(model, image, scale, report=before, **given)

@@ -62,7 +62,8 @@ def test_the_bundled_model_draws_in_one_stroke() -> None:
     assert found["beads"] < 0.02
 
 
-def test_bench_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "ANGLES", lines.ANGLES[:1])
     assert main(["--lines"]) == 0
     out = capsys.readouterr().out
     assert "stairs px" in out

@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -39,20 +41,21 @@ def start(
 
     before: code that the first runs; more: options of some of them.
     """
+    first = ["-c", before + "import sys; from infdit.__main__ import shell; shell()"]
+    return [
+        one([*arguments, *(more or {}).get(rank, ())], {**os.environ, **own}, ["-m", "infdit"] if rank else first)
+        for rank, own in enumerate(meeting(size))
+    ]
+
+
+def meeting(size: int) -> list[dict[str, str]]:
+    """What tells so many processes of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    first = ["-c", before + "import sys; from infdit.__main__ import shell; shell()"]
-    return [
-        one(
-            [*arguments, *(more or {}).get(rank, ())],
-            {**os.environ, **meeting, "RANK": str(rank)},
-            ["-m", "infdit"] if rank else first,
-        )
-        for rank in range(size)
-    ]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [{**shared, "RANK": str(rank)} for rank in range(size)]
 
 
 def one(
@@ -89,8 +92,11 @@ def source(tmp_path: Path) -> Path:
 
 def test_two_processes_make_the_picture_of_one(tmp_path: Path, source: Path, noisy_file: Path) -> None:
     target, said = tmp_path / "out.png", tmp_path / "out.json"
-    given = ["upscale", source, "-o", target, "--receipt", said, "--model", noisy_file, *OPTIONS]
-    assert ends(start(2, *given), 120) == [(0, ""), (0, "")]
+    given = ["upscale", source, "-o", target, "--receipt", said, "--model", noisy_file, *OPTIONS, "--steps", "4"]
+    both = [forks.infdit(*given, first=partial(os.environ.update, own)) for own in meeting(2)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     plan = json.loads(said.read_text())["plan"]
     assert len(plan["layers"]) == 2, "both had some"
     assert min(plan["layers"]) > 0

@@ -57,30 +57,30 @@ def calls_per_evaluation(model: InfDiT, image: torch.Tensor, plan: MemoryPlan) -
 
 
 @pytest.mark.parametrize("sampler", list(infdit.samplers.SAMPLERS))
-@pytest.mark.parametrize("when", [0.5, 1.5, 2.5], ids="in evaluation {}".format)
 def test_the_step_is_repeated_with_a_smaller_plan_and_the_picture_is_the_same(
-    mini: InfDiT, image: torch.Tensor, sampler: str, when: float, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    mini: InfDiT, image: torch.Tensor, sampler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first, second or third evaluation."""
     plan = MemoryPlan(6, 4)
-    options = {"steps": STEPS, "sampler": sampler, "sigma_max": 5.0, "seed": 3}
-    expected = upscale(mini, image, plan=plan, **options)
+    options = {"steps": STEPS, "sampler": sampler, "sigma_max": 5.0, "seed": 3, "plan": plan}
+    expected = upscale(mini, image, **options)
     each = calls_per_evaluation(mini, image, plan)
-    FullDevice(monkeypatch, {int(when * each)})
-    report, done = Report(), []
-    with caplog.at_level(logging.WARNING):
-        result = upscale(
-            mini, image, plan=plan, report=report, progress=lambda n, total, preview: done.append((n, total)), **options
-        )
-    assert (result - expected).abs().max() < 1e-4
-    assert len([r for r in caplog.records if "out of memory: going on" in r.message]) == 1
-    assert len(report.replanned) == 1
-    assert "the picture is the same" in report.replanned[0]
-    assert report.plan is not None
-    assert report.plan.peak_bytes is not None
-    assert report.plan != plan
-    assert done[-1][0] == done[-1][1], "the bar ends full although a step was repeated"
-    assert len(report.seconds) == STEPS
+    for when in (0.5, 1.5, 2.5):
+        report, done = Report(), []
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+            FullDevice(patch, {int(when * each)})
+            progress = lambda n, total, preview, done=done: done.append((n, total))  # noqa: E731
+            result = upscale(mini, image, report=report, progress=progress, **options)
+        assert (result - expected).abs().max() < 1e-4
+        assert len([r for r in caplog.records if "out of memory: going on" in r.message]) == 1
+        assert len(report.replanned) == 1
+        assert "the picture is the same" in report.replanned[0]
+        assert report.plan is not None
+        assert report.plan.peak_bytes is not None
+        assert report.plan != plan
+        assert done[-1][0] == done[-1][1], "the bar ends full although a step was repeated"
+        assert len(report.seconds) == STEPS
 
 
 @pytest.mark.parametrize("when", [0.5, 0.95], ids=["in the first pass", "in the last pass"])

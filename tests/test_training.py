@@ -180,7 +180,7 @@ def test_positions_lie_all_over_the_period(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("training.gradients.Denoiser", Recorded)
     run = trainer(workers=1)
-    for _ in range(40):
+    for _ in range(24):
         run.advance()
     assert {x % 4 for origin in origins for x in origin} == {0}
     assert {x for origin in origins for x in origin} == set(range(0, 64 - 8 + 1, 4)), "all places, none across the seam"
@@ -331,7 +331,7 @@ def test_a_model_cannot_be_made_narrower() -> None:
 def test_first_losses_repeat_and_workers_do_not_matter(precision: str, bridge: float) -> None:
     recipe = Recipe(crop=32, crops=4, parts=2, warmup=5, precision=precision, bridge=bridge)
     runs = [trainer(recipe, workers) for workers in (2, 2, 1)]
-    losses = [[run.advance() for _ in range(20)] for run in runs]
+    losses = [[run.advance() for _ in range(8)] for run in runs]
     assert losses[0] == losses[1] == losses[2]
     assert trainer(replace(recipe, seed=1)).advance() != losses[0][0]
 
@@ -364,17 +364,17 @@ def train(*arguments: object) -> int:
 
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_resuming_is_not_having_stopped(folder: Path, tmp_path: Path, precision: str) -> None:
-    """Ten steps, the last two decaying, at once and in ten sessions of a step each."""
+    """Five steps, the last two decaying, at once and in five sessions of a step each."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    options = (folder, "--precision", precision, "--decay", 0.2, "--validate-every", 4)
-    assert train(*options, "-o", whole, "--steps", 10) == 0
-    assert train(*options, "-o", pieces, "--steps", 10, "--stop-after", 0) == 0
-    for done in range(1, 10):
+    options = (folder, "--precision", precision, "--decay", 0.4, "--validate-every", 2)
+    assert train(*options, "-o", whole, "--steps", 5) == 0
+    assert train(*options, "-o", pieces, "--steps", 5, "--stop-after", 0) == 0
+    for done in range(1, 5):
         assert torch.load(pieces / "state.pt", weights_only=True)["trainer"]["step"] == done
         assert train(*options, "-o", pieces, "--resume", "--stop-after", 0) == 0
     states = [torch.load(f / "state.pt", weights_only=True)["trainer"] for f in (whole, pieces)]
-    assert states[0]["step"] == 10
-    assert states[0]["decay"] == states[1]["decay"] == {"start": 8, "factor": 1.0, "length": 2}
+    assert states[0]["step"] == 5
+    assert states[0]["decay"] == states[1]["decay"] == {"start": 3, "factor": 1.0, "length": 2}
     for key in ("model", "ema"):
         assert all(torch.equal(a, b) for a, b in zip(*(s[key] for s in states), strict=True))
     leaves = [torch.utils._pytree.tree_leaves(state["optimizer"]) for state in states]
