@@ -20,7 +20,7 @@ MUCH = 2**50
 MOST_BLOCKS = 2**14  # of a case, 16384² of the published size: counting takes a millisecond for each, many times over
 
 
-@pytest.mark.parametrize("seed", [16, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4))])
+@pytest.mark.parametrize("seed", [41, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 3, 7, 48))])
 def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
     config, h, w, plan, dtype, sampler, batch = random_case(random.Random(seed))
     model = random_model(config, dtype)
@@ -33,7 +33,7 @@ def test_fake_tensors_count_what_a_real_run_holds(seed: int) -> None:
     assert fake["host"] == 0, "one memory"
 
 
-@pytest.mark.parametrize("seed", [737, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 6, 7, 31))])
+@pytest.mark.parametrize("seed", [3445, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 6, 7, 31))])
 def test_the_chunks_where_the_peak_can_lie_are_enough(seed: int) -> None:
     rng = random.Random(100 + seed)
     config, h, w, plan, dtype, sampler, _ = random_case(rng)

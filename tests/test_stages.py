@@ -114,8 +114,8 @@ class Trouble:
         monkeypatch.setattr(Layer, "forward", forward)
 
 
-def run(model: InfDiT, **options: object) -> torch.Tensor:
-    image = torch.rand((1, 30, 30, 3), generator=torch.Generator().manual_seed(0))
+def run(model: InfDiT, height: int = 30, **options: object) -> torch.Tensor:
+    image = torch.rand((1, height, 30, 3), generator=torch.Generator().manual_seed(0))
     plan = MemoryPlan(6, 2, images="host", layers=(2, 2, 2))
     return upscale(model, image, **{"plan": plan, "device": ["cpu"] * 3, "steps": 2, "sampler": "euler"} | options)
 
@@ -249,5 +249,5 @@ def test_where_there_is_no_room_for_all_layers_the_first_device_does_it_alone() 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_any_sampler(sampler: str, noisy_mini: InfDiT) -> None:
-    options: dict[str, object] = {"sampler": sampler, "steps": 3}
+    options: dict[str, object] = {"sampler": sampler, "steps": 3, "height": 15}
     assert torch.equal(run(noisy_mini, **options), run(noisy_mini, **options, plan=MemoryPlan(6, 2), device="cpu"))

@@ -356,7 +356,7 @@ def test_live_pictures_within_a_step_take_little_of_the_time(mini: InfDiT, monke
         within += preview is not None
 
     monkeypatch.setattr(import_module("infdit.progress").time, "monotonic", lambda: now)
-    upscale(mini, picture(80, 80), progress=progress, plan=MemoryPlan(6, 1), **FAST)
+    upscale(mini, picture(100, 100), progress=progress, plan=MemoryPlan(6, 1), **FAST)
     within -= 1  # the whole one, after the step
     assert 0 < 10 * within <= 0.02 * now
 
