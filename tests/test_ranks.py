@@ -90,6 +90,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_two_processes_make_the_picture_of_one(tmp_path: Path, source: Path, noisy_file: Path) -> None:
     target, said = tmp_path / "out.png", tmp_path / "out.json"
     given = ["upscale", source, "-o", target, "--receipt", said, "--model", noisy_file, *OPTIONS, "--steps", "4"]
