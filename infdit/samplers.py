@@ -46,7 +46,10 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1 is needed")
     if not 0 < sigma_min <= sigma_max < float("inf") or rho <= 0:
-        raise ValueError(f"need 0 < sigma_min {sigma_min} ≤ sigma_max {sigma_max}, finite, and rho {rho} above 0")
+        raise ValueError(
+            f"sigma_min {sigma_min:.10g} must be above 0 and at most sigma_max {sigma_max:.10g}, which must be finite, "
+            f"and rho {rho:.10g} above 0"
+        )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho

@@ -343,10 +343,12 @@ def check_image(image: Tensor) -> None:
     Raises:
         ValueError: shape, dtype or values that cannot be.
     """
-    if image.dim() != 4 or image.shape[-1] not in (3, 4) or not image.is_floating_point():
+    if not image.is_floating_point():
+        raise ValueError(f"image of {image.dtype} must be of floating point in 0..1: divide values of 0..255 by 255")
+    if image.dim() != 4 or image.shape[-1] not in (3, 4):
         raise ValueError(
-            f"image of shape {tuple(image.shape)} and {image.dtype} must be (batch, height, width, 3 or 4) "
-            "of floating point in 0..1"
+            f"image of shape {tuple(image.shape)} must be (batch, height, width, 3 or 4): make it RGB or RGBA, and of "
+            "one picture a batch of one"
         )
     if 0 in image.shape:
         raise ValueError(f"image of shape {tuple(image.shape)} is empty: give at least one picture of one pixel")

@@ -14,7 +14,7 @@ from ..infdit import clip as infdit_clip
 from ..infdit.clip import MAX_STRENGTH, NEGATIVE, POSITIVE, STRENGTH, VIEWS, View, clip_embedding
 from ..infdit.conditioning import visible_colour
 from .comfy_memory import ManagedCLIP, clip_at_work, managed_clip
-from .comfy_page import from_image
+from .comfy_page import from_image, refusal
 from .files import CLIP_FOLDERS, clip_files, clip_path, fingerprint, missing_clip
 from .schema import CATEGORY, SLIDER, InfDiTCLIP, InfDiTConditioning, search_aliases
 
@@ -47,13 +47,14 @@ class InfDiTCLIPLoader(io.ComfyNode):
                 ),
             ],
             outputs=[InfDiTCLIP.Output(display_name="clip", tooltip="For Inf-DiT CLIP Encode.")],
+            hidden=[io.Hidden.unique_id],
             **search_aliases("inf-dit clip", "infdit clip", "clip vision loader", "open_clip"),
         )
 
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """In place of ComfyUI's own check of the list: the same, with a way out. A link's value is not known yet."""
-        return clip_name is None or clip_name in clip_files() or missing_clip(clip_name)
+        return clip_name is None or clip_name in clip_files() or refusal(missing_clip(clip_name), cls)
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None = None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import folder_paths
 import torch
 from aiohttp import web
 from comfy.cli_args import LatentPreviewMethod, args
@@ -18,13 +19,15 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ..infdit import Report
+from ..infdit import OutOfMemory, Report
+from ..infdit.device import out_of_memory
 from ..infdit.progress import PREVIEW_SIDE, Preview
 from ..infdit.upscale import check_image
 from .words import in_language
 
 BAR_INTERVAL = 0.1  # seconds between two moves of the bar: each is a message to every open page
 TEXT_INTERVAL = 0.5  # likewise, of the text under it
+SURE = 0.01  # share of a run after which its pace tells when it ends: the first blocks are slow
 BLANK = " "  # a line that says nothing: pages ignore empty ones
 MOST_PAGES = 1000  # whose language is remembered
 
@@ -83,20 +86,39 @@ def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         try:
             return execute(cls, **inputs)
         except BaseException as error:
-            tell(_reason(error), node_id)
-            _failed.update([node_id] if node_id else [])
-            raise
+            if not out_of_memory(error) or isinstance(error, OutOfMemory):
+                _tell_failure(_reason(error), node_id)
+                raise
+            failure = f"out of memory: close other programs, or make a smaller picture ({_first_line(error)})"
+        _tell_failure(failure, node_id)
+        raise OutOfMemory(failure)  # out here nothing refers to the error any more, which kept all that was held
 
     node.execute = classmethod(told)
     return node
 
 
+def refusal(text: str, node: type[io.ComfyNode]) -> str:
+    """What `validate_inputs` of a node has to say, said on the node too, which does not run then."""
+    _tell_failure(text, getattr(node.hidden, "unique_id", None))
+    return text
+
+
+def _tell_failure(text: str, node_id: str | None) -> None:
+    """Short, for a node shows two lines: without the folders above that of the models."""
+    tell(text.replace(folder_paths.models_dir, Path(folder_paths.models_dir).name), node_id)
+    _failed.update([node_id] if node_id else [])
+
+
 def _reason(error: BaseException) -> str:
-    """Short, for a node shows two lines: of a file the name without its folders."""
+    """What an error says, of a file the name without its folders."""
     if isinstance(error, mm.InterruptProcessingException):
         return "stopped"
     path = str(getattr(error, "path", ""))
     return str(error).replace(path, Path(path).name) if path else str(error) or type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def page_language() -> str:
@@ -175,8 +197,10 @@ class Bar:
             self._began, self._prepared = time.monotonic(), done
             self.move(done, total, preview, f"{which}preparing")
             return
-        left = (time.monotonic() - self._began) * (total - done) / max(1, done - self._prepared)
-        self.move(done, total, preview, f"{which}{done / total:.0%}, {duration(left)} left")
+        since, left = done - self._prepared, ""
+        if since >= SURE * total:
+            left = f", {duration((time.monotonic() - self._began) * (total - done) / since)} left"
+        self.move(done, total, preview, f"{which}{done / total:.0%}{left}")
 
     def fill(self) -> None:
         """Show that all is done: a sampler may have needed fewer evaluations than were counted on."""

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from comfy_api.latest import io
 
+CORE_LINKS = {"NOISE": "generate_noise", "SAMPLER": "sample", "SIGMAS": "tolist"}  # and what only these can do
 Check = Callable[[object], str]  # what is wrong with a value, or nothing
 
 
@@ -54,6 +55,10 @@ def _check_of(given: io.Input) -> Check | None:
         return lambda value: "" if isinstance(value, str) else "must be a text"
     if isinstance(given, io.Boolean.Input):
         return lambda value: "" if isinstance(value, bool | int) else "must be true or false"
+    kind = str(given.get_io_type())
+    if kind in CORE_LINKS:
+        words = f"must come from a node that gives {kind}"
+        return lambda value: "" if hasattr(value, CORE_LINKS[kind]) else words
     return None
 
 

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from .comfy_memory import ONE, managed_model
-from .comfy_page import Bar
+from .comfy_page import Bar, refusal
 from .files import BUNDLED, FOLDER, converted, fingerprint, missing_model, model_files, model_path
 from .schema import ADVANCED, CATEGORY, InfDiTModel, search_aliases
 
@@ -49,7 +49,7 @@ class InfDiTModelLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         """In place of ComfyUI's own check of the list: the same, with a way out. A link's value is not known yet."""
-        return model_name is None or model_name in model_files() or missing_model(model_name)
+        return model_name is None or model_name in model_files() or refusal(missing_model(model_name), cls)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **_: object) -> str:

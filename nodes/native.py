@@ -50,6 +50,7 @@ class InfDiTToModel(schema.BudgetedNode):
                 ),
                 io.Vae.Output(display_name="vae", tooltip="For VAE Decode: the result, exactly of the size asked for."),
             ],
+            hidden=[io.Hidden.unique_id],
             **schema.search_aliases("inf-dit ksampler", "infdit native model", "upscaler", "super resolution"),
         )
 

@@ -55,6 +55,7 @@ class InfDiTMemoryPlan(BudgetedNode):
                 io.Image.Output(display_name="plot", tooltip="The same as a picture."),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             **search_aliases("inf-dit vram", "infdit memory", "vram estimate", "memory usage"),
         )
 

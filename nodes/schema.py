@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .comfy_page import refusal
 from .inputs import shown
 
 CATEGORY = "image/upscaling/Inf-DiT"
@@ -44,8 +45,8 @@ def number(value: object, name: str, least: float, most: float, whole: bool = Fa
             return value
         if value == int(value):
             return int(value)
-    kind = "whole number" if whole else "number"
-    raise ValueError(f"{name} is {shown(value)} and must be a {kind} from {least:.10g} to {most:.10g}")
+    kind, limits = ("whole number", f"{least} to {most}") if whole else ("number", f"{least:.10g} to {most:.10g}")
+    raise ValueError(f"{name} is {shown(value)} and must be a {kind} from {limits}")
 
 
 class BudgetedNode(io.ComfyNode):
@@ -57,7 +58,7 @@ class BudgetedNode(io.ComfyNode):
         try:
             return memory_budget is None or number(memory_budget, "memory_budget", 0, MOST_BUDGET) >= 0
         except ValueError as error:
-            return str(error)
+            return refusal(str(error), cls)
 
 
 def model_input() -> io.Input:

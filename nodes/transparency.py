@@ -42,8 +42,8 @@ def with_transparency(pictures: Tensor, mask: Tensor | None) -> Tensor:
         return pictures
     if len(masks) not in (1, len(pictures)):
         raise ValueError(
-            f"transparency of shape {tuple(masks.shape)} must be ({len(pictures)} or 1, height, width): connect the "
-            "mask of the node that gave the pictures"
+            f"transparency is a batch of {len(masks)} and image one of {len(pictures)}: it must be as many, or one; "
+            "connect the mask of the node that gave the pictures"
         )
     alpha, size = 1 - masks[:, None], pictures.shape[1:3]
     if alpha.shape[-2:] != size:

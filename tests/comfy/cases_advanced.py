@@ -12,6 +12,7 @@ from harness import (
     BASE,
     BUNDLED,
     NOISY,
+    ODD,
     PACK_DIR,
     PICTURES,
     TAKEN,
@@ -124,6 +125,11 @@ def refused_samplers() -> dict:
         found[name] = {key: ended.get(key) for key in ("end", "message", "type")}
     ended = run(advanced(loading={"model_name": BUNDLED}, sampler_name="euler_ancestral", steps=2, **MINI))
     found["without noise"] = {key: ended.get(key) for key in ("end", "message", "type")}
+    ODD.update(none=None, text="4")
+    for name, odd in (("noise", "none"), ("sampler", "text"), ("sigmas", "none"), ("sigmas", "text")):
+        asked = advanced(**MINI) | {"odd": {"class_type": "GiveAny", "inputs": {"name": odd}}}
+        asked["upscale"]["inputs"][name] = ["odd", 0]
+        found[f"{name} {odd}"] = {key: run(asked).get(key) for key in ("end", "message", "type")}
     return found
 
 

@@ -36,11 +36,14 @@ from harness import (
     library,
     load_pack,
     load_prompt,
+    loader,
     nodes,
     pack,
     patched,
     prompt,
     run,
+    size,
+    take,
     valid,
 )
 from PIL import Image
@@ -321,6 +324,39 @@ def failed_after_success() -> dict:
 
 
 @case
+def rejected() -> dict:
+    """What is written on nodes of prompts that ComfyUI does not even begin, and what ComfyUI says."""
+    clip = {"c": {"class_type": "InfDiTCLIPLoader", "inputs": {"clip_name": "nowhere.bin"}}}
+    plan = {"width": 8, "height": 8, "memory_budget": 2000, **size({}), "model": ["loader", 0]}
+    asked = {
+        "model": load_prompt(model_name="nowhere.safetensors"),
+        "clip": clip | {"take": take("INFDIT_CLIP", "c", 0)},
+        "budget": prompt(memory_budget=-1),
+        "plan": {"loader": loader(), "plan": {"class_type": "InfDiTMemoryPlan", "inputs": plan}},
+    }
+    found = {}
+    for name, what in asked.items():
+        with told_on_nodes() as told:
+            ended = run(what)
+        found[name] = {"end": ended["end"], "told": list(told), "message": ended["message"]}
+    return found
+
+
+@case
+def pace() -> dict:
+    """What is written on a node after the first of 10000 moves, and after some more."""
+    page, report = pack("nodes.comfy_page"), library().Report()
+    bar, found = page.Bar("node"), []
+    with told_on_nodes() as told, patched(page, TEXT_INTERVAL=0, BAR_INTERVAL=0):
+        for doing, done in (("preparing", 500), ("sampling", 501), ("sampling", 700)):
+            report.doing = doing
+            time.sleep(0.01)
+            bar.show(report, done, 10000, None)
+            found.append(told[-1][0])
+    return {"told": found}
+
+
+@case
 def no_live_picture() -> dict:
     """Live pictures with --preview-method none, with auto, and with auto where the page's setting says none."""
     args, methods = pack("nodes.comfy_page").args, pack("nodes.comfy_page").LatentPreviewMethod
@@ -447,6 +483,8 @@ def refusals() -> dict:
     PICTURES["empty"] = torch.zeros(0, 8, 8, 3)
     PICTURES["nan"] = torch.full((1, 8, 8, 3), math.nan)
     PICTURES["bytes"] = torch.full((1, 8, 8, 3), 200, dtype=torch.uint8)
+    PICTURES["endless"] = torch.zeros(1, 1, 1, 3).expand(1, 2**20, 2**20, 3)  # 12 TiB to whoever copies it
+    PICTURES["two channels"] = PICTURES["small"][..., :2]
     PICTURES["to 255"] = PICTURES["small"] * 255
     PICTURES["nan mask"] = torch.full((1, 8, 8), math.nan)
     PICTURES["mask to 255"] = torch.full((1, 8, 8), 255.0)
@@ -455,7 +493,7 @@ def refusals() -> dict:
     cases = {
         "empty batch": prompt("empty"),
         "not finite": prompt("nan"),
-        **{name: prompt(name) for name in ("bytes", "to 255", "nothing", "list")},
+        **{name: prompt(name) for name in ("bytes", "to 255", "nothing", "list", "two channels", "endless")},
         **{f"mask: {name}": masked(name) for name in ("nan mask", "mask to 255", "nothing", "list")},
         "link into size": linked(size="way"),
         "nothing into size": linked(size="none"),

@@ -123,7 +123,7 @@ class Take:
 
 TAKERS = {
     f"Take{kind}": type(f"Take{kind}", (Take,), {"TYPE": kind})
-    for kind in ("IMAGE", "MASK", "STRING", "SIGMAS", "MODEL", "INFDIT_MODEL", "INFDIT_CONDITIONING")
+    for kind in ("IMAGE", "MASK", "STRING", "SIGMAS", "MODEL", "INFDIT_MODEL", "INFDIT_CLIP", "INFDIT_CONDITIONING")
 }
 
 

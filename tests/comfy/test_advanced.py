@@ -62,6 +62,21 @@ def test_sampler_that_adds_noise_is_refused_where_there_is_none(inside: dict) ->
     assert "choose one of euler, " in found["message"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("noise none", "noise is None and must come from a node that gives NOISE"),
+        ("sampler text", "sampler is '4' and must come from a node that gives SAMPLER"),
+        ("sigmas none", "sigmas is None and must come from a node that gives SIGMAS"),
+        ("sigmas text", "sigmas is '4' and must come from a node that gives SIGMAS"),
+    ],
+)
+def test_what_no_node_of_core_gives_is_refused(inside: dict, name: str, words: str) -> None:
+    found = inside["refused_samplers"][name]
+    assert (found["end"], found["type"]) == ("error", "ValueError")
+    assert words in found["message"]
+
+
 @pytest.mark.parametrize("name", [*WORKING, *ADDING])
 def test_sampler_samples_from_the_distribution(inside: dict, name: str) -> None:
     """A deviation of 0.5, up to the error of 60 steps; and noise of its own for each picture of a batch."""
@@ -128,7 +143,7 @@ def test_scheduler(inside: dict) -> None:
     assert found["of the model"] == pytest.approx([0.1, 0])
     assert found["three of the model's"] == pytest.approx(karras(3, 0.1, 0.01, 7), rel=1e-5)
     assert found["of the bundled model"] == pytest.approx([0.03, 0]), "it gains nothing from more than one step"
-    assert "need 0 < sigma_min 1.0 ≤ sigma_max 0.01" in found["crossed"]
+    assert "sigma_min 1 must be above 0 and at most sigma_max 0.01" in found["crossed"]
 
 
 def test_denoised_is_the_picture_without_the_noise_that_is_left(inside: dict) -> None:
@@ -156,7 +171,7 @@ def test_levels_that_rise_are_refused(inside: dict) -> None:
     [
         ("unseen", [1, 40, 36, 4]),
         ("opaque", [1, 40, 36, 3]),  # 64×64 zeros, as Load Image has them for what is not transparent
-        ("two unseen", "must be (1 or 1, height, width)"),
+        ("two unseen", "transparency is a batch of 2 and image one of 1: it must be as many, or one"),
         ("nan", "transparency holds values that are not finite"),
     ],
 )

@@ -251,7 +251,7 @@ def test_time_left_is_told_on_the_node(inside: dict) -> None:
     told = [text for text, _ in inside["bar"]["told"] if text.strip()]
     assert len(told) >= 2
     assert re.fullmatch(r"about [\d.]+ s", told[0])  # before the first block is done
-    assert all(re.fullmatch(r"preparing|\d+%, .+ left", text) for text in told[1:-1])
+    assert all(re.fullmatch(r"preparing|\d+%(, .+ left)?", text) for text in told[1:-1])
     assert re.fullmatch(r"240×96 in [\d.]+ s", told[-1])
 
 
@@ -279,6 +279,30 @@ def test_reason_is_told_on_a_loader(inside: dict) -> None:
     assert node == "loader"
     assert said.startswith("damaged.safetensors: is not a complete")
     assert found["message"].strip().endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "words"),
+    [
+        ("model", "loader", "nowhere.safetensors is not in models/infdit: put it there and press R, or choose 'mini"),
+        ("clip", "c", "nowhere.bin is not in models/clip_vision or models/infdit: put "),
+        ("budget", "upscale", "memory_budget is -1.0 and must be a number from 0 to 1024"),
+        ("plan", "plan", "memory_budget is 2000.0 and must be a number from 0 to 1024"),
+    ],
+)
+def test_reason_is_told_on_a_node_that_comfyui_rejects(inside: dict, name: str, node: str, words: str) -> None:
+    """The page says only which input: why is behind a click. The way out is in the two lines that a node shows."""
+    found = inside["rejected"][name]
+    assert found["end"] == "rejected"
+    assert [where for _, where in found["told"]] == [node]
+    assert found["told"][0][0].startswith(words)
+
+
+def test_no_time_is_told_of_the_first_blocks(inside: dict) -> None:
+    """Of one of 9500, which is slow, hours would follow."""
+    preparing, first, later = inside["pace"]["told"]
+    assert (preparing, first) == ("preparing", "5%")
+    assert re.fullmatch(r"7%, [\d.]+ s left", later)
 
 
 @pytest.mark.parametrize(("name", "shown"), [("none", False), ("auto", True), ("page", False)])
@@ -319,7 +343,8 @@ def test_least_denoise_and_scale(inside: dict) -> None:
     [
         ("empty batch", "is empty: give at least one picture"),
         ("not finite", "not finite"),
-        ("bytes", "torch.uint8 must be (batch, height, width, 3 or 4) of floating point in 0..1"),
+        ("bytes", "torch.uint8 must be of floating point in 0..1: divide values of 0..255 by 255"),
+        ("two channels", "must be (batch, height, width, 3 or 4): make it RGB or RGBA"),
         ("to 255", "and must be of 0..1: divide values of 0..255 by 255"),
         ("nothing", "image is of type NoneType: connect a node that gives an IMAGE"),
         ("list", "image is of type list: connect a node that gives an IMAGE"),
@@ -339,7 +364,7 @@ def test_least_denoise_and_scale(inside: dict) -> None:
         ("budget none", "memory_budget is None and must be a number from 0 to 1024"),
         ("half steps", "steps is 2.5 and must be a whole number from 0 to 1000"),
         ("denoise below", "denoise is -1.0 and must be a number from 0 to 1"),
-        ("seed list", "seed is [1] and must be a whole number from 0"),
+        ("seed list", "seed is [1] and must be a whole number from 0 to 18446744073709551615"),
         ("no sampler", "sampler_name is '4' and must be one of auto, heun"),
     ],
 )
@@ -349,6 +374,14 @@ def test_what_only_the_run_can_refuse(inside: dict, name: str, words: str) -> No
     assert words in found["message"]
     assert "\n" not in found["message"].strip()
     assert found["loaded"] == 0  # refused before weights are moved
+
+
+def test_a_picture_that_no_memory_holds_is_refused_in_words(inside: dict) -> None:
+    """Not in the allocator's, and with a way out that the node's two lines show."""
+    found = inside["refusals"]["endless"]
+    assert (found["end"], found["loaded"]) == ("error", 0)
+    assert found["message"].startswith("out of memory: close other programs, or make a smaller picture")
+    assert found["type"].endswith("OutOfMemory")
 
 
 def test_a_thousand_made_up_prompts_end_in_a_picture_or_in_words(inside: dict) -> None:
