@@ -221,6 +221,7 @@ class Server:
         if status != 200:
             hints = dict.fromkeys(range(300, 400), ": give the address it leads to with --server")
             hints |= dict.fromkeys((401, 403), f": give --api-key, or {KEY} in the environment")
+            hints |= dict.fromkeys((404, 405, 501), ": give the address of a ComfyUI with --server")
             raise ServerError(f"{where} answers {status} {reason}{hints.get(status, '')}")
         try:
             yield

@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _let_go_of(sys.stdout)
         return PIPE_CLOSED
     except OSError as error:
-        if error.filename is None:  # what was printed could not be written, to a full disk perhaps
+        where, remedy = error.filename, "check the path"
+        if where is None:  # what was printed could not be written, to a full disk perhaps
             _let_go_of(sys.stdout)
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"infdit: {where}{error.strerror or error}; check the path", file=sys.stderr)
+            where, remedy = "the output", "send it somewhere else, or make room"
+        print(f"infdit: {where}: {error.strerror or error}; {remedy}", file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

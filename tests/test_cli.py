@@ -134,6 +134,10 @@ def test_a_folder_that_cannot_be_made_or_is_not_needed(tmp_path: Path, capsys: p
     sources = [make_picture(tmp_path / name) for name in ("x.png", "y.png")]
     assert run("upscale", *sources, "-o", sources[0] / "out") == 2
     assert "cannot be made" in one_line(capsys)
+    assert run("upscale", sources[0], "-o", tmp_path / "new.png", "--resume", sources[1]) == 2
+    assert "cannot be made (File exists): choose a folder for --resume" in one_line(capsys)
+    assert run("upscale", sources[0], "-o", tmp_path / "nowhere" / "x.png") == 2
+    assert "make its folder first, or choose another" in one_line(capsys)
     assert run("upscale", *sources, "-o", tmp_path / "out", "--model", "no.pt") == 2
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +225,7 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("count", "said"),
-    [(2**20, "1 MiB"), (4 * 2**30, "4 GiB"), (999 * 2**30, "999 GiB"), (2**40, "1 TiB"), (1.2 * 2**40, "1.2 TiB")],
+    [(1, "1 B"), (2**20, "1 MiB"), (4 * 2**30, "4 GiB"), (999 * 2**30, "999 GiB"), (2**40, "1 TiB"), (2**41, "2 TiB")],
 )
 def test_amounts_for_people(count: float, said: str) -> None:
     assert format_bytes(int(count)) == said
@@ -302,7 +306,7 @@ def test_a_full_disk_under_the_output() -> None:
             command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[1]
         )
     assert done.returncode == 2
-    assert done.stderr == "infdit: No space left on device; check the path\n"
+    assert done.stderr == "infdit: the output: No space left on device; send it somewhere else, or make room\n"
 
 
 def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

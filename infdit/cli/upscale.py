@@ -145,10 +145,10 @@ def _run(options: argparse.Namespace, devices: list[torch.device], peers: Peers 
     with receipts_at(options.receipt, sources, options.force) as write_receipts:
         for folder in dict.fromkeys(target.parent for _, target in jobs):
             if jobs[0][1] != output:  # made only now that nothing else can be refused
-                _make_folder(folder)
+                _make_folder(folder, "another OUT")
             sweep(folder)
         if options.resume is not None:
-            _make_folder(options.resume)
+            _make_folder(options.resume, "a folder for --resume")
         with place_for(jobs[0][1]):
             pass  # that nothing can be written is told before the work
         vectors = clip_vectors(encoder, options, sources)
@@ -303,8 +303,8 @@ def _write(write: Callable[[Picture], None], target: Path, picture: Picture) -> 
         raise TargetError(target, error.reason, f"the result is kept as {kept}") from error
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path, instead: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PictureError(f"{path}: cannot be made ({error.strerror}): choose another OUT") from error
+        raise PictureError(f"{path}: cannot be made ({error.strerror}): choose {instead}") from error

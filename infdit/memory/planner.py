@@ -368,6 +368,8 @@ def free_bytes(device: torch.device) -> int:
 
 def format_bytes(count: int) -> str:
     """Bytes for people."""
+    if count < 2**10:
+        return f"{count} B"
     if count < GIB / 10:
         return f"{count / 2**20:.3g} MiB"
     return f"{count / GIB:.3g} GiB" if count < 999.5 * GIB else f"{count / 2**40:.3g} TiB"

@@ -169,7 +169,10 @@ def target_explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # Pillow's own, not the system's
             raise
-        raise TargetError(path, error.strerror or str(error)) from error
+        reason = error.strerror or str(error)
+        if path.parent.exists():
+            raise TargetError(path, reason) from error
+        raise TargetError(path, reason, "make its folder first, or choose another") from error
 
 
 def check_target(path: Path, picture: Picture) -> None:

@@ -19,6 +19,7 @@ from folder_client.fake import (
     Answers,
     Fake,
     all_are_made,
+    body,
     one_sentence,
     pixel,
     pixel_of,
@@ -114,6 +115,15 @@ def test_no_server(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
         address = f"127.0.0.1:{s.getsockname()[1]}"
     assert client.main([str(folder), "-o", str(tmp_path / "out"), "--server", address]) == 2
     assert f"no ComfyUI answers at http://{address}" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_of_another_kind(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, status: int) -> None:
+    """As Python's own http.server, which can take no uploads."""
+    with serving() as other:
+        other.hostile["/upload"] = body(b"", status)
+        assert client.main([str(folder), "-o", str(tmp_path / "out"), "--server", other.address]) == 2
+    assert one_sentence(capsys).endswith(": give the address of a ComfyUI with --server\n")
 
 
 @pytest.mark.parametrize(
