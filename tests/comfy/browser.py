@@ -212,6 +212,14 @@ def broken(frontend: Frontend, path: Path) -> dict:
     return {"unknown": unknown, "invalid": frontend.seen()}
 
 
+def rejected(frontend: Frontend, path: Path) -> dict:
+    """The workflow with a model that nobody has, queued though the page may say so in front of its button."""
+    opened(frontend, path)
+    frontend.page.evaluate(SET, ["InfDiTModelLoader", "model_name", "nowhere.safetensors"])
+    frontend.page.evaluate("app.queuePrompt(0)")
+    return frontend.seen()
+
+
 def absent(frontend: Frontend, path: Path) -> dict:
     """The workflow with files of names that nobody has: the page says which of them it misses."""
     text = re.sub(r"\b(sd_xl_base_1.0|open_clip_pytorch_model)\b", "absent", path.read_text(encoding="utf-8"))
@@ -228,7 +236,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     for path in drawn:
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
-    for case in (failed, core, broken):
+    for case in (failed, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

@@ -170,6 +170,14 @@ def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, rend
     assert "too little" not in lines[2]
 
 
+@renderers
+def test_why_a_prompt_was_rejected_stands_on_the_node(seen: dict, renderer: str) -> None:
+    """It never ran; the page says only which input was refused."""
+    nodes = seen[f"{renderer} rejected {EVERYDAY}"]["nodes"]
+    (text,) = (text for node in nodes if node["type"] == "InfDiTModelLoader" for text in node["texts"])
+    assert text.startswith("nowhere.safetensors is not in models/infdit: put it there and press R, or choose 'mini")
+
+
 def test_a_chinese_page_is_told_in_chinese(seen: dict) -> None:
     texts = {node["type"]: node["texts"][0] for node in seen["chinese"]["nodes"] if node["texts"]}
     assert "256×192，用时 " in texts["InfDiTUpscale"]
