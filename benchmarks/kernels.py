@@ -81,7 +81,7 @@ def _bytes(x: Tensor) -> int:
 
 @torch.no_grad()
 def of_a_layer(
-    config: InfDiTConfig, chunk: int, line: int, lines: int = 3, triton: bool = False
+    config: InfDiTConfig, chunk: int, line: int, lines: int = 2, triton: bool = False
 ) -> tuple[Kernels, int]:
     """Kernels of a layer that is not the first, in bf16, and the number of chunks that it came by.
 
