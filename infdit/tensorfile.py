@@ -62,10 +62,10 @@ def check_file(path: Path) -> None:
     """Whether it may be opened.
 
     Raises:
-        CheckpointError: what a reader would wait for without end, as a named pipe.
+        CheckpointError: a folder; what a reader would wait for without end, as a named pipe.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise CheckpointError(path, "is a pipe or a device", "give a file")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(path, "is a folder" if path.is_dir() else "is a pipe or a device", "give a file")
 
 
 def some(names: list[str], limit: int = 3) -> str:

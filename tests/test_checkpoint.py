@@ -354,7 +354,7 @@ def test_tensors_that_share_memory_are_converted_or_refused(tmp_path: Path) -> N
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be opened.*check the path"):
         infdit.load_model(tmp_path / "nowhere.pt")
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="is a folder; give a file"):
         infdit.load_model(tmp_path)
 
 

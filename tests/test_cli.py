@@ -251,6 +251,15 @@ def test_a_named_pipe_is_no_model_and_is_not_waited_for(tmp_path: Path, capsys: 
         assert one_line(capsys) == f"infdit: {pipe}: is a pipe or a device; give a file."
 
 
+@pytest.mark.parametrize("command", ["info", "upscale"])
+def test_a_folder_or_nothing_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    picture = make_picture(tmp_path / "a.png")
+    for name in (str(tmp_path), ""):
+        rest = ("-o", tmp_path / "b.png", "--model", name) if command == "upscale" else ()
+        assert run(command, picture if rest else name, *rest) == 2
+        assert one_line(capsys) == f"infdit: {name or '.'}: is a folder; give a file."
+
+
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steering = "\x1b]0;title\x07 \x1b[31m\nsecond line \x9b2J"
     save_file({steering: torch.zeros(1)}, tmp_path / "key.safetensors")

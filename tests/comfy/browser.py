@@ -27,6 +27,7 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
 EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale what SDXL made with Inf-DiT"
 SIXTEEN, BLUEPRINT = "Upscale up to 16 times with Inf-DiT", "Upscale with Inf-DiT"
+PLAN = "What Inf-DiT would hold in memory"
 LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
 WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
 RENDERERS = {"canvas": False, "vue": True}
@@ -53,7 +54,12 @@ FOLLOW = """() => {
 }"""
 EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
 SET = """([type, name, value]) => {
-    app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+    const widget = app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name)
+    widget.value = value
+    widget.callback?.(value)
+}"""
+CHOICES = """([type, name]) => {
+    return app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).options.values
 }"""
 GROUPS = "app.graph.groups.map(group => [...group.pos, ...group.size].map(Math.round))"
 # of Vue's nodes the elements say where they are and what they show
@@ -73,6 +79,8 @@ NODES = """() => app.graph.nodes.map(node => {
         id: Number(node.id), type: node.type, known, waits: Boolean(waits), drawn_by: element ? 'vue' : 'canvas',
         box: box.map(Math.round), pictures: shown.map(picture => [picture.naturalWidth, picture.naturalHeight]),
         titles: (node.widgets ?? []).map(w => w.label ?? w.name),
+        values: (node.widgets ?? []).map(w => ['number', 'string'].includes(typeof w.value) ? w.value : null),
+        most: (node.widgets ?? []).map(w => w.options?.max ?? null),
         texts: (node.widgets ?? []).filter(w => /text-preview|preview_text/.test(w.name)).map(w => w.value),
     }
 })"""
@@ -180,13 +188,32 @@ def run(frontend: Frontend, path: Path) -> dict:
 
 
 def failed(frontend: Frontend, path: Path) -> dict:
-    """The workflow after a run, with a budget that is too small, and as before, which finds all in ComfyUI's cache."""
+    """The workflow after a run, with a budget that is too small, and as before, which finds all in ComfyUI's cache.
+
+    Then with the budget that the page told to type.
+    """
     opened(frontend, path)
     found = [{"end": frontend.run(), **frontend.seen()}]
-    for budget in (0.001, 0):
+
+    def again(budget: float) -> None:
         frontend.page.evaluate(SET, ["InfDiTUpscale", "memory_budget", budget])
         found.append({"end": frontend.run(afresh=False), **frontend.seen()})
+
+    again(0.001)
+    again(0)
+    told = re.search(r"type ([\d.]+)", json.dumps([node["texts"] for node in found[1]["nodes"]]))
+    again(float(told[1]) if told else 0.001)
     return {"runs": found}
+
+
+def ways(frontend: Frontend, path: Path) -> dict:
+    """The plan of every way to say a size, with the numbers that come with it."""
+    opened(frontend, path)
+    found = {}
+    for way in frontend.page.evaluate(CHOICES, ["InfDiTMemoryPlan", "size"]):
+        frontend.page.evaluate(SET, ["InfDiTMemoryPlan", "size", way])
+        found[way] = {"end": frontend.run(afresh=False), **frontend.seen()}
+    return found
 
 
 def core(frontend: Frontend, path: Path) -> dict:
@@ -236,6 +263,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     for path in drawn:
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
+    yield ways, pack / "workflows" / f"{PLAN}.json"
     for case in (failed, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 

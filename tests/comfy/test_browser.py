@@ -164,10 +164,37 @@ def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, rend
     """Not even where the next run finds its result in the cache."""
     runs = seen[f"{renderer} failed {EVERYDAY}"]["runs"]
     lines = [text for run in runs for node in run["nodes"] if node["type"] == "InfDiTUpscale" for text in node["texts"]]
-    assert [run["end"] for run in runs] == ["success", "error", "success"]
+    assert [run["end"] for run in runs] == ["success", "error", "success", "success"]  # with what it said to type
     assert lines[0].startswith("256×192 in ")
     assert lines[1].startswith("memory 0.001 GiB is too little: type 0.0")
     assert "too little" not in lines[2]
+
+
+@renderers
+def test_every_way_to_say_a_size_works_at_the_numbers_that_come_with_it(seen: dict, renderer: str) -> None:
+    found = seen[f"{renderer} ways What Inf-DiT would hold in memory"]
+    assert list(found) == ["scale by", "width and height", "longest side", "megapixels"]
+    for way, run in found.items():
+        assert run["end"] == "success", way
+        (plan, _) = (node for node in run["nodes"] if node["type"] == "InfDiTMemoryPlan")
+        assert way in plan["values"]
+
+
+@renderers
+def test_a_budget_says_its_unit_and_that_nothing_means_automatic(seen: dict, renderer: str) -> None:
+    (node,) = (n for n in seen[f"{renderer} opened {EVERYDAY}"]["nodes"] if n["type"] == "InfDiTUpscale")
+    at = node["titles"].index("memory GiB (0 = auto)")
+    assert (node["values"][at], node["most"][at]) == (0, 32)  # most of a slider's way is what cards have
+
+
+@renderers
+def test_a_scheduler_of_zeros_is_the_models_own(seen: dict, renderer: str) -> None:
+    found = seen[f"{renderer} run {STEPS}"]
+    assert found["end"] == "success"
+    (node,) = (n for n in found["nodes"] if n["type"] == "InfDiTScheduler")
+    assert node["values"][:3] == [0, 0, 0]
+    report = "".join(text for n in found["nodes"] if n["type"] == "PreviewAny" for text in n["texts"])
+    assert "sampling: 1 step" in report
 
 
 @renderers
