@@ -54,6 +54,10 @@ FOLLOW = """() => {
 }"""
 EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
 SET = """([type, name, value]) => {
+    app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+}"""
+# as a user's typing ends: the widget rounds, and others may come with it
+TYPE = """([type, name, value]) => {
     const widget = app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name)
     widget.value = value
     widget.callback?.(value)
@@ -195,14 +199,14 @@ def failed(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
     found = [{"end": frontend.run(), **frontend.seen()}]
 
-    def again(budget: float) -> None:
-        frontend.page.evaluate(SET, ["InfDiTUpscale", "memory_budget", budget])
+    def again(budget: float, how: str = SET) -> None:
+        frontend.page.evaluate(how, ["InfDiTUpscale", "memory_budget", budget])
         found.append({"end": frontend.run(afresh=False), **frontend.seen()})
 
     again(0.001)
     again(0)
     told = re.search(r"type ([\d.]+)", json.dumps([node["texts"] for node in found[1]["nodes"]]))
-    again(float(told[1]) if told else 0.001)
+    again(float(told[1]) if told else 0.001, TYPE)
     return {"runs": found}
 
 
@@ -211,7 +215,7 @@ def ways(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
     found = {}
     for way in frontend.page.evaluate(CHOICES, ["InfDiTMemoryPlan", "size"]):
-        frontend.page.evaluate(SET, ["InfDiTMemoryPlan", "size", way])
+        frontend.page.evaluate(TYPE, ["InfDiTMemoryPlan", "size", way])
         found[way] = {"end": frontend.run(afresh=False), **frontend.seen()}
     return found
 
