@@ -147,7 +147,7 @@ def test_what_a_lost_server_still_has_is_taken_from_it(many: Path) -> None:
 
 def test_one_that_never_answers_does_not_hold_up_the_rest(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is asked in vain while the run ends."""
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
     with serving() as sound, serving() as mute:
         mute.hostile[""] = silent
         sound.seconds = 0.02
