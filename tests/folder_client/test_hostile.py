@@ -115,7 +115,7 @@ def test_every_answer_ends_in_a_picture_or_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     server.has_jobs = path not in ("/history", "/queue")
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "PATIENCE", 0.4)
     monkeypatch.setattr(client, "MOST", 2**22)
     monkeypatch.setattr(client, "MOST_OF_A_PICTURE", 2**22)
     folder, out = tmp_path / "in", tmp_path / "out"
