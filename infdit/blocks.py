@@ -27,7 +27,7 @@ def _blocks(image: Tensor, area: Area, size: int) -> Tensor:
 
 def _in_order(blocks: Tensor, area: Area) -> Tensor:
     """(B, k, rows, h, columns, w) → (B, n, k, h, w)."""
-    return rearrange(blocks, f"b k r h c w -> b {'(r c)' if area.by_rows else '(c r)'} k h w")
+    return rearrange(blocks, f"b k r h c w -> b {area.order} k h w")
 
 
 class Canvas:
@@ -61,13 +61,12 @@ class Canvas:
         """Put a chunk of blocks (B, n, 3, size, size) where it belongs."""
         self.blocks += pixels.shape[1]
         grid, size = self._grid, self._grid.block
-        order = "(r c)" if grid.by_rows else "(c r)"
         if pixels.requires_grad:  # all at once, and not written in place: it is to be differentiated
-            self._image = rearrange(pixels, f"b {order} k h w -> b k (r h) (c w)", r=grid.rows)
+            self._image = rearrange(pixels, f"b {grid.order} k h w -> b k (r h) (c w)", r=grid.rows)
             return
         self.take()
         for area in areas:
-            new = rearrange(pixels[:, area.where], f"b {order} k h w -> b k r h c w", r=area.rows)
+            new = rearrange(pixels[:, area.where], f"b {area.order} k h w -> b k r h c w", r=area.rows)
             _blocks(self.image, area, size)[:] = new
 
     def there(self, stride: int) -> Tensor:

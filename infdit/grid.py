@@ -27,7 +27,8 @@ class Area:
 
     Attributes:
         where: they stand in the chunk.
-        row, column: of the first; rows, columns: how many there are of both; by_rows: whether lines are rows.
+        row, column: of the first; rows, columns: how many there are of both.
+        order: in which they follow each other, "(r c)" where lines are rows, else "(c r)".
     """
 
     where: slice
@@ -35,7 +36,7 @@ class Area:
     column: int
     rows: int
     columns: int
-    by_rows: bool
+    order: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class BlockGrid:
         line, along = index // self.line, index % self.line
         return (line, along) if self.by_rows else (along, line)
 
+    @property
+    def order(self) -> str:
+        """Of rows and columns, as blocks are visited."""
+        return "(r c)" if self.by_rows else "(c r)"
+
     def areas(self, blocks: range) -> list[Area]:
         """These blocks as rectangles, three at most: the rest of a line, whole lines, and part of one."""
         found, start = list[Area](), blocks.start
@@ -93,7 +99,7 @@ class BlockGrid:
             length = min(self.line - along, blocks.stop - start)
             where = slice(start - blocks.start, start - blocks.start + lines * length)
             corner, sides = ((line, along), (lines, length)) if self.by_rows else ((along, line), (length, lines))
-            found.append(Area(where, *corner, *sides, self.by_rows))
+            found.append(Area(where, *corner, *sides, self.order))
             start += lines * length
         return found
 

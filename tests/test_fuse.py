@@ -52,7 +52,7 @@ def formulas() -> None:
         wide = qkv.double()
         normed = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
         normed = normed * norm.weight.double() + norm.bias.double()
-        for part, own in zip(found, normed.split(heads, -2), strict=False):
+        for part, own in zip(found, normed.split(heads, -2)[:2], strict=True):
             assert part.dtype == dtype
             for block in range(2):
                 expected = rotate(own[:, block], rows[block].repeat_interleave(2), columns[block].repeat(2))

@@ -59,6 +59,17 @@ def run(model: InfDiT, image: torch.Tensor, folder: Path, stop: int = -1, **give
     return result, seen, report.resumed
 
 
+def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last(
+    mini: InfDiT, pictures: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr("os.fsync", lambda file: done.append("synced"))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("replaced"), replace(*paths))[1])
+    run(mini, pictures[:1], tmp_path)
+    assert done == ["synced", "replaced", "synced"] * STEPS  # the file, its name, and its folder
+
+
 @pytest.mark.parametrize("sampler", list(infdit.samplers.SAMPLERS))
 def test_goes_on_in_the_same_bits(mini: InfDiT, pictures: torch.Tensor, tmp_path: Path, sampler: str) -> None:
     expected = infdit.upscale(mini, pictures, sampler=sampler, steps=STEPS)

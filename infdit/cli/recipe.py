@@ -71,6 +71,11 @@ def recipe_of(
     options: argparse.Namespace, model: InfDiT, devices: list[torch.device], receipt: Receipt | None,
     peers: Peers | None,
 ) -> Recipe:
+    """How the pictures of a call are made, by its options or by the receipt.
+
+    Raises:
+        ReceiptError: it is of another model.
+    """
     model.digest = model_digest(model)
     if receipt is None:
         asked = options.preset, options.steps, options.sampler
