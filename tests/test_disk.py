@@ -133,7 +133,8 @@ def test_in_a_process_with_a_limit(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)).save(tmp_path / "in.png")
     command = "import re, resource, sys; from infdit.__main__ import main; import infdit.cli.upscale\n"
     command += "there = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-    command += "resource.setrlimit(resource.RLIMIT_DATA, ((there << 10) + (160 << 20),) * 2); sys.exit(main(sys.argv[1:]))"
+    command += "resource.setrlimit(resource.RLIMIT_DATA, ((there << 10) + (160 << 20),) * 2)\n"
+    command += "sys.exit(main(sys.argv[1:]))"
     arguments = "upscale", tmp_path / "in.png", "-o", tmp_path / "out.png", "--budget", "110MiB"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", command, *arguments], cwd=ROOT, env=environment, check=False)
