@@ -41,6 +41,7 @@ class Receipt:
         model, sha256: name and digest of the model; picture: digest of the file that was upscaled, or "".
         settings: see `resume.settings_of`; plan: how it was cut.
         text: (positive, negative, strength) of CLIP's guidance; device: what computed it, like "cuda".
+        batch: how many pictures were made in one run, of whose noise the first had the beginning.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Receipt:
     plan: MemoryPlan
     text: tuple[str, str, float]
     device: str
+    batch: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -62,7 +64,7 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
 
     Args:
         report: of the run that has ended; seconds: that it took.
-        about: what the library is not told: model (name, sha256), picture (sha256), device, text.
+        about: what the library is not told: model (name, sha256), picture (sha256), device, text, batch.
     """
     plan = asdict(report.plan) if report.plan else {}
     receipt = {
@@ -80,7 +82,7 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
             "measured": report.peak_bytes,
             "reserved": report.reserved_bytes,
         },
-        "faithful": [{"dB": round(x.consistency, 2), "deltaE2000": round(x.colour, 3)} for x in report.faithful],
+        "faithful": [{"dB": _rounded(x.consistency), "deltaE2000": _rounded(x.colour)} for x in report.faithful],
         "seams": [dict(zip(("patch", "block"), map(_rounded, x), strict=True)) for x in report.seams],
         "replanned": report.replanned,
         "resumed": report.resumed,
@@ -106,7 +108,7 @@ def parse_receipt(text: str) -> Receipt:
     try:
         stated = json.loads(text)
         if isinstance(stated, list):
-            raise ReceiptError("these are receipts of several pictures: give one of the pictures")
+            raise ReceiptError("it has the receipts of several runs: give the one of a single run")
         if stated["receipt"] != FORMAT:
             raise ReceiptError(f"it has format {str(stated['receipt'])[:20]}, and {FORMAT} is read: use that version")
         if stated["sha256"] != _digest(stated):
@@ -117,11 +119,12 @@ def parse_receipt(text: str) -> Receipt:
         words = stated.get("text") or {}
         text_ = words.get("positive", ""), words.get("negative", ""), words.get("strength", 0.0)
         model, picture, device = stated["model"], stated.get("picture") or {}, stated["device"]
-        found = Receipt(model["name"], model["sha256"], picture.get("sha256", ""), settings, plan, text_, device)
+        digests, batch = (model["sha256"], picture.get("sha256", "")), stated.get("batch", 1)
+        found = Receipt(model["name"], *digests, settings, plan, text_, device, batch)
         strings = (found.model, found.sha256, found.picture, found.device, *text_[:2])
         if not all(isinstance(part, str) for part in strings) or not _finite(text_[2]):
             raise ReceiptError("it is damaged")
-        if not all(type(n) is int for n in (plan.group, plan.chunk)) or type(plan.pinned) is not bool:
+        if not all(type(n) is int for n in (plan.group, plan.chunk, batch)) or type(plan.pinned) is not bool:
             raise ReceiptError("it is damaged")
     except ReceiptError:
         raise

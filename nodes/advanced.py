@@ -62,7 +62,7 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
                 ),
                 schema.report_output(),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             **schema.search_aliases("inf-dit custom sampler", "infdit advanced", "upscaler", "super resolution"),
         )
 
@@ -99,7 +99,7 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
             pictures,
             sigmas,
             conditioning,
-            cls.hidden.unique_id,
+            cls.hidden,
             lambda: (
                 sampling_line(name, sigmas, model.defaults, f"seed {seed}" if any(spread) else ""),
                 noise_notes(model.defaults, sigmas, spread[0]),

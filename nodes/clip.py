@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -21,11 +21,15 @@ from .schema import CATEGORY, SLIDER, InfDiTCLIP, InfDiTConditioning, search_ali
 
 @dataclass(frozen=True, eq=False)
 class GuidedVector:
-    """What an INFDIT_CONDITIONING link carries: CLIP's vectors, (B or 1, width), and what they were made from."""
+    """What an INFDIT_CONDITIONING link carries: CLIP's vectors, (B or 1, width), and what they were made from.
+
+    text: positive, negative and strength, for a receipt.
+    """
 
     vectors: Tensor
     description: str
     warnings: tuple[str, ...] = ()
+    text: Mapping[str, object] = field(default_factory=dict)
 
 
 class InfDiTCLIPLoader(io.ComfyNode):
@@ -116,7 +120,8 @@ class InfDiTCLIPEncode(io.ComfyNode):
         with captured_warnings() as warnings, clip_at_work(clip) as encoder:
             vectors = clip_embedding(encoder, colour, positive, negative, strength, view).float().cpu()
         description = _describe(clip, positive, negative, strength)
-        return io.NodeOutput(GuidedVector(vectors, description, (*clip.warnings, *warnings)))
+        text = {"positive": positive, "negative": negative, "strength": strength}
+        return io.NodeOutput(GuidedVector(vectors, description, (*clip.warnings, *warnings), text))
 
 
 def _describe(clip: ManagedCLIP, positive: str, negative: str, strength: float) -> str:

@@ -65,7 +65,7 @@ class InfDiTUpscale(schema.BudgetedNode):
                 ),
                 schema.report_output(),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             **schema.search_aliases("inf-dit", "infdit", "upscaler", "super resolution", "enlarge image", "4x"),
         )
 
@@ -96,7 +96,7 @@ class InfDiTUpscale(schema.BudgetedNode):
             pictures,
             sigmas,
             conditioning,
-            cls.hidden.unique_id,
+            cls.hidden,
             lambda: (
                 sampling_line(sampler, sigmas, defaults, f"seed {seed}" if defaults.start_noise else ""),
                 [*preset_note(chosen.words, planned, sigmas), *steps_note(steps, defaults)],

@@ -15,10 +15,12 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +376,23 @@ def test_numbers_that_no_picture_has(value: float) -> None:
     image[0, 3, 4, 1] = value
     with pytest.raises(ValueError, match=r"finite|0\.\.1"):
         infdit.upscale(tiny(), image, **RUN)
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """Of one model, in turns by the step, with states of one name: one overwrites the other's, and neither minds."""
+    model, options = tiny(), {"steps": 4, "sampler": "dpmpp_2m", "plan": PLANS[1], "folder": tmp_path}
+    alone = [infdit.upscale(model, IMAGE, seed=seed, **options) for seed in (1, 2)]
+    turn = threading.Barrier(2, timeout=10)
+
+    def one(seed: int) -> torch.Tensor:
+        saved = SavedRun(tmp_path / "run")
+        return infdit.upscale(model, IMAGE, seed=seed, callback=lambda _: turn.wait(), resume=saved, **options)
+
+    with soon(), ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(one, (1, 2)))
+    assert not torch.equal(*alone)
+    assert all(map(torch.equal, together, alone))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.0.state"]
 
 
 def test_a_model_that_is_replaced_during_a_run(tmp_path: Path, noisy_file: Path) -> None:

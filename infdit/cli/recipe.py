@@ -92,6 +92,8 @@ def recipe_of(
     if receipt.device != devices[0].type:
         here = devices[0].type
         log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
+    if receipt.batch > 1 and settings["noise"]:
+        log.warning("the receipt is of %d pictures made in one run: the noise is that of the first", receipt.batch)
     sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
     return Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt, peers)
 
@@ -102,7 +104,7 @@ def plan_of_receipt(
     """The plan of a receipt, if there is memory for it; says why other pixels than its come out, where they do."""
     if receipt.picture and digest != receipt.picture:
         log.warning("another picture than the receipt's is upscaled with its settings")
-    elif receipt.picture and difference(receipt.settings, settings):
+    elif difference(receipt.settings, settings):
         raise ReceiptError(f"{options.from_receipt}: {difference(receipt.settings, settings)} than can be had now")
     held = workload.footprint(receipt.plan)
     if options.budget is not None or held.device > free_bytes(workload.device) or held.host > free_bytes(CPU):

@@ -65,6 +65,15 @@ TYPE = """([type, name, value]) => {
 CHOICES = """([type, name]) => {
     return app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).options.values
 }"""
+SAVED = """() => {
+    const node = app.graph.nodes.find(node => node.type === 'SaveImage')
+    return node ? app.nodeOutputs[node.id].images[0] : null
+}"""
+DROP = """async found => {
+    const bytes = await (await app.api.fetchApi('/view?' + new URLSearchParams(found))).blob()
+    await app.handleFile(new File([bytes], found.filename, { type: 'image/png' }))
+    return found.filename
+}"""
 GROUPS = "app.graph.groups.map(group => [...group.pos, ...group.size].map(Math.round))"
 # of Vue's nodes the elements say where they are and what they show
 NODES = """() => app.graph.nodes.map(node => {
@@ -188,7 +197,7 @@ def opened(frontend: Frontend, path: Path) -> dict:
 
 def run(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
-    return {"end": frontend.run(), **frontend.seen()}
+    return {"end": frontend.run(), **frontend.seen(), "saved": frontend.page.evaluate(SAVED)}
 
 
 def failed(frontend: Frontend, path: Path) -> dict:
@@ -218,6 +227,14 @@ def ways(frontend: Frontend, path: Path) -> dict:
         frontend.page.evaluate(TYPE, ["InfDiTMemoryPlan", "size", way])
         found[way] = {"end": frontend.run(afresh=False), **frontend.seen()}
     return found
+
+
+def dropped(frontend: Frontend, path: Path) -> dict:
+    """The picture that a run saved, on another workflow: it brings its own back."""
+    found = run(frontend, path)
+    frontend.open(json.loads((path.parent / f"{PLAN}.json").read_text(encoding="utf-8")), "another")
+    saved = frontend.page.evaluate(DROP, found["saved"])
+    return {"before": found, "saved": saved, **frontend.seen()}
 
 
 def core(frontend: Frontend, path: Path) -> dict:
@@ -268,7 +285,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
     yield ways, pack / "workflows" / f"{PLAN}.json"
-    for case in (failed, core, broken, rejected):
+    for case in (failed, dropped, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from infdit.picture import read_note
+
 pytestmark = pytest.mark.comfy
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +197,20 @@ def test_a_scheduler_of_zeros_is_the_models_own(seen: dict, renderer: str) -> No
     assert node["values"][:3] == [0, 0, 0]
     report = "".join(text for n in found["nodes"] if n["type"] == "PreviewAny" for text in n["texts"])
     assert "sampling: 1 step" in report
+
+
+@renderers
+def test_a_saved_picture_brings_its_workflow_back_and_says_how_it_was_made(
+    seen: dict, renderer: str, server: tuple[str, Path]
+) -> None:
+    found = seen[f"{renderer} dropped {EVERYDAY}"]
+    assert found["before"]["end"] == "success"
+    nodes, before = ([(node["type"], node["id"]) for node in one["nodes"]] for one in (found, found["before"]))
+    assert nodes == before
+    assert complaints(seen, renderer, found) == []
+    receipt = json.loads(read_note(server[1] / "output" / found["saved"]))
+    assert receipt["settings"]["size"] == [RESULT[1], RESULT[0]]
+    assert receipt["model"]["name"] == "mini (bundled)"
 
 
 @renderers

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from asking import ended, one_upscale, queue, saved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -95,22 +95,10 @@ def test_all_that_is_said_has_chinese_words(inside: dict) -> None:
 # ---- by force
 
 
-def ask(address: str, said: dict | None = None) -> dict:
-    """The JSON that GET brings, or POST of what is said."""
-    body = None if said is None else json.dumps(said).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, body), timeout=60) as answer:
-        return json.loads(answer.read())
-
-
 def result(address: str, prompt: dict, output: Path) -> tuple[np.ndarray, str]:
     """The pixels and the report of a prompt, from its queueing to its end."""
-    key = ask(f"{address}/prompt", {"prompt": prompt})["prompt_id"]
-    until = time.monotonic() + 120
-    while not (history := ask(f"{address}/history/{key}")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    outputs = history[key]["outputs"]
-    with Image.open(output / outputs["saved"]["images"][0]["filename"]) as image:
+    outputs = ended(address, queue(address, prompt))
+    with Image.open(saved(outputs, output)) as image:
         return np.asarray(image), "".join(outputs["shown"]["text"])
 
 
@@ -126,22 +114,10 @@ def test_a_killed_server_goes_on_when_it_is_started_again(
     weights = load_file(ROOT / "infdit" / "weights" / "mini.safetensors")
     save_file(weights, base / "models" / "infdit" / "slow.safetensors", metadata)
     Image.effect_noise((24, 16), 90).convert("RGB").save(base / "input" / "picture.png")
-    prompt = {
-        "model": {"class_type": "InfDiTModelLoader", "inputs": {"model_name": "slow.safetensors", "dtype": "fp32"}},
-        "picture": {"class_type": "LoadImage", "inputs": {"image": "picture.png"}},
-        "upscale": {
-            "class_type": "InfDiTUpscale",
-            "inputs": {
-                "model": ["model", 0], "image": ["picture", 0], "size": "scale by", "size.scale": 4, "steps": 0,
-                "sampler_name": "auto", "denoise": 1, "seed": 5, "memory_budget": 0, "resume": True,
-            },
-        },
-        "saved": {"class_type": "SaveImage", "inputs": {"images": ["upscale", 0], "filename_prefix": "result"}},
-        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["upscale", 2]}},
-    }  # fmt: skip
+    prompt = one_upscale("picture.png", "slow.safetensors", seed=5, resume=True)
     place = ("--output-directory", str(tmp_path))
     with serving(base, *place, processes=processes) as address:
-        ask(f"{address}/prompt", {"prompt": prompt})
+        queue(address, prompt)
         written, until = set(), time.monotonic() + 120
         while len(written) < 4 and time.monotonic() < until:
             for state in tmp_path.glob("inf-dit-unfinished/*/*.state"):
