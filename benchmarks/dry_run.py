@@ -228,7 +228,9 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
             run = Run(model, planned, lambda done: None, Report())
             noises = [map(torch.empty, [(1, 3, p.grid.height, p.grid.width)] * len(image)) for p in workload.passes]
             finish = partial(finish_result, float(workload.fitted), False)
-            upscale_batch(run, image, None, get_sampler(workload.sampler), sigmas, noises, lambda state: None, finish)
+            sampler = get_sampler(workload.sampler)
+            with run.at_work():
+                upscale_batch(run, image, None, sampler, sigmas, noises, lambda state: None, finish)
     return meter
 
 

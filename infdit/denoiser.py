@@ -128,7 +128,7 @@ class Denoiser:
         assert elsewhere is not None
         self.benches[0].take(modulations[0])
         self._expect(elsewhere)
-        self._sweep(modulations, lambda chunk: (elsewhere.take(self.progress), None), None)
+        self._sweep(modulations, partial(_take_from, elsewhere, self.progress), None)
 
     def _sweep(
         self, modulations: list[Tensor], read: Take, write: Give | None,
@@ -146,14 +146,8 @@ class Denoiser:
         if self._elsewhere is not None:
             handed.append(self._elsewhere)
 
-        def stage(number: int, progress: Progress) -> None:
-            bench = self.benches[number]
-            take = read if not number else lambda chunk: (handed[number - 1].take(progress), None)
-            give = write if number == len(handed) and write else lambda chunk, h: handed[number].give(h, progress)
-            own = modulations[bench.layers.start - first : bench.layers.stop - first]
-            sweep(self.model, bench, self.geometry, own, take, give, progress, *(() if number else (prepare,)))
-
-        stages = [partial(stage, number) for number in range(len(devices))]
+        # no closure: an error's traceback keeps the functions that it came through, and these what they close over
+        stages = [partial(self._stage, n, modulations, handed, read, write, prepare) for n in range(len(devices))]
         if self._elsewhere is not None and write is not None:
             stages.append(partial(self._finish, self._elsewhere, write))
             devices.append(devices[-1])
@@ -166,6 +160,17 @@ class Denoiser:
             for bench in self.benches:
                 bench.give_back()
             raise
+
+    def _stage(
+        self, number: int, modulations: list[Tensor], handed: Sequence[Handover | Elsewhere], read: Take,
+        write: Give | None, prepare: Callable[[range], None], progress: Progress,
+    ) -> None:
+        """The layers of one bench; what is not read or written here is handed on."""
+        bench, first = self.benches[number], self.benches[0].layers.start
+        take = partial(_take_from, handed[number - 1], progress) if number else read
+        give = write if number == len(handed) and write else partial(_give_to, handed[number], progress)
+        own = modulations[bench.layers.start - first : bench.layers.stop - first]
+        sweep(self.model, bench, self.geometry, own, take, give, progress, *(() if number else (prepare,)))
 
     def _finish(self, elsewhere: Elsewhere, write: Give, progress: Progress) -> None:
         """Take all chunks from the last of the processes that have the other layers."""
@@ -212,7 +217,19 @@ class Denoiser:
             device = bench.offload.transfer.device
             with closing(bench.offload.ready([self.model.modulations[i]] for i in bench.layers)) as ready:
                 for (linear,) in ready:
-                    yield lambda c, linear=linear, device=device: linear(c.to(device))
+                    yield partial(_on, device, linear)
+
+
+def _take_from(handed: Handover | Elsewhere, progress: Progress, chunk: Chunk) -> tuple[Tensor, None]:
+    return handed.take(progress), None
+
+
+def _give_to(handed: Handover | Elsewhere, progress: Progress, chunk: Chunk, h: Tensor) -> None:
+    handed.give(h, progress)
+
+
+def _on(device: torch.device, linear: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
+    return linear(c.to(device))
 
 
 class _Pictures:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,10 +114,7 @@ def make_faithful(
     """
     downscale = _Downscale((result.shape[1], result.shape[2]), (given.shape[1], given.shape[2]))
 
-    def rows_of(strip: _Piece) -> Tensor:
-        told(0)
-        return result[:, strip.large]
-
+    rows_of = partial(_rows, result, told)  # no closure, see `Denoiser`: what is stopped here keeps no picture
     small = downscale(rows_of)
     if colour_match:
         matrix, shift = _transport(small, given)
@@ -137,19 +135,12 @@ def strips(height: int) -> int:
 
 def _fit(result: Tensor, target: Tensor, downscale: _Downscale, grey: Tensor | None, told: Told) -> Tensor:
     """Make `result` the nearest picture whose downscale is the target, in place; that downscale, as far as it got."""
-    height, left = result.shape[1], strips(result.shape[1])
     step = result[0].numel() / target[0].numel() / EDGES
     ahead, dual = torch.zeros_like(target), torch.zeros_like(target)
     best, least, reached, pace, vain = ahead, math.inf, target, 1.0, 0
-
-    def rows_of(strip: _Piece) -> Tensor:
-        nonlocal left
-        left -= 1
-        told(1)
-        return _finish(downscale.add_adjoint(ahead, strip, result[:, strip.large].clone()), strip, grey, height)
-
+    fitted = _Fitted(result, ahead, downscale, grey, told, strips(result.shape[1]))
     for _ in range(PASSES):
-        small = downscale(rows_of)
+        small = downscale(fitted)
         error = (target - small).square_().mean().sqrt().item()
         vain = 0 if error < FALLING * least else vain + 1
         pace = 1.0 if error > least else (1 + math.sqrt(1 + 4 * pace**2)) / 2  # momentum gathers, until it overshoots
@@ -159,11 +150,35 @@ def _fit(result: Tensor, target: Tensor, downscale: _Downscale, grey: Tensor | N
             break
         following = (target - small).mul_(step).add_(ahead)
         ahead, dual = following.lerp(dual, -max(0, pace - 2) / pace), following
-    ahead = best
+        fitted.dual = ahead
+    fitted.dual = best
     for strip in downscale.strips:
-        result[:, strip.large] = rows_of(strip)
-    told(left)
+        result[:, strip.large] = fitted(strip)
+    told(fitted.left)
     return reached
+
+
+@dataclass
+class _Fitted:
+    """A result with Aᵀλ added, in the rows that are asked for; left: strips for which `told` has not been called."""
+
+    result: Tensor
+    dual: Tensor
+    downscale: _Downscale
+    grey: Tensor | None
+    told: Told
+    left: int
+
+    def __call__(self, strip: _Piece) -> Tensor:
+        self.left -= 1
+        self.told(1)
+        rows = self.downscale.add_adjoint(self.dual, strip, self.result[:, strip.large].clone())
+        return _finish(rows, strip, self.grey, self.result.shape[1])
+
+
+def _rows(result: Tensor, told: Told, strip: _Piece) -> Tensor:
+    told(0)
+    return result[:, strip.large]
 
 
 def _finish(rows: Tensor, strip: _Piece, grey: Tensor | None, height: int) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,6 +190,9 @@ class Run:
         try:
             with self._measured():
                 yield
+        except BaseException as error:
+            _forget(error)
+            raise
         finally:
             self._denoiser = self._conditioning = self._placed = None
             for device in self.workload.devices:
@@ -240,6 +244,15 @@ class Run:
         log.warning("%s (%s)", message, failure.splitlines()[0] if failure else "no reason given")
         self._report.replanned.append(message)
         self._conditioning = self._conditioning.to(self.images)
+
+
+def _forget(error: BaseException | None) -> None:
+    """Take from an error, and from those that led to it, what the functions that it came through worked with."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)  # but those that go on
+        error = error.__cause__ or error.__context__
 
 
 def _not_finite(step: int, dtype: torch.dtype, x: Tensor) -> str:

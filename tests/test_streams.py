@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import dry_run
+from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.blocks import Canvas
 from infdit.memory.offload import Transfer
@@ -403,6 +404,29 @@ def test_after_a_stop_nothing_is_given_back_while_it_is_copied(
     assert len(moves) == stop + 1, "it was stopped"
     assert not seen.lost
     assert not any(storage.owner == COPY for storage in seen.storages.values())
+
+
+@pytest.mark.parametrize("stop", [0, 7, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 18, 2))])
+def test_after_a_stop_nothing_is_held_by_whoever_holds_its_traceback(
+    stop: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping(monkeypatch, stop)
+    made: list[tuple[PeakMeter, dict]] = []
+
+    def meter_of(*held: Any) -> PeakMeter:
+        meter = PeakMeter(*held)
+        made.append((meter, dict(meter.live)))
+        return meter
+
+    monkeypatch.setattr(dry_run, "PeakMeter", meter_of)
+    monkeypatch.setattr(dry_run, "_streams", nullcontext)
+    with pytest.raises(StopError) as kept:
+        dry_run.counted(ONE, AWAY, whole=True)
+    gc.collect()
+    ((meter, weights),) = made
+    assert min(meter.peak["device"], meter.peak["host"]) > 100_000
+    assert {place: held - weights[place] for place, held in meter.live.items()} == dict.fromkeys(weights, 0)
+    assert kept.tb is not None
 
 
 def test_memory_that_is_given_back_while_it_is_copied_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
