@@ -208,7 +208,7 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
     fakes = ACCELERATORS[: len(workload.devices)]
     devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, fakes, strict=True)]
     device, target = devices[0], (workload.height, workload.width)
-    planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda: 0)
+    planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda device: 0)
     sigmas = karras_sigmas(2 if workload.sampler == "euler" else STEPS, 0.1, 1.0)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
     fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)

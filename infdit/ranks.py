@@ -109,11 +109,10 @@ class Peers:
         self._tell(asked | {"digest": digest, "dtype": _name(workload.dtype)})
         answers = [self._await(f"offer {self._orders} {rank}") for rank in range(1, self.size)]
         elsewhere = [[Offer(*offer) for offer in answer] for answer in answers]
-        plan = shared_plan(workload, _room(workload.device, budget), elsewhere=elsewhere, link=pace)
-        free = partial(free_bytes, workload.device)
+        plan = shared_plan(workload, partial(_room, budget=budget), elsewhere=elsewhere, link=pace)
         if plan is None:
-            return PlannedRun(workload, fastest_plan(workload, budget), free)
-        return PlannedRun(workload, plan, free, self)
+            return PlannedRun(workload, fastest_plan(workload, budget), free_bytes)
+        return PlannedRun(workload, plan, free_bytes, self)
 
     def _pace(self) -> float:
         """Seconds that a byte takes from one process to the next, by a message around all of them."""

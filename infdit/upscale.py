@@ -143,11 +143,12 @@ def _planned(
     workload = replace(workload, beside=tuple(beside))
     held = Weights.of(model.config, model.dtype).total if there else 0
 
-    def free() -> int:
+    def free(which: torch.device) -> int:
         """Weights that are on the device already are not free, but part of this run."""
-        return free_bytes(device) + held
+        return free_bytes(which) + (held if which == device else 0)
 
-    return PlannedRun(workload, plan or fastest_plan(workload, free() if budget is None else budget), free)
+    checked = free if budget is None or beside else None  # of one device as much as is asked for
+    return PlannedRun(workload, plan or fastest_plan(workload, budget, free=checked), free)
 
 
 def workload_of(

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import comfy.model_management as mm
@@ -258,11 +257,12 @@ def plan_run(workload: Workload, budget: int | None) -> PlannedRun:
         release_ram(error.least)
         plan = _choose_plan(workload, budget)
     # a smaller one, should memory run out, finds weights where this wants them
-    return PlannedRun(replace(workload, weights=plan.weights), plan, partial(obtainable, workload.device))
+    return PlannedRun(replace(workload, weights=plan.weights), plan, obtainable)
 
 
 def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
-    shared = shared_plan(workload, budget, free=obtainable) if workload.beside else None
+    most = sys.maxsize if budget is None else budget
+    shared = shared_plan(workload, lambda device: min(most, obtainable(device))) if workload.beside else None
     if shared is not None:
         return shared
     room = obtainable(workload.device)
@@ -271,9 +271,8 @@ def _choose_plan(workload: Workload, budget: int | None) -> MemoryPlan:
             plan = thrifty_plan(workload, in_place=in_place)
             if (plan.peak_bytes or 0) <= most:
                 return plan
-    asked = room if budget is None else min(budget, room)
     try:
-        return fastest_plan(workload, max(1, asked))
+        return fastest_plan(workload, max(1, min(most, room)))
     except BudgetTooSmall as error:
         if error.tier == "host":
             raise

@@ -81,7 +81,7 @@ def test_a_disk_that_pictures_lie_on_already_is_not_asked_twice(monkeypatch: pyt
     plan = fastest_plan(work, 2 * GIB, 2 * GIB, MUCH)
     monkeypatch.setattr(planner, "free_in", lambda folder: 0)
     monkeypatch.setattr(planner, "free_bytes", lambda device: 2 * GIB)
-    smaller = PlannedRun(work, plan, lambda: GIB).smaller().plan
+    smaller = PlannedRun(work, plan, lambda device: GIB).smaller().plan
     assert smaller.images == "disk" and (smaller.peak_bytes or 0) < (plan.peak_bytes or 0)
 
 

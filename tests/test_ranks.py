@@ -236,7 +236,8 @@ def test_layers_go_to_processes_as_they_are_fast_and_have_room() -> None:
     here = offers(workload, workload.device, 24 * GIB)
     assert [offer.layers for offer in here] == sorted((offer.layers for offer in here), reverse=True)
     twice = [Offer(offer.seconds / 2, offer.layers) for offer in here]
-    plan = shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[twice, [replace_layers(offer, 5) for offer in here]])
+    few = [replace_layers(offer, 5) for offer in here]
+    plan = shared_plan(workload, lambda device: 24 * GIB, 64 * GIB, elsewhere=[twice, few])
     assert plan is not None
     assert sum(plan.layers) == 28
     assert plan.layers[1] == pytest.approx(2 * plan.layers[0], abs=2)
@@ -250,7 +251,7 @@ def replace_layers(offer: Offer, layers: int) -> Offer:
 def test_the_first_process_has_a_layer_however_slow_it_is() -> None:
     workload = replace(Workload(InfDiTConfig(), 4096, 4096), device=torch.device("cuda"))
     fast = [Offer(offer.seconds / 1000, offer.layers) for offer in offers(workload, workload.device, 24 * GIB)]
-    plan = shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[fast])
+    plan = shared_plan(workload, lambda device: 24 * GIB, 64 * GIB, elsewhere=[fast])
     assert plan is not None
     assert plan.layers == (1, 27)
 
@@ -258,4 +259,4 @@ def test_the_first_process_has_a_layer_however_slow_it_is() -> None:
 def test_where_others_have_no_room_nothing_is_shared() -> None:
     workload = Workload(InfDiTConfig(), 4096, 4096, device=torch.device("cuda"))
     full = [Offer(offer.seconds, 0) for offer in offers(workload, workload.device, 24 * GIB)]
-    assert shared_plan(workload, 24 * GIB, 64 * GIB, elsewhere=[full, full]) is None
+    assert shared_plan(workload, lambda device: 24 * GIB, 64 * GIB, elsewhere=[full, full]) is None

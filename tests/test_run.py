@@ -184,7 +184,7 @@ def test_a_full_host_is_not_answered_with_a_plan_that_takes_more_of_it(
 
     monkeypatch.setattr(PlannedRun, "smaller", shrink)
     workload = Workload(mini.config, 64, 64, device=torch.device("cuda"))
-    run = Run(mini, PlannedRun(workload, MemoryPlan(images="host"), lambda: 0), lambda done: None, Report())
+    run = Run(mini, PlannedRun(workload, MemoryPlan(images="host"), lambda device: 0), lambda done: None, Report())
     monkeypatch.setattr("infdit.run.distribute_weights", fail)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     lr = torch.zeros(1, 3, 8, 8)
@@ -227,7 +227,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
     with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         report = Report()
-        planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda: 0)
+        planned = PlannedRun(Workload(config, *target, device=ACCELERATOR), plans[0], lambda device: 0)
         run = Run(model, planned, lambda done: None, report)
         with PeakMeter(device=ACCELERATOR) as meter:
             original = Layer.forward
@@ -318,7 +318,7 @@ def test_a_pin_that_fails_at_any_time_leaves_nothing_behind(monkeypatch: pytest.
         model = InfDiT(config).requires_grad_(False)
         while number == tried:
             number, report = number + 9, Report()  # of weights all are alike; the last are hidden states
-            planned = PlannedRun(replace(workload, device=ACCELERATOR), plan, lambda: 0)
+            planned = PlannedRun(replace(workload, device=ACCELERATOR), plan, lambda device: 0)
             run = Run(model, planned, lambda done: None, report)
             with PeakMeter(device=ACCELERATOR) as meter, monkeypatch.context() as patch:
                 failing, picture = FailingPin(patch, number), torch.zeros(1, 3, 32, 48)

@@ -22,7 +22,7 @@ from infdit.__main__ import main
 from infdit.device import DeviceFailed
 from infdit.memory.cost import CostModel, seconds_per_evaluation
 from infdit.memory.plan import SEGMENTS, Workload
-from infdit.memory.planner import BudgetTooSmall, fastest_plan, shared_plan
+from infdit.memory.planner import BudgetTooSmall, PlannedRun, fastest_plan
 from infdit.model import InfDiT, Layer
 from infdit.samplers import SAMPLERS
 
@@ -229,14 +229,17 @@ def test_a_device_that_is_twice_as_fast_takes_twice_as_many(monkeypatch: pytest.
     assert fastest_plan(published(2), 48 * GIB, 64 * GIB).layers == (19, 9)
 
 
-def test_each_device_takes_what_it_has_room_for() -> None:
+@pytest.mark.parametrize("budget", [None, 11 * GIB])
+def test_each_device_takes_what_it_has_room_for(budget: int | None) -> None:
     workload = published(2)
     free = {0: 12 * GIB, 1: 3 * GIB}
-    plan = shared_plan(workload, host_budget=64 * GIB, free=lambda device: free[device.index])
-    assert plan is not None
+    plan = fastest_plan(workload, budget, 64 * GIB, free=lambda device: free[device.index])
     assert plan.layers[0] > plan.layers[1] > 0
     for device, held in workload.footprints(plan):
-        assert held.device <= free[device.index]
+        assert held.device <= min(budget or 2**63, free[device.index])
+    smaller = PlannedRun(workload, plan, lambda device: free[device.index] // 2).smaller()
+    for device, held in smaller.workload.footprints(smaller.plan):
+        assert held.device <= free[device.index] // 2
 
 
 def test_where_there_is_no_room_for_all_layers_the_first_device_does_it_alone() -> None:

@@ -125,8 +125,7 @@ def _planned(model: InfDiT, pixels: Tensor, device: torch.device, budget: int | 
     """One picture after another; the sampler's own pictures are small."""
     side = LR_FACTOR * pixels.shape[-1]
     workload = workload_of(model, (len(pixels), *pixels.shape[-2:], 3), (side, side), SAMPLER, device)
-    free = partial(free_bytes, device)
-    return PlannedRun(workload, fastest_plan(workload, free() if budget is None else budget), free)
+    return PlannedRun(workload, fastest_plan(workload, budget), free_bytes)
 
 
 def _beginning(run: Run, model: InfDiT, pixels: Tensor, seed: int) -> tuple[Denoise, Tensor]:

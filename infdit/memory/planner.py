@@ -69,13 +69,13 @@ class PlannedRun:
 
     Attributes:
         workload, plan: what is computed, and how it is cut.
-        free: asks how many bytes the run may hold on the device now, when memory ran out in spite of the plan.
+        free: asks how many bytes the run may hold on a device now, when memory ran out in spite of the plan.
         elsewhere: other processes that have some of the layers.
     """
 
     workload: Workload
     plan: MemoryPlan
-    free: Callable[[], int]
+    free: Callable[[torch.device], int]
     elsewhere: Elsewhere | None = None
 
     @property
@@ -101,14 +101,14 @@ class PlannedRun:
         # pictures are made already, and stay out of the way only where they lie
         workload = self.workload if self.plan.images == "disk" else replace(self.workload, folder=None)
         try:
-            smaller = max(1, min(self.free(), peak * 3 // 4))
-            return replace(self, plan=fastest_plan(workload, smaller, disk_budget=self._disk))
+            smaller = max(1, peak * 3 // 4)
+            return replace(self, plan=fastest_plan(workload, smaller, disk_budget=self._disk, free=self.free))
         except BudgetTooSmall as error:
             if error.tier == "device" and error.least < peak:
                 return replace(self, plan=fastest_plan(workload, error.least, disk_budget=self._disk))
-            if self.plan.layers and error.tier == "device" and error.least <= self.free():
+            if self.plan.layers and error.tier == "device" and error.least <= self.free(workload.device):
                 alone = replace(workload, beside=())
-                return replace(self, workload=alone, plan=fastest_plan(alone, self.free()))
+                return replace(self, workload=alone, plan=fastest_plan(alone, free=self.free))
             refusal = str(error)
         raise OutOfMemory(f"out of memory on {self.workload.device}, and no smaller plan works: {refusal}")
 
@@ -136,7 +136,8 @@ def plan_memory(
 
 
 def fastest_plan(
-    workload: Workload, budget: int | None = None, host_budget: int | None = None, disk_budget: int | None = None
+    workload: Workload, budget: int | None = None, host_budget: int | None = None, disk_budget: int | None = None,
+    free: Callable[[torch.device], int] | None = None,
 ) -> MemoryPlan:
     """The fastest plan within a budget, and of equally fast ones the smallest; pictures are on disk if they must be.
 
@@ -146,6 +147,7 @@ def fastest_plan(
             several devices on each.
         host_budget: bytes on the host; None: what is free there, less a margin.
         disk_budget: bytes in the workload's folder; None: what is free there, less a margin.
+        free: what is free on a device; where it is given, no more than that is taken, whatever the budget.
 
     Several devices share the layers where that is faster and all find room on them; else the first has them all.
 
@@ -155,22 +157,27 @@ def fastest_plan(
     """
     if budget is not None and budget < 1:
         raise ValueError(f"budget {budget} must be at least one byte")
-    shared = shared_plan(workload, budget, host_budget) if workload.beside else None
+
+    def room(device: torch.device) -> int:
+        asked = free or (free_bytes if budget is None else None)
+        return max(1, min(sys.maxsize if budget is None else budget, asked(device) if asked else sys.maxsize))
+
+    shared = shared_plan(workload, room, host_budget) if workload.beside else None
     if shared is not None:
         return shared
-    budget = free_bytes(workload.device) if budget is None else budget
+    budget = room(workload.device)
     try:
         return _fastest(workload, candidates(workload), budget, host_budget)
     except BudgetTooSmall:
         if workload.folder is None:
             raise
     plan = _fastest(workload, candidates(workload, on_disk=True), budget, host_budget)
-    room = free_in(workload.folder) if disk_budget is None else disk_budget
+    there = free_in(workload.folder) if disk_budget is None else disk_budget
     needed = plan.disk_bytes or 0
-    if needed > room:
+    if needed > there:
         raise BudgetTooSmall(
             f"{workload.width}×{workload.height} is more than memory holds, and takes {format_bytes(needed)} of the "
-            f"disk of {workload.folder}, where {format_bytes(room)} are free: make room, or set TMPDIR to a folder on "
+            f"disk of {workload.folder}, where {format_bytes(there)} are free: make room, or set TMPDIR to a folder on "
             "another disk",
             needed,
             "disk",
@@ -234,8 +241,8 @@ def offers(workload: Workload, device: torch.device, room: int) -> list[Offer]:
 
 
 def shared_plan(
-    workload: Workload, budget: int | None = None, host_budget: int | None = None,
-    free: Callable[[torch.device], int] | None = None, elsewhere: Sequence[Sequence[Offer]] = (), link: float = 0.0,
+    workload: Workload, room: Callable[[torch.device], int], host_budget: int | None = None,
+    elsewhere: Sequence[Sequence[Offer]] = (), link: float = 0.0,
 ) -> MemoryPlan | None:
     """The fastest plan in which several devices have some of the layers each; None where one is as fast, or must do.
 
@@ -243,14 +250,13 @@ def shared_plan(
     before it.
 
     Args:
-        workload, budget, host_budget: see `fastest_plan`.
-        free: what is free on a device, in place of `free_bytes`.
+        workload, host_budget: see `fastest_plan`; room: bytes that the run may hold on a device.
         elsewhere: what other processes offer, see `ranks`; then the first device has a layer in any case.
         link: seconds that a byte takes from one process to the next.
     """
     config, grid = workload.config, workload.grid
     host_budget = free_bytes(CPU) if host_budget is None else host_budget
-    rooms = [budget or (free or free_bytes)(device) for device in workload.devices]
+    rooms = [room(device) for device in workload.devices]
     shares_memory = [one_memory(device) for device in workload.devices]
     pictures = workload.footprint(MemoryPlan(images="host")).host
     rooms = [(r - pictures) // sum(shares_memory) if one else r for r, one in zip(rooms, shares_memory, strict=True)]

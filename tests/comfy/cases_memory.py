@@ -389,7 +389,7 @@ def measured_on_a_card() -> dict:
         there = 1000 + (ours if kept == "resident" else 0)
         report, reset = runs.Report(), []
         network = SimpleNamespace(device=CARD if kept == "resident" else torch.device("cpu"))
-        planned = planner.PlannedRun(workload, plan(1, 1, kept), lambda: 0)
+        planned = planner.PlannedRun(workload, plan(1, 1, kept), lambda device: 0)
         with (
             patched(
                 torch.cuda,
