@@ -32,14 +32,14 @@ from .model import InfDiT
 from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
 from .samplers import SAMPLERS, karras_sigmas
 from .sidecar import checked_levels, tuned_levels
-from .tensorfile import CheckpointError, TensorFile, read_tensors, some, tensor_digest, why
+from .tensorfile import CheckpointError, MappedFile, TensorFile, read_tensors, some, tensor_digest, why
 
 BUNDLED = {"mini": Path(__file__).parent / "weights" / "mini.safetensors"}
 
 _MAX_SIZE = 2**20  # of anything in a configuration: far beyond what exists, and safe to compute with
 _MAX_STEPS, _MAX_LAYERS = 10_000, 1024
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_verified: set[tuple[Path, int, int]] = set()
+_verified: set[MappedFile] = set()
 _WRONG_FILE = "give the file that the authors published, or one that `convert` wrote from it"
 
 
@@ -132,21 +132,23 @@ def load_model(
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     checkpoint = read_checkpoint(path)
-    stat = checkpoint.path.stat()
-    key = checkpoint.path.resolve(), stat.st_mtime_ns, stat.st_size
-    if key not in _verified:  # hashing takes longer than mapping: once for a file as it is, not at every load
+    file = MappedFile.of(checkpoint.path.resolve())
+    if file not in _verified:  # hashing takes longer than mapping: once for a file as it is, not at every load
         checkpoint.verify()
-        _verified.add(key)
+        _verified.add(file)
     with torch.device("meta"):
         model = InfDiT(checkpoint.config, checkpoint.defaults)
     state: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.state_dict().items():
+    source = checkpoint.state_dict()
+    for name, tensor in source.items():
         state[name] = tensor.to(device, dtype)
         narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
         if narrower and not torch.isfinite(state[name]).all():
             raise CheckpointError(checkpoint.path, f"{name} overflows {dtype}", "load it as bfloat16 or float32")
     model.load_state_dict(state, assign=True)
     model.digest = checkpoint.metadata.get("sha256", "")
+    if any(tensor is state[name] for name, tensor in source.items()):
+        model.file = file
     return model.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from .attention import attention
 from .config import LR_PATCH, InfDiTConfig, SamplingDefaults
 from .fuse import queries_and_keys
+
+if TYPE_CHECKING:
+    from .tensorfile import MappedFile
 
 EPS = 1e-6
 NOISE_CHANNELS = 192
@@ -37,9 +41,11 @@ class InfDiT(nn.Module):
         config: the sizes.
         defaults: how this model is sampled unless the user says otherwise.
         digest: the SHA-256 that its file states and was held to; "" where none does.
+        file: that its parameters are read from while they are used, as long as they are nowhere else.
     """
 
     digest = ""
+    file: MappedFile | None = None
 
     def __init__(self, config: InfDiTConfig, defaults: SamplingDefaults | None = None) -> None:
         super().__init__()

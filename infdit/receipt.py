@@ -41,6 +41,7 @@ class Receipt:
         model, sha256: name and digest of the model; picture: digest of the file that was upscaled, or "".
         settings: see `resume.settings_of`; plan: how it was cut.
         text: (positive, negative, strength) of CLIP's guidance; device: what computed it, like "cuda".
+        bits: of a channel of the file that was written, if one was.
         batch: how many pictures were made in one run, of whose noise the first had the beginning.
     """
 
@@ -51,6 +52,7 @@ class Receipt:
     plan: MemoryPlan
     text: tuple[str, str, float]
     device: str
+    bits: int | None = None
     batch: int = 1
 
     @property
@@ -64,7 +66,7 @@ def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any
 
     Args:
         report: of the run that has ended; seconds: that it took.
-        about: what the library is not told: model (name, sha256), picture (sha256), device, text, batch.
+        about: what the library is not told: model (name, sha256), picture (sha256), device, text, bits, batch.
     """
     plan = asdict(report.plan) if report.plan else {}
     receipt = {
@@ -119,12 +121,14 @@ def parse_receipt(text: str) -> Receipt:
         words = stated.get("text") or {}
         text_ = words.get("positive", ""), words.get("negative", ""), words.get("strength", 0.0)
         model, picture, device = stated["model"], stated.get("picture") or {}, stated["device"]
-        digests, batch = (model["sha256"], picture.get("sha256", "")), stated.get("batch", 1)
-        found = Receipt(model["name"], *digests, settings, plan, text_, device, batch)
+        digests, bits = (model["sha256"], picture.get("sha256", "")), stated.get("bits")
+        found = Receipt(model["name"], *digests, settings, plan, text_, device, bits, stated.get("batch", 1))
         strings = (found.model, found.sha256, found.picture, found.device, *text_[:2])
         if not all(isinstance(part, str) for part in strings) or not _finite(text_[2]):
             raise ReceiptError("it is damaged")
-        if not all(type(n) is int for n in (plan.group, plan.chunk, batch)) or type(plan.pinned) is not bool:
+        if bits not in (None, 8, 16, 32) or type(plan.pinned) is not bool:
+            raise ReceiptError("it is damaged")
+        if not all(type(n) is int for n in (plan.group, plan.chunk, found.batch)):
             raise ReceiptError("it is damaged")
     except ReceiptError:
         raise

@@ -33,6 +33,7 @@ from .device import (
 from .disk import empty_in
 from .fidelity import Likeness
 from .memory.footprint import Weights
+from .memory.measure import Held
 from .memory.offload import distribute_weights
 from .memory.plan import CPU, MemoryPlan, Workload
 from .memory.planner import OutOfMemory, PlannedRun, format_bytes
@@ -61,7 +62,8 @@ class Report:
         seams: of each picture, how much the lines between patches and between blocks show, see `seams`.
         settings: all that changes a pixel beside model and picture, see `receipt`; evaluations: of all pictures.
         resumed: a sentence for each saved state that was gone on from, or refused.
-        peak_bytes, reserved_bytes: at most on a card, weights included, as its allocator counted; None elsewhere.
+        peak_bytes: at most, weights included, as a card's allocator counted; on a CPU, as the process held it whenever
+            the bar could move (what a file holds too is not counted). reserved_bytes: on a card, the allocator's.
     """
 
     plan: MemoryPlan | None = None
@@ -99,6 +101,7 @@ class Run:
         self._placed: InfDiT | None = None
         self._denoiser: Denoiser | None = None
         self._conditioning: Conditioning | None = None
+        self._held: Held | None = None
         self._done, self._per_step = 0, get_sampler(planned.workload.sampler).evaluations
         report.plan = planned.plan
 
@@ -143,6 +146,8 @@ class Run:
     def advance(self, done: int) -> None:
         """Say that so much more is done, maybe nothing: whoever watches may end the run here."""
         self._done += done
+        if self._held is not None:
+            self._held.look()
         self._progress(self._done)
 
     def denoiser(self, conditioning: Conditioning, levels: Sequence[float] = ()) -> Denoise:
@@ -155,6 +160,7 @@ class Run:
             OutOfMemory: not even the smallest plan fits, or it is the host of an accelerator that is full: a smaller
                 plan would take more of it.
             WrongNumbers: a result that is not finite.
+            CheckpointError: the model's file was written to meanwhile.
         """
         self._conditioning, self._denoiser, done = conditioning, None, 0
         del conditioning
@@ -200,21 +206,30 @@ class Run:
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
-        """Note what a card's allocator gives out meanwhile, less what others had of it; of several the fullest."""
+        """Note what a device gives out meanwhile, less what others had of it; of several the fullest."""
         cuda, cards = torch.cuda, [d for d in dict.fromkeys(self.workload.devices) if d.type == "cuda"]
         before: list[tuple[int, int]] = []
         for card in cards:
-            there = self._planned.plan.weights == "resident" and same_device(self._model.device, card)
-            ours = Weights.of(self.workload.config, self.workload.dtype).total if there else 0
+            ours = self._weights_on(card)
             before.append((cuda.memory_allocated(card) - ours, cuda.memory_reserved(card) - ours))
             cuda.reset_peak_memory_stats(card)
+        self._held = Held() if self.workload.device.type == "cpu" else None
         yield
+        if self._held is not None:
+            self._report.peak_bytes = self._held.most() + self._weights_on(self.workload.device)
         if cards:
             peaks = zip(cards, before, strict=True)
             used = [(cuda.max_memory_allocated(c) - a, cuda.max_memory_reserved(c) - r) for c, (a, r) in peaks]
             self._report.peak_bytes, self._report.reserved_bytes = map(max, zip(*used, strict=True))
 
+    def _weights_on(self, device: torch.device) -> int:
+        """Bytes of weights that are on a device before the run."""
+        there = self._planned.plan.weights == "resident" and same_device(self._model.device, device)
+        return Weights.of(self.workload.config, self.workload.dtype).total if there else 0
+
     def _evaluate(self, x: Tensor, sigma: Tensor | float, levels: Sequence[float]) -> Tensor:
+        if self._model.file is not None:
+            self._model.file.check()
         plan, devices, elsewhere = self._planned.plan, self.workload.devices, self._planned.elsewhere
         rank = None if elsewhere is None else elsewhere.rank
         self._placed = self._placed or distribute_weights(self._model, plan, devices, rank)

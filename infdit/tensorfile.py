@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -66,6 +67,38 @@ def check_file(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise CheckpointError(path, "is a folder" if path.is_dir() else "is a pipe or a device", "give a file")
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file that tensors are read from when they are needed, as it was when they were made."""
+
+    path: Path
+    stamp: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> MappedFile:
+        """The file as it is now."""
+        return cls(path, _stamp(path))
+
+    def check(self) -> None:
+        """Whether it still is as it was; one that has gone or made way for another is, to whoever has mapped it.
+
+        Raises:
+            CheckpointError: it was written to: pages that were not read yet are no longer what they were, or not there.
+        """
+        with suppress(FileNotFoundError):
+            now = _stamp(self.path)
+            if now != self.stamp and now[:2] == self.stamp[:2]:
+                raise CheckpointError(
+                    self.path, "was written to while a model read from it", "load it again, and replace it by renaming"
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    """Which file, and as of when: device, number, size, nanoseconds."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def some(names: list[str], limit: int = 3) -> str:

@@ -125,8 +125,9 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
 def memory_line(plan: MemoryPlan, done: Report) -> str:
     """Predicted peak, the one that a card's allocator counted, and why this plan."""
     measured = ""
-    if done.peak_bytes is not None and done.reserved_bytes is not None:
-        measured = f", {format_bytes(done.peak_bytes)} measured ({format_bytes(done.reserved_bytes)} reserved)"
+    if done.peak_bytes is not None:
+        reserved = "" if done.reserved_bytes is None else f" ({format_bytes(done.reserved_bytes)} reserved)"
+        measured = f", {format_bytes(done.peak_bytes)} measured{reserved}"
     host = f"; main memory {format_bytes(plan.host_bytes)} predicted" if plan.host_bytes else ""
     reason = f"; {plan.reason}" if plan.reason else ""
     return f"peak: {format_bytes(plan.peak_bytes or 0)} predicted{measured}{host}{reason}"

@@ -115,5 +115,5 @@ def report_output() -> io.Output:
     return io.String.Output(
         display_name="report",
         tooltip="What was done, in a few lines: size and time, steps, model, then the memory plan with its predicted "
-        "peak (and on a card the measured one). Connect Preview as Text to read it.",
+        "peak (and the measured one). Connect Preview as Text to read it.",
     )

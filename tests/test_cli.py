@@ -89,7 +89,7 @@ def test_a_faithful_result_beyond_4_says_how_alike_it_is(tmp_path: Path, capsys:
     said = capsys.readouterr().out
     with Image.open(source) as given, Image.open(target) as result:
         assert result.size == (given.width * 6, given.height * 6)
-    assert float(re.search(r"LR consistency ([\d.]+) dB, ΔE2000 [\d.]+\n", said)[1]) > 60
+    assert float(re.search(r"LR consistency ([\d.]+) dB, ΔE2000 [\d.]+; peak [\d.]+ [MG]iB\n", said)[1]) > 60
     assert run("plan", "512x512", "--scale", 16, "--device", "cuda", "--budget", "2GiB") == 0
     assert "2 passes, by way of 128×128" in capsys.readouterr().out
 

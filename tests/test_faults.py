@@ -418,6 +418,37 @@ def test_a_model_that_is_replaced_during_a_run(tmp_path: Path, noisy_file: Path)
         infdit.load_model(model, device="cpu")
 
 
+def test_a_model_that_is_written_to_during_a_run(tmp_path: Path, noisy_file: Path) -> None:
+    """As `cp` writes: over what is there. Weights are read when they are needed, and would be wrong.
+
+    Of a file that was cut short, reading them ends the process.
+    """
+    weights, model, image = noisy_file.read_bytes(), tmp_path / "model.safetensors", IMAGE
+
+    def begin() -> tuple[InfDiT, Path]:
+        model.write_bytes(weights)
+        own = read_checkpoint(model).state_dict()["head.weight"].dtype  # as it is used without a copy
+        return infdit.load_model(model, dtype=own, device="cpu"), model
+
+    loaded, path = begin()
+    options = {"steps": 2, "sampler": "euler", "plan": MemoryPlan(1, 1)}
+    right = infdit.upscale(loaded, image, **options)
+
+    def progress(done: int, total: int, preview: object) -> None:
+        if done > total / 2:
+            path.write_bytes(weights)
+
+    with pytest.raises(CheckpointError, match="was written to while a model read from it; load it again"):
+        infdit.upscale(loaded, image, progress=progress, **options)
+    loaded, _ = begin()
+    os.truncate(path, 1000)
+    with pytest.raises(CheckpointError, match="was written to"):
+        infdit.upscale(loaded, image, **options)
+    loaded, _ = begin()
+    path.unlink()
+    assert torch.equal(infdit.upscale(loaded, image, **options), right)  # a file that has gone is there to who has it
+
+
 MORE_DISKS = ("png", 0), ("png", 1), ("tif", 40), ("webp", 40)
 
 

@@ -16,7 +16,7 @@ from test_cli import make_picture, one_line, pixels_of, run
 from test_resume import damaged
 
 import infdit
-from infdit.picture import Picture, read_note, write_picture
+from infdit.picture import Picture, read_note, read_picture, write_picture
 from infdit.receipt import ReceiptError, parse_receipt, version
 
 FAST = ("--device", "cpu", "--dtype", "fp32")
@@ -50,6 +50,8 @@ def test_a_receipt_says_what_was_done(tmp_path: Path, receipt: dict, noisy_file:
     assert receipt["evaluations"] == 5
     assert 0 < receipt["seconds"] < 100
     assert 0 < receipt["bytes"]["foretold"] <= 64 * 2**20
+    assert 0 < receipt["bytes"]["measured"] < 2**30
+    assert receipt["bits"] == 8
     assert (receipt["replanned"], receipt["resumed"]) == ([], [])
     assert receipt["faithful"][0].keys() == {"dB", "deltaE2000"}
     assert 0 < receipt["seams"][0]["patch"] < 10
@@ -99,6 +101,28 @@ def stamped(receipt: dict) -> str:
     """As somebody writes it who knows how."""
     body = json.dumps({name: value for name, value in receipt.items() if name != "sha256"}, sort_keys=True)
     return json.dumps(receipt | {"sha256": hashlib.sha256(body.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("out.png", ("--bits", 16, "--fidelity", 0.5, "--colour-match")),
+        ("out.png", ("--scale", 6)),
+        ("out.tif", ("--bits", 32, "--scale", 1)),
+    ],
+)
+def test_the_same_from_a_receipt_in_depth_and_all(
+    tmp_path: Path, noisy: tuple, name: str, options: tuple[object, ...]
+) -> None:
+    source, receipt = tmp_path / "in.png", tmp_path / "receipt.json"
+    Image.effect_noise((9, 7), 99).convert("RGBA").save(source)
+    out, again = tmp_path / name, tmp_path / f"again{name[3:]}"
+    asked = ("--steps", 2, "--seed", 7, *options, "--receipt", receipt)
+    assert run("upscale", source, "-o", out, *noisy, *asked) == 0
+    assert run("upscale", source, "-o", again, *noisy[:4], "--from-receipt", receipt) == 0
+    first, second = (read_picture(path) for path in (out, again))
+    assert first.bits == second.bits == (options[1] if options[0] == "--bits" else 8)
+    assert np.array_equal(first.pixels, second.pixels)
 
 
 SENSELESS = [

@@ -26,7 +26,7 @@ from ..checkpoint import load_model
 from ..clip import NEGATIVE, POSITIVE, STRENGTH
 from ..device import WrongNumbers, default_dtype, devices_of, one_memory, out_of_memory
 from ..draft import sweep
-from ..memory.planner import OutOfMemory
+from ..memory.planner import OutOfMemory, format_bytes
 from ..model import InfDiT
 from ..picture import (
     DEPTHS,
@@ -201,7 +201,7 @@ def _upscale_one(
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
-    picture = replace(picture, bits=options.bits or picture.bits)
+    picture = replace(picture, bits=options.bits or (taken.bits if taken else None) or picture.bits)
     check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
     bits = depth_of(target, picture.bits)
     if options.bits not in (None, bits):
@@ -232,12 +232,14 @@ def _upscale_one(
             resume=resume, folder=folder,
         )  # fmt: skip
         shown.close()
-        receipt = receipt_of(report, time.monotonic() - began, **_about(model, picture, digest, recipe, options))
+        about = _about(model, picture, digest, recipe, options)
+        receipt = receipt_of(report, time.monotonic() - began, bits=bits, **about)
         _write(write, target, replace(picture, pixels=result[0], note=json.dumps(receipt)))
     if resume is not None:
         resume.remove()
     alike = f"LR consistency {report.faithful[0]}"
-    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, recipe.words))))
+    peak = f"peak {format_bytes(report.peak_bytes)}" if report.peak_bytes is not None else ""
+    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, recipe.words, peak))))
     return receipt
 
 

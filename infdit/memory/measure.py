@@ -1,4 +1,7 @@
-"""What a device does in a second, measured once a process: products of two matrices and a copy, about 10 ms."""
+"""What a device does in a second, measured once a process: products of two matrices and a copy, about 10 ms.
+
+And what a process holds, which on a CPU is all that can be measured.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 
 from ..device import empty_pinned_cache
@@ -80,3 +84,29 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
         card.synchronize(*([device] if device.type in ("cuda", "xpu") else []))  # which without it is the current one
         taken.append(time.perf_counter() - began)
     return max(min(taken[1:]), 1e-9)
+
+
+class Held:
+    """Bytes of main memory that this process holds beyond what it held at first, and that no file holds too."""
+
+    EVERY = 0.02  # seconds: looking takes some microseconds
+
+    def __init__(self) -> None:
+        self._process, self._next = psutil.Process(), 0.0
+        self._first = self._most = self._now()
+
+    def look(self) -> None:
+        """See whether it is more than ever."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next, self._most = now + self.EVERY, max(self._most, self._now())
+
+    def most(self) -> int:
+        """At most, as far as it was seen."""
+        self._next = 0.0
+        self.look()
+        return self._most - self._first
+
+    def _now(self) -> int:
+        found = self._process.memory_info()
+        return found.rss - getattr(found, "shared", 0)  # of Linux: mapped files
