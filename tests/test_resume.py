@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infdit
 from benchmarks.peak_meter import PeakMeter
 from infdit.__main__ import main
 from infdit.model import InfDiT
+from infdit.picture import read_note
 from infdit.resume import SavedRun
 from infdit.samplers import SamplerInfo, get_sampler
 
@@ -68,6 +72,21 @@ def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last(
     monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("replaced"), replace(*paths))[1])
     run(mini, pictures[:1], tmp_path)
     assert done == ["synced", "replaced", "synced"] * STEPS  # the file, its name, and its folder
+
+
+def test_a_state_is_written_while_the_next_step_is_computed(
+    mini: InfDiT, pictures: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, beside = threading.Event(), list[bool]()
+
+    def slowly(*given: object) -> None:
+        moved.clear()
+        beside.append(moved.wait(5 if len(beside) < STEPS - 1 else 0))  # after the last nothing moves
+        save_file(*given)
+
+    monkeypatch.setattr("infdit.resume.save_file", slowly)
+    run(mini, pictures[:1], tmp_path, progress=lambda *_: moved.set())
+    assert beside[:-1] == [True] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("sampler", list(infdit.samplers.SAMPLERS))
@@ -283,20 +302,25 @@ def test_killed_at_random_moments(
     Image.effect_noise((32, 24), 90).convert("RGB").save(source)
     options = ["--model", noisy_file, "--steps", "10", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
     command = ["upscale", source, *options, "-o"]
+    began = time.monotonic()
     assert main([*map(str, command), str(tmp_path / "whole.png")]) == 0
+    whole = time.monotonic() - began
     for number in range(targets):
         target = tmp_path / f"{number}.png"
         resumed = [*command, target, "--force", "--resume", states]
+        done = 0
         for _ in range(kills):
-            before = {state: state.stat().st_mtime_ns for state in states.glob("*.state")}
             running = forks.infdit(*resumed)
-            while running.is_alive() and before == {s: s.stat().st_mtime_ns for s in states.glob("*.state")}:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, whole))
             running.kill()
             running.join()
-            assert all(load_file(state) for state in states.glob("*.state"))  # what has its name is whole
+            for state in states.glob("*.state"):
+                with safe_open(state, "pt") as file:
+                    done = json.loads(file.metadata()["state"])["step"]
+                assert load_file(state)  # what has its name is whole
         assert main([*map(str, resumed)]) == 0
         assert "afresh" not in capsys.readouterr().err
+        notes = json.loads(read_note(target))["resumed"]
+        assert notes == ([f"picture 1 goes on after step {done} of 10"] if done else [])
         assert np.array_equal(pixels(target), pixels(tmp_path / "whole.png"))
         assert list(states.iterdir()) == []
