@@ -336,6 +336,35 @@ def test_the_host_is_one_layer_ahead_at_most(agents: Agents, monkeypatch: pytest
     assert max(unfinished(agents, monkeypatch)) <= 1
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_host_waits_on_every_kind_of_accelerator(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three layers each is queued once the one before the last is done."""
+    order: list[str] = []
+
+    class Mark:
+        number = 0
+
+        def __init__(self) -> None:
+            Mark.number += 1
+            self.number = Mark.number
+
+        def record(self, *stream: object) -> None:
+            assert len(stream) == (kind != "mps")  # which has one queue
+            order.append(f"queued {self.number}")
+
+        def synchronize(self) -> None:
+            order.append(f"done {self.number}")
+
+    backend = getattr(torch, kind)
+    monkeypatch.setattr(backend, "Event", Mark)
+    if kind != "mps":
+        monkeypatch.setattr(backend, "current_stream", lambda device: device)
+    transfer = Transfer(torch.device(kind), pinned=False)
+    for _ in range(3):
+        transfer.throttle()
+    assert order == ["queued 1", "done 1", "queued 2", "done 2", "queued 3"]
+
+
 def test_a_host_that_does_not_wait_is_found(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "synchronize", lambda self: None)
     stopping(monkeypatch, 8)

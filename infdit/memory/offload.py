@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .plan import MemoryPlan, Tier, WeightsKept
 
 MOST_BYTES = 2**32  # of an array: beyond, MPS has been wrong
+_PACED = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}  # who runs ahead of the host, and can be waited for
 Call = Callable[..., Tensor]
 
 
@@ -199,9 +200,9 @@ class Transfer:
     """Copies between the host and one device; pinned: beside its arithmetic, where it can."""
 
     def __init__(self, device: torch.device, pinned: bool = True) -> None:
-        self.device, self._pinned, self._paced = device, pinned, device.type == "cuda"
-        self._stream = _copy_stream(device) if self._paced and pinned else None
-        self._last: torch.cuda.Event | None = None
+        self.device, self._pinned, self._paced = device, pinned, device.type in _PACED
+        self._stream = _copy_stream(device) if device.type == "cuda" and pinned else None
+        self._last: torch.cuda.Event | torch.mps.Event | torch.xpu.Event | None = None
         self._leaving: PendingCopy | None = None
         self._reached = {device}  # devices whose memory copies read or write
 
@@ -289,8 +290,10 @@ class Transfer:
         if self._paced:
             if self._last is not None:
                 self._last.synchronize()
-            self._last = torch.cuda.Event()
-            self._last.record(torch.cuda.current_stream(self.device))
+            backend = _PACED.get(self.device.type, torch.cuda)
+            mark = backend.Event()
+            mark.record(*(() if backend is torch.mps else (backend.current_stream(self.device),)))
+            self._last = mark
 
     def settle(self) -> None:
         """Let all arithmetic from now on come after all copies: the memory of what they moved can be used again."""
