@@ -28,6 +28,7 @@ from infdit import InfDiTConfig
 from infdit.__main__ import main
 from infdit.memory.plan import Workload
 from infdit.memory.planner import Offer, offers, shared_plan
+from infdit.picture import read_note
 
 GIB = 2**30
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a PyTorch without torch.distributed")
@@ -196,14 +197,15 @@ def test_memory_that_runs_out_on_the_first_ends_all(tmp_path: Path, source: Path
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path, noisy_file: Path) -> None:
-    """A folder, through the launcher itself."""
+@pytest.mark.parametrize("size", [2, 3])
+def test_torchrun(size: int, tmp_path: Path, noisy_file: Path) -> None:
+    """A folder, through the launcher itself: the pixels of one process."""
     given, made = tmp_path / "in", tmp_path / "out"
     given.mkdir()
     for number in range(2):
-        Image.effect_noise((24 + 8 * number, 40), 90).convert("RGB").save(given / f"{number}.png")
+        Image.effect_noise((32 + 8 * number, 48), 90).convert("RGB").save(given / f"{number}.png")
     (given / "broken.png").write_bytes(b"no picture")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m"]
     command = ["infdit", "upscale", given, "-o", f"{made}/", "--model", noisy_file, *OPTIONS]
     done = subprocess.run(
         [*launch, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=240, check=False
@@ -211,6 +213,13 @@ def test_torchrun(tmp_path: Path, noisy_file: Path) -> None:
     assert "2 made, 0 there already, 0 left out, 1 failed" in done.stdout
     assert done.stderr.count("broken.png: ") == 1, "one process reads"
     assert {path.name for path in made.iterdir()} == {"0.png", "1.png"}
+    for name in ("0.png", "1.png"):
+        layers = json.loads(read_note(made / name))["plan"]["layers"]
+        assert len(layers) == size and min(layers) > 0
+        alone = tmp_path / name
+        again = ["--from-receipt", made / name, "--model", noisy_file, "--device", "cpu"]
+        assert main([*map(str, ["upscale", given / name, "-o", alone, *again])]) == 0
+        assert np.array_equal(pixels(made / name), pixels(alone))
 
 
 @pytest.mark.slow

@@ -1,0 +1,65 @@
+"""What docs/scaling.md foretells of several devices, held to the simulation and to the planner's closed form."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import scaling
+from infdit import InfDiTConfig
+from infdit.memory.cost import in_turn
+from infdit.memory.plan import MemoryPlan, Workload
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    return list(scaling.report())
+
+
+def test_the_table_is_what_its_command_prints(rows: list[str]) -> None:
+    assert "\n".join(rows) in PAGE.read_text(encoding="utf-8")
+
+
+def test_four_equal_devices_are_at_work_nine_tenths_of_the_time(rows: list[str]) -> None:
+    """Chunks that fill and empty the line of devices in each evaluation are in it."""
+    shares = [int(row.split("|")[-2].strip(" %")) for row in rows[2:] if row.split("|")[2].strip() == "4"]
+    assert len(shares) == len(scaling.SIDES)
+    assert min(shares) >= 90
+
+
+def test_events_by_hand() -> None:
+    assert scaling.makespan([2], 5, 1) == 10
+    assert scaling.makespan([1, 1], 3, 0) == 4
+    assert scaling.makespan([1, 3], 3, 0.5) == 1 + 0.5 + 9  # the second never waits again
+    assert scaling.makespan([3, 1], 3, 0.5) == 9 + 0.5 + 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_planner_foretells_what_the_events_take(seed: int) -> None:
+    """Of equal stages, which a split aims at; on the way a chunk is for a hundredth of a stage."""
+    rng = random.Random(seed)
+    count, chunks, seconds = rng.randint(1, 8), rng.randint(16, 400), rng.uniform(0.1, 9)
+    side = InfDiTConfig().block_size
+    workload = replace(Workload(InfDiTConfig(), side, side * chunks), device=torch.device("cuda"))
+    foretold = in_turn([seconds] * count, workload, MemoryPlan(28, 1))
+    events = scaling.makespan([seconds / chunks] * count, chunks, 0.01 * seconds / chunks)
+    assert foretold == pytest.approx(events, rel=0.02)
+
+
+def test_each_device_that_is_added_takes_time_away(rows: list[str]) -> None:
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
+    for size in dict.fromkeys(cell[0] for cell in cells):
+        times = [seconds(cell[5]) for cell in cells if cell[0] == size]
+        assert times == sorted(times, reverse=True)
+
+
+def seconds(text: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+) (\w+)", text).groups()
+    return float(number) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit]
