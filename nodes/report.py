@@ -107,9 +107,13 @@ def plan_lines(workload: Workload, plan: MemoryPlan) -> list[str]:
     """How a run is cut into pieces, and what is where."""
     depth, grid = workload.config.num_layers, workload.grid
     stages = plan.stages(workload.devices, depth) if plan.layers else []
+    held = [footprint.device for _, footprint in workload.footprints(plan)] if stages else []
     layers = f"{plan.group} of {depth} layers" if plan.group < depth else "all layers"
     blocks = f"{plan.chunk} of {grid.blocks} blocks" if plan.chunk < grid.blocks else f"all {grid.blocks} blocks"
-    shares = "; ".join(f"layers {part[0] + 1} to {part[-1] + 1} on {device}" for device, part in stages)
+    shares = "; ".join(
+        f"layers {part[0] + 1} to {part[-1] + 1} on {device}, {format_bytes(size)}"
+        for (device, part), size in zip(stages, held, strict=True)
+    )
     lines = [f"plan: {layers} and {blocks} of {grid.block} px at a time"]
     if shares:
         lines.append(f"at the same time: {shares}")

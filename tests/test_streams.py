@@ -31,6 +31,7 @@ from benchmarks import dry_run
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.blocks import Canvas
+from infdit.memory import offload
 from infdit.memory.offload import Transfer
 from infdit.memory.plan import Workload
 from infdit.run import Run
@@ -480,6 +481,25 @@ def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     assert watch(agents, monkeypatch, AWAY).copies == copies[-1] > 0
     assert len(copies) == 20, "pinning is not tried again in this run"
+
+
+@pytest.mark.parametrize("fails", [1, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 60, 3))])
+def test_a_pin_that_fails_at_any_call(fails: int, agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights and states, of numbers and pictures on their way to the card, of room for those that come back."""
+    original, begun, calls = offload.pinning, list[Run](), list[int]()
+    monkeypatch.setattr(Run, "begin", lambda run, *doing, begin=Run.begin: (begun.append(run), begin(run, *doing)))
+
+    @contextmanager
+    def pinning() -> Iterator[None]:
+        calls.extend([fails] if begun else [])  # of weights before that, see tests/test_run.py
+        with original():
+            if len(calls) == fails:
+                raise RuntimeError("CUDA error: out of memory")
+            yield
+
+    monkeypatch.setattr(offload, "pinning", pinning)
+    watch(agents, monkeypatch, AWAY)
+    assert len(calls) == fails, "pinning is not tried again in this run"
 
 
 # several devices

@@ -1,6 +1,7 @@
 """Every schedule of the sweep equals the dense transcription; the ring is as small as it is said to be."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from functools import partial
 from unittest import mock
@@ -9,6 +10,7 @@ import dense
 import pytest
 import torch
 from conftest import MakeModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infdit import Conditioning, Denoiser, MemoryPlan, uniba
 from infdit.blocks import cut, cut_windows
@@ -129,6 +131,25 @@ def test_where_things_are_kept_changes_nothing(weights: str, hidden: str, images
         denoise = Denoiser(model, conditioning, MemoryPlan(group, chunk, weights, hidden, images))
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)  # nothing of the first is left behind
+
+
+class NoScatter(TorchDispatchMode):
+    """A device on which tensors can be read and written by slices alone: elsewhere single ones have gone astray."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not re.search("index|gather|scatter|masked|take", str(func)), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hidden", ["device", "host"])
+def test_all_is_read_and_written_by_slices(hidden: str, make_model: MakeModel) -> None:
+    model, weights = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(3, 4)
+    with NoScatter():
+        found = Denoiser(model, conditioning, MemoryPlan(2, 5, "streamed", hidden))(x, sigma)
+    torch.testing.assert_close(found, reference(weights, x, sigma, conditioning, positions="continuous"), **EXACT)
+    with pytest.raises(AssertionError, match="index"), NoScatter():
+        x.index_select(0, torch.tensor([1]))
 
 
 @pytest.mark.parametrize("positions", ["wrapped", "continuous"])

@@ -100,5 +100,7 @@ def _outcome(workload: Workload, budget: int | None, count: int) -> str:
     kept = f"weights {plan.weights}, hidden states on the {plan.hidden}, pictures on the {plan.images}"
     memory = " ".join(f"{(held or 0) / GIB:7.3g} GiB" for held in (plan.peak_bytes, plan.host_bytes, plan.disk_bytes))
     shares = " + ".join(map(str, plan.layers)) or plan.group
+    each = [f"{held.device / GIB:.3g}" for _, held in workload.footprints(plan)] if plan.layers else []
+    kept += f"; {' + '.join(each)} GiB" if each else ""
     return f"{memory} {format_seconds(seconds):>9}   {shares} layers × {plan.chunk} blocks; {kept}"
 

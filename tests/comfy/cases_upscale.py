@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -388,6 +388,43 @@ def told_on_nodes() -> Iterator[list[tuple]]:
             del sys.modules["server"]
         else:
             sys.modules["server"] = server
+
+
+@case
+def several_devices() -> dict:
+    """The processor as two devices: the same bits, one bar, a stop, memory that runs out; names that are no devices."""
+    PICTURES["long"] = PICTURES["wide"].repeat(1, 2, 2, 1)
+    asked = {"steps": 2, "sampler_name": "euler", "seed": 93}
+    run(prompt("long", **asked))
+    alone = TAKEN["value"]
+    both = run(prompt("long", {"devices": "cpu, cpu"}, **asked))
+    found = {"end": both["end"], "report": TAKEN["report"], "bar": [move[1:3] for move in both["bar"]]}
+    found["difference"] = (TAKEN["value"] - alone).abs().max().item()
+    layer, times = pack("infdit.model").Layer, [0]
+    forward = layer.forward
+
+    def at_the(number: int, act: Callable[[], None]) -> Callable:
+        times[0] = 0
+
+        def computed(*given: Any) -> Any:
+            times[0] += 1
+            if times[0] == number:
+                act()
+            return forward(*given)
+
+        return computed
+
+    def full() -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    stop = at_the(7, lambda: nodes.interrupt_processing(True))
+    with patched(layer, forward=stop):
+        found["stopped"] = run(prompt("long", {"devices": "cpu,cpu"}, **asked | {"seed": 94}))["end"]
+    with patched(layer, forward=at_the(7, full)):
+        found["out of memory"] = run(prompt("long", {"devices": "cpu,cpu"}, **asked | {"seed": 95}))["end"]
+    found["replanned"] = [line for line in TAKEN.get("report", "").splitlines() if "out of memory" in line]
+    refused = {name: run(load_prompt(devices=name)) for name in ("cuda:7", "nothing", "cpu,,cpu")}
+    return found | {"refused": {name: ended["message"] for name, ended in refused.items()}}
 
 
 @case

@@ -310,6 +310,23 @@ def test_preview_method_none_is_obeyed(inside: dict, name: str, shown: bool) -> 
     assert inside["no_live_picture"][name] == [shown, [shown]]
 
 
+def test_several_devices_make_the_picture_of_one(inside: dict) -> None:
+    found = inside["several_devices"]
+    assert found["end"] == "success"
+    assert found["difference"] == 0
+    shares = re.search(
+        r"^at the same time: layers 1 to 3 on cpu, (\S+ MiB); layers 4 to 6 on cpu, (\S+ MiB)$", found["report"], re.M
+    )
+    assert shares is not None
+    done = [value for value, _ in found["bar"]]
+    assert done == sorted(done)
+    assert done[-1] == found["bar"][-1][1]
+    assert found["stopped"] == "interrupted"
+    assert found["out of memory"] == "success"
+    assert len(found["replanned"]) == 1
+    assert all(found["refused"].values())
+
+
 def test_interrupt_stops_at_once_and_the_next_run_is_whole(inside: dict) -> None:
     found = inside["interrupt"]
     assert found["stopped"] == "interrupted"
