@@ -68,11 +68,19 @@ def test_timings_are_of_the_plans_in_their_order() -> None:
     assert timings[0].peak > timings[1].peak
 
 
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that this process, which has one thread, was at work: whatever else the machine does."""
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, clock, time.process_time)
+
+
 def fastest_of(timings: list[Timing]) -> Timing:
     return min(timings, key=lambda t: t.measured)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_time")
 def test_the_chosen_of_five_plans_is_as_fast_as_the_fastest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     model = infdit.load_model("mini", dtype=torch.float32, device="cpu")
     plans = [MemoryPlan(6, 256), MemoryPlan(6, 64), MemoryPlan(2, 16), MemoryPlan(1, 4), MemoryPlan(1, 1)]
@@ -88,11 +96,12 @@ def test_the_chosen_of_five_plans_is_as_fast_as_the_fastest_that_fits(capsys: py
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_time")
 def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> None:
-    """Width 1280, 4 layers, 512 × 512, float32: memory over the weights, and time against all blocks at once."""
-    config = InfDiTConfig(num_layers=4, vector_dim=0)
+    """Width 1280, 2 layers, 512 × 512, float32: memory over the weights, and time against all blocks at once."""
+    config = InfDiTConfig(num_layers=2, vector_dim=0)
     model = random_model(config, torch.float32)
-    smallest, dense, streamed = MemoryPlan(1, 1), MemoryPlan(4, 16), MemoryPlan(1, 1, "streamed")
+    smallest, dense, streamed = MemoryPlan(1, 1), MemoryPlan(2, 16), MemoryPlan(1, 1, "streamed")
     generator = torch.Generator().manual_seed(0)
     x, up = (torch.randn((1, 3, 512, 512), generator=generator) for _ in range(2))
     conditioning = infdit.Conditioning(torch.randn((1, 3, 128, 128), generator=generator), up)
@@ -118,6 +127,7 @@ def test_the_smallest_plan_at_real_width(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_time")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bar_moves_every_second_at_the_published_width(
     dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
