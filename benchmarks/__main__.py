@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--sigma-max", type=float, metavar="X", help="default: the model's")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    p.add_argument("--scale", type=float, default=4.0, metavar="X", help="of pictures, 1 to 16 (default 4)")
+    p.add_argument("--fidelity", type=float, default=0.0, metavar="X", help="of pictures, 0 (default) to 1")
     p.add_argument("--limit", type=int, metavar="N", help="pictures of a folder to take, the first by name")
     p.add_argument("--crop", type=int, metavar="N", help="take the centre of each picture, N pixels a side")
     p.add_argument("--halve", action="store_true", help="make each picture half as large first: clean from a JPEG")
@@ -95,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
         options.crop,
         options.halve,
         options.presets,
+        options.scale,
+        options.fidelity,
     )
     print(f"model {options.model or 'mini'}")
     if options.lines:

@@ -1,9 +1,10 @@
 """What a model adds to interpolation, in figures, and whether that is detail or just something.
 
-Pictures are cut to multiples of 32 pixels, shrunk to a quarter by Pillow's bicubic in 8 bits and enlarged again by each
-contender; all are compared in 8 bits. PSNR or sharpness alone can be had cheaply: blurring raises one, noise the other.
-So the table has controls, the original among them and bicubic with blue noise of the model's energy, which no set of
-limits that means anything may let pass. Pictures without an original are themselves the input.
+Pictures are cut to multiples of 32 pixels, shrunk by Pillow's bicubic in 8 bits, to a quarter unless another scale is
+asked for, and enlarged again by each contender; all are compared in 8 bits. PSNR or sharpness alone can be had cheaply:
+blurring raises one, noise the other. So the table has controls, the original among them and bicubic with blue noise of
+the model's energy, which no set of limits that means anything may let pass. Pictures without an original are themselves
+the input.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from infdit.config import LR_FACTOR, InfDiTConfig
+from infdit.config import InfDiTConfig
 from infdit.model import InfDiT
 from infdit.picture import PictureError, find_pictures, read_picture
 from infdit.presets import PRESETS, sampling
 from infdit.samplers import evaluations
+from infdit.sizes import target_size
 from infdit.tune import REFERENCE
 from infdit.upscale import schedule, upscale
 
@@ -105,7 +107,8 @@ class Settings:
     """How the contenders run. None: the model's default, or what `upscale` does on its own.
 
     steps: one row each; limit: pictures of a folder; crop: pixels of the side of a centre crop; halve: pictures are
-    made half as large first, which takes the grid and the noise of a JPEG away; presets: they in place of steps.
+    made half as large first, which takes the grid and the noise of a JPEG away; presets: they in place of steps; scale,
+    fidelity: see `upscale`.
     """
 
     steps: tuple[int, ...] = (1, 4, 8, 16)
@@ -118,6 +121,8 @@ class Settings:
     crop: int | None = None
     halve: bool = False
     presets: bool = False
+    scale: float = 4.0
+    fidelity: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("crop", self.crop)):
@@ -230,7 +235,8 @@ def _case(path: Path, settings: Settings, with_original: bool) -> _Case:
             f"{MULTIPLE}×{MULTIPLE}: leave it out, or choose a larger --crop"
         )
     original = picture[:height, :width]
-    return _Case(path.name, _resized(original, height // LR_FACTOR, width // LR_FACTOR), original)
+    small = [max(1, round(side / settings.scale)) for side in (height, width)]
+    return _Case(path.name, _resized(original, small[0], small[1]), original)
 
 
 def _ways(model: InfDiT, settings: Settings) -> list[_Way]:
@@ -253,7 +259,7 @@ def _contenders(
     case: _Case, model: InfDiT, settings: Settings, ways: Sequence[_Way], bar: tqdm
 ) -> tuple[dict[str, tuple[Bytes, float]], dict[str, float]]:
     """By name (h, w, 3) uint8 and seconds; and of presets how far they are from where the ODE leads."""
-    height, width = (LR_FACTOR * side for side in case.low.shape[:2])
+    height, width = _enlarged(case, settings)
     found = {} if case.original is None else {ORIGINAL: (case.original, math.nan)}
     for name, kernel in ((BICUBIC, Image.Resampling.BICUBIC), (LANCZOS, Image.Resampling.LANCZOS)):
         start = time.perf_counter()
@@ -285,8 +291,16 @@ def _run(case: _Case, model: InfDiT, settings: Settings, way: _Way, bar: tqdm) -
     image = torch.from_numpy(case.low.astype(np.float32) / 255)[None]
     start = time.perf_counter()
     more: dict[str, Any] = {"progress": progress, "device": settings.device} | dict(way.told)
-    result = upscale(model, image, float(LR_FACTOR), seed=settings.seed, budget=settings.budget, **more)
+    more |= {"seed": settings.seed, "budget": settings.budget, "fidelity": settings.fidelity}
+    result = upscale(model, image, size=_enlarged(case, settings), **more)
     return result[0], time.perf_counter() - start
+
+
+def _enlarged(case: _Case, settings: Settings) -> tuple[int, int]:
+    """(height, width) of the original, or what the scale makes of a picture without one."""
+    if case.original is not None:
+        return case.original.shape[0], case.original.shape[1]
+    return target_size(case.low.shape[0], case.low.shape[1], settings.scale)
 
 
 def _with_noise(bicubic: Bytes, result: Bytes, seed: int) -> Bytes:

@@ -102,6 +102,11 @@ class SamplingDefaults:
         return "" if self.start_noise == 1 else f"starts with {self.start_noise:.3g} of the noise"
 
     @property
+    def by_four(self) -> bool:
+        """Whether it is asked for nothing but pictures four times as large, see `sizes`: bridges learned no other."""
+        return self.start_noise == 0
+
+    @property
     def few_steps(self) -> str:
         """In words for people: why other numbers of steps gain nothing; empty where they may."""
         if self.most_steps is not None:

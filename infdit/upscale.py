@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .conditioning import conditioning_pictures, take_colour, upscale_alpha, visible_colour, without_colour
+from .conditioning import conditioning_pictures, resample, take_colour, upscale_alpha, visible_colour, without_colour
 from .denoiser import Conditioning
 from .device import same_device
 from .disk import like
@@ -103,7 +103,9 @@ def upscale(
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, folder)
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
-    work, report, drawn = replace(plan.workload, fitted=fitted), report or Report(), None if noise else seed
+    by_four = plan.workload.by_four and len(sigmas) > 1  # without a step nothing can be too sharp
+    work = replace(plan.workload, fitted=fitted, by_four=by_four)
+    report, drawn = report or Report(), None if noise else seed
     report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
     run, shown = begin_run(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
@@ -171,6 +173,7 @@ def workload_of(
         fitted=fitted,
         evaluations=model.defaults.steps * get_sampler(sampler).evaluations,
         folder=None if folder is None else str(folder),
+        by_four=model.defaults.by_four,
     )
 
 
@@ -241,12 +244,18 @@ def upscale_batch(
         for left, part, noise in zip(range(len(passes))[::-1], passes, noises, strict=True):
             step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
             vector = None if vectors is None else vectors[i]
-            result = results[i : i + 1] if not left else run.empty((1, part.height, part.width, channels))
+            last = results[i : i + 1]
+            whole = not left and part.shrunk is None
+            result = last if whole else run.empty((1, part.height, part.width, channels))
             sample = partial(_sample, sampler)
             if resume is not None:
                 skip = partial(_skip, run, part, sampler, sigmas)
                 sample = partial(resume.sample, i, len(passes) - left if passes[1:] else None, picture, skip, sampler)
             _upscale_one(run, part, picture, vector, sample, sigmas, noise, step, result)
+            if part.shrunk is not None:
+                smaller = run.empty((1, *part.shrunk, channels)) if left else last
+                shrink(result, picture, smaller, partial(run.advance, 0))
+                result = smaller
             picture = result
         if finish is not None:
             finish(run, given, picture)
@@ -298,9 +307,25 @@ def finish_pixels(
             take_colour(pixels, grey, top, height)
         pixels.div_(2).add_(0.5).clamp_(0, 1)
         told()
+    _finish_alpha(picture, result.movedim(-1, 1), told)
+
+
+def shrink(large: Tensor, picture: Tensor, result: Tensor, told: Callable[[], None]) -> None:
+    """Make a picture smaller, (1, H, W, c) → `result`, (1, height, width, c), both in 0..1, by antialiased bicubic.
+
+    picture: that `large` was made of, for its transparency; told: see `finish_pixels`.
+    """
+    (height, width), pixels = result.shape[1:3], result.movedim(-1, 1)
+    ratios = large.shape[1] / height, large.shape[2] / width
+    colour = large[..., :3].movedim(-1, 1)
+    resample(colour, ratios, range(height), range(width), (0, 1), told=lambda rows: told(), into=pixels[:, :3])
+    _finish_alpha(picture, pixels, told)
+
+
+def _finish_alpha(picture: Tensor, pixels: Tensor, told: Callable[[], None]) -> None:
     if picture.shape[-1] == 4:
         alpha = picture[..., 3:].detach().float().cpu().clamp(0, 1).movedim(-1, 1)
-        upscale_alpha(alpha, (height, width), lambda rows: told(), result[..., 3:].movedim(-1, 1))
+        upscale_alpha(alpha, (pixels.shape[2], pixels.shape[3]), lambda rows: told(), pixels[:, 3:])
 
 
 def _prepare(
@@ -324,7 +349,10 @@ def finish_result(fidelity: float, colour_match: bool, run: Run, given: Tensor, 
     grey = without_colour(colour) if run.keeps_grey else None
     pixels = result[0, ..., :3].movedim(-1, 0)
     run.report.faithful.append(make_faithful(pixels, colour[0], fidelity, colour_match, grey, run.advance))
-    config = run.workload.config
+    config, shrunk = run.workload.config, run.workload.passes[-1].shrunk is not None
+    if shrunk:  # the lines of its patches and blocks are not where they were
+        run.report.seams.append([math.nan, math.nan])
+        return
     run.report.seams.append(seams(pixels, (config.patch_size, config.block_size), run.advance))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..infdit import SamplingDefaults
 from ..infdit.progress import PictureState
-from ..infdit.upscale import schedule
+from ..infdit.upscale import schedule, shrink
 from . import schema
 from .clip import GuidedVector
 from .comfy_memory import ManagedModel, budget_bytes, plan_run
@@ -90,8 +90,13 @@ class InfDiTUpscaleAdvanced(schema.BudgetedNode):
 
         def keep(state: PictureState) -> None:
             if state["i"] == len(sigmas) - 2 and not state["left"]:
-                denoised = state["denoised"][..., : target[0], : target[1]].cpu()
-                last.append(denoised.mul(0.5).add_(0.5).clamp_(0, 1).movedim(1, -1))
+                part = workload.passes[-1]
+                denoised = state["denoised"][..., : part.height, : part.width].cpu()
+                denoised = denoised.mul(0.5).add_(0.5).clamp_(0, 1).movedim(1, -1)
+                if part.shrunk is not None:
+                    large, denoised = denoised, torch.empty((1, *target, 3), dtype=torch.float32, device="cpu")
+                    shrink(large, large, denoised, lambda: None)
+                last.append(denoised)
 
         result, report = run_upscale(
             model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,7 @@ class NativeModel(BaseModel):
             getattr(executor, "class_obj", None), len(noise), max(1, len(conds)), max(1, len(different))
         )
         shape = len(noise), *pictures.given.shape[1:]
-        workload = managed.workload(shape, pictures.size, method, noise_given=True)
+        workload = replace(managed.workload(shape, pictures.size, method, noise_given=True), by_four=False)
         check_device(workload)
         planned, report, bar = plan_run(workload, self.budget), Report(), Bar()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -62,6 +64,7 @@ class InfDiTToModel(schema.BudgetedNode):
         given = with_transparency(from_image(image), transparency)
         target, budget = result_size(size, *given.shape[1:3]), budget_bytes(memory_budget)
         workload = model.workload(given.shape, target, noise_given=True)
+        workload = replace(workload, by_four=False)  # what a latent holds is what comes out
         if workload.way:
             raise ValueError(
                 f"a KSampler enlarges by {MAX_SCALE} at most, and this takes {workload.way}: connect another Inf-DiT "

@@ -88,7 +88,8 @@ class InfDiTUpscale(schema.BudgetedNode):
         chosen = sampling(defaults, *asked, denoise=denoise)
         sampler, sigmas = str(chosen.sampler), chosen.sigmas
         masks = None if mask is None else enlarged_mask(mask, target)
-        workload = replace(model.workload(pictures.shape, target, sampler), fitted=fidelity > 0)
+        workload = model.workload(pictures.shape, target, sampler)
+        workload = replace(workload, fitted=fidelity > 0, by_four=workload.by_four and len(sigmas) > 1)
         planned = plan_run(workload, budget_bytes(memory_budget))
         result, report = run_upscale(
             model,

@@ -55,6 +55,27 @@ def test_one_step_on_kodak_is_what_was_trained(capsys: pytest.CaptureFixture[str
     assert means["mini"] == pytest.approx(TRAINED, abs=0.05)
 
 
+@pytest.mark.parametrize("scale", [1.5, 2.0, 3.0, 3.9])
+def test_below_four_it_is_nearer_to_the_original_than_any_interpolation(scale: float) -> None:
+    photograph = Image.open(Path(__file__).parents[1] / "pictures" / "flowers.png").convert("RGB")
+    original = photograph.crop((60, 60, 180, 180))
+    side = round(120 / scale)
+    low, model = original.resize((side, side), Image.Resampling.BICUBIC), infdit.load_model("mini", device="cpu")
+    result = to_bytes(infdit.upscale(model, to_tensor(low), size=(120, 120)))
+    kernels = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
+    others = [luma_psnr(np.array(low.resize((120, 120), kernel)), np.array(original)) for kernel in kernels]
+    assert luma_psnr(result, np.array(original)) > max(others) + 0.5
+
+
+def test_transparency_is_the_same_by_way_of_another_size() -> None:
+    model, image = infdit.load_model("mini", dtype=torch.float32, device="cpu"), torch.rand(1, 12, 9, 4)
+    result, plain = (infdit.upscale(model, image, 2.0, denoise=share) for share in (1.0, 0.0))
+    assert torch.equal(result[..., 3], plain[..., 3])
+    enlarged = F.interpolate(image[..., :3].movedim(-1, 1), scale_factor=2, mode="bicubic", antialias=True)
+    opaque = infdit.upscale(model, image[..., :3], 2.0, denoise=0.0)
+    assert (opaque - enlarged.clamp(0, 1).movedim(1, -1)).abs().max() < 1e-5  # without a step, the plain enlargement
+
+
 def test_generated_pictures_keep_what_they_show() -> None:
     """Shrunk again, the result is the input: no shift, no change of colour, nothing lost."""
     model = infdit.load_model("mini", device="cpu")

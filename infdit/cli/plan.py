@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     count = evaluations(chosen.sampler, chosen.sigmas)
     workload = Workload(
         config, height, width, 1, dtype, device, chosen.sampler, source=source, evaluations=count,
-        beside=tuple(beside), folder=".",
+        beside=tuple(beside), folder=".", by_four=defaults.by_four,
     )  # fmt: skip
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?
     told = "; ".join(filter(None, (defaults.start, chosen.words)))

@@ -19,7 +19,7 @@ from ..device import one_memory, slab_bytes
 from ..disk import PIECE
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
-from ..sizes import passes
+from ..sizes import passes, passes_by_four
 from .footprint import CPU, FLOAT32, Footprint, Weights, pixel_bytes, staged_bytes, workspace
 
 Tier = Literal["device", "host"]
@@ -115,6 +115,8 @@ class Workload:
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
         folder: where pictures may lie that memory does not hold; None: nowhere.
+        by_four: whether all that is computed is four times as large as what it is made of, see `sizes`.
+        shrunk: of a pass: (height, width) of what is made of its result, if that is made smaller.
     """
 
     config: InfDiTConfig
@@ -132,6 +134,8 @@ class Workload:
     beside: tuple[torch.device, ...] = ()
     evaluations: int = 40
     folder: str | None = None
+    by_four: bool = False
+    shrunk: tuple[int, int] | None = None
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -148,19 +152,23 @@ class Workload:
         """What is computed one after another until the size is reached, for each picture; itself if that is enough."""
         if self.source is None:
             return (self,)
-        height, width, channels = self.source
-        sizes = passes((height, width), (self.height, self.width))
-        sources = [self.source, *((*size, channels) for size in sizes[:-1])]
-        return tuple(
-            replace(self, height=size[0], width=size[1], source=source)
-            for size, source in zip(sizes, sources, strict=True)
-        )
+        *given, channels = self.source
+        found, before, target = list[Workload](), (given[0], given[1]), (self.height, self.width)
+        plain = [(size, size) for size in passes(before, target)]
+        for (height, width), size in passes_by_four(before, target) if self.by_four else plain:
+            shrunk = None if (height, width) == size else size
+            part = replace(self, height=height, width=width, source=(*before, channels), by_four=False, shrunk=shrunk)
+            found.append(part)
+            before = size
+        return tuple(found)
 
     @property
     def way(self) -> str:
         """By way of which sizes it is computed, for people; empty where one pass is enough."""
-        *between, _ = (f"{part.width}×{part.height}" for part in self.passes)
-        return f"{len(between) + 1} passes, by way of {', '.join(between)}" if between else ""
+        sizes = [size for part in self.passes for size in ((part.height, part.width), part.shrunk) if size]
+        between = ", ".join(f"{width}×{height}" for height, width in sizes[:-1])
+        count = f"{len(self.passes)} passes, " if self.passes[1:] else ""
+        return f"{count}by way of {between}" if between else ""
 
     @property
     def unified_memory(self) -> bool:
@@ -169,8 +177,9 @@ class Workload:
 
     @property
     def grid(self) -> BlockGrid:
-        """Blocks of the result."""
-        return BlockGrid.covering(self.height, self.width, self.config.block_size)
+        """Blocks of what the last pass computes."""
+        last = self.passes[-1]
+        return BlockGrid.covering(last.height, last.width, self.config.block_size)
 
     def footprint(self, plan: MemoryPlan) -> Footprint:
         """What the whole of `upscale()` holds under a plan when it holds most; of several devices the fullest."""
@@ -277,7 +286,9 @@ class Workload:
     def _passing(self, parts: Sequence[Workload]) -> tuple[int, int]:
         """Bytes of one picture in this pass of all: as it is read, and what the pass before and this one make of it."""
         (height, width, channels), result = self._read, self.height * self.width
-        made = (self is not parts[0]) * height * width + (self is not parts[-1]) * result
+        made = (self is not parts[0]) * height * width + (self is not parts[-1] or self.shrunk is not None) * result
+        if self.shrunk is not None and self is not parts[-1]:
+            made += self.shrunk[0] * self.shrunk[1]
         return FLOAT32 * channels * 2 * height * width, FLOAT32 * channels * made
 
     def _fitting(self) -> int:
