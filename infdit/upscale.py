@@ -103,15 +103,18 @@ def upscale(
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, folder)
     check_device(plan.workload)
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
-    by_four = plan.workload.by_four and len(sigmas) > 1  # without a step nothing can be too sharp
-    work = replace(plan.workload, fitted=fitted, by_four=by_four)
-    report, drawn = report or Report(), None if noise else seed
+    work, report, drawn = _work(plan.workload, fitted, sigmas), report or Report(), None if noise else seed
     report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
     run, shown = begin_run(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(run.empty, (len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():
         return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
+
+
+def _work(planned: Workload, fitted: bool, sigmas: Tensor) -> Workload:
+    """What is computed, as the settings say; without a step nothing can be too sharp, see `sizes`."""
+    return replace(planned, fitted=fitted, by_four=planned.by_four and len(sigmas) > 1)
 
 
 def begin_run(
