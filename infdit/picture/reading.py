@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIF
 from .notes import LARGEST, strip_notes
 from .picture import MOST_DPI, Picture, PictureError, damage_explained, log
 from .profile import fitting_profile, srgb_profile, to_srgb
-from .tiff import read_tiff
+from .tiff import EXIF_PARTS, read_tiff
 
 SUFFIXES: frozenset[str] = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
@@ -39,7 +39,7 @@ _PLUGINS = {
 _EXR = b"\x76\x2f\x31\x01"
 _PLANES = 284  # TIFF's tag
 _KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
-_KEPT_PARTS = (0x8769, 0x8825)  # EXIF's own, and where it was taken
+
 _OF_THE_FILE = (40962, 40963, 40965)  # its sides, and a place in it
 _GREY_16 = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _NEW_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF's tags for what a picture is of others in its file
@@ -278,9 +278,9 @@ def _as_shown(path: Path, image: ImageFile, stored: str) -> tuple[Image.Image, b
     if image.mode == "LAB":  # its colours are absolute, whatever profile lies beside them
         return image.convert("RGB"), srgb_profile()
     if image.mode == "CMYK" and icc:
-        shown = to_srgb(image, icc)
-        if shown is not None:
-            return shown, srgb_profile()
+        convert = to_srgb(icc, image.mode)
+        if convert is not None:
+            return convert(image), srgb_profile()
         log.warning("%s: its ICC profile cannot be used; the CMYK colours are converted without it", path)
         icc = None
     # LA of 16 bits is read as RGBA with three equal channels
@@ -330,7 +330,7 @@ def _said(path: Path, image: ImageFile) -> tuple[bytes, bytes, tuple[float, floa
         with damage_explained(path, "its EXIF data is damaged", "it is left out"):
             found = image.getexif()
             kept.update({tag: found[tag] for tag in _KEPT_TAGS if tag in found})
-            for part in _KEPT_PARTS:
+            for part in EXIF_PARTS:
                 if said := {tag: value for tag, value in found.get_ifd(part).items() if tag not in _OF_THE_FILE}:
                     kept[part] = said
             exif = kept.tobytes() if kept else b""

@@ -1,34 +1,29 @@
-"""TIFF that Pillow can neither read nor write, by tifffile: floats, deep planes, 16 bits out, files above 4 GiB."""
+"""TIFF by rows, of any depth and size; and reading, by tifffile, what Pillow cannot: floats and deep planes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffTags
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .picture import MOST_DPI, PictureError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-_LARGEST = 2**32 - 2**25  # bytes of pixels in a file of 32-bit offsets, less room for the rest
+CLASSIC = 2**32 - 2**25  # bytes of pixels in a file of 32-bit offsets, less room for the rest
 _BEYOND = 1e-3  # of 0..1: what rounding may leave there
 _RGB, _GREY = 2, 1  # photometric interpretations
-_ICC, _XMP, _ORIENTATION = 34675, 700, 274
+_ICC, _XMP, _ORIENTATION, _STRIP, _SIZE = 34675, 700, 274, 273, 279
+_SMALL, _BIG = b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10" + bytes(7)  # how files begin
+EXIF_PARTS = (0x8769, 0x8825)  # directories of their own: EXIF, and where it was taken
 Said = tuple[bytes, tuple[float, float] | None]  # XMP and dpi
-
-
-def has_tifffile() -> bool:
-    """Whether the package is installed."""
-    try:
-        import tifffile  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _tifffile(path: Path, why: str) -> ModuleType:
@@ -110,20 +105,35 @@ def _upright(pixels: NDArray[np.float32], orientation: int) -> NDArray[np.float3
     return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if right else 1])
 
 
-def write_tiff(
-    path: Path, file: IO[bytes], shape: tuple[int, int, int], dtype: np.dtype, bands: Iterable[NDArray], rows: int,
-    tags: list[tuple[int, int, int, object]], dpi: tuple[float, float] | None,
-) -> None:
-    """Write (h, w, 1 to 4) that come in bands of so many rows, as BigTIFF above 4 GiB.
+def has_bigtiff() -> bool:
+    """Whether this Pillow writes it: 11.2 and later do."""
+    return len(ImageFileDirectory_v2(_BIG).tobytes()) == 16  # two counts of 8 bytes
 
-    tags: (number, type, count, value) each.
+
+def write_tiff(
+    file: IO[bytes], shape: tuple[int, int, int], dtype: np.dtype, bands: Iterable[NDArray[Any]],
+    tags: Mapping[int, Any], dpi: tuple[float, float] | None,
+) -> None:
+    """Write (h, w, 1 to 4) that come in bands of rows, of uint8, uint16 or float32, as BigTIFF above 4 GiB.
+
+    tags: of what is said beside the picture, by number; a dict is a directory of its own, as EXIF's are.
     """
-    big = np.prod(shape, dtype=object) * dtype.itemsize > _LARGEST
-    with _tifffile(path, "such a TIFF").TiffWriter(file, bigtiff=big) as tiff:
-        tiff.write(
-            (band.tobytes() for band in bands), shape=shape if shape[2] > 1 else shape[:2], dtype=dtype,
-            photometric="rgb" if shape[2] > 2 else "minisblack", planarconfig="contig" if shape[2] > 1 else None,
-            extrasamples=["unassalpha"] if shape[2] in (2, 4) else None, rowsperstrip=rows, compression=None,
-            metadata=None, software=False, extratags=[(*tag, True) for tag in tags],
-            **({"resolution": dpi, "resolutionunit": "INCH"} if dpi else {}),
-        )  # fmt: skip
+    (height, width, samples), size = shape, math.prod(shape) * dtype.itemsize
+    big = size > CLASSIC
+    said = ImageFileDirectory_v2(_BIG if big else _SMALL)
+    said.tagtype.update({_ICC: TiffTags.UNDEFINED} | dict.fromkeys((_STRIP, _SIZE), 16 if big else TiffTags.LONG))
+    said.update(tags)
+    said.update({
+        256: width, 257: height, 258: (8 * dtype.itemsize,) * samples, 259: 1, 262: _RGB if samples > 2 else _GREY,
+        277: samples, 278: height, _SIZE: size,
+        _STRIP: 0,  # all rows in one, behind what is said: Pillow adds where that ends
+    })  # fmt: skip
+    if samples in (2, 4):
+        said[338] = 2  # alpha that is not multiplied in
+    if dtype.kind == "f":
+        said[339] = (3,) * samples
+    if dpi:
+        said.update({282: dpi[0], 283: dpi[1], 296: 2})
+    said.save(file)
+    for band in bands:
+        file.write(np.ascontiguousarray(band, dtype.newbyteorder("<")).data)
