@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..draft import draft, sweep
+from ..draft import draft, put, sweep
 from .notes import KEYWORD, LARGEST
 from .picture import Picture, PictureError, damage_explained, log
 from .png import write_png
@@ -95,7 +95,7 @@ def _write(part: Path, path: Path, picture: Picture) -> None:
         part.parent.mkdir(exist_ok=True)  # on a disk without locks another process may have swept it away
         with part.open("w+b") as file:  # a full disk may be told only when it is closed
             _encode(path, file, picture, writer)
-        part.replace(path)
+        put(part, path)
 
 
 def _encode(path: Path, file: IO[bytes], picture: Picture, writer: _Writer) -> None:
