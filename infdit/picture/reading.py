@@ -8,7 +8,8 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,7 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIF
 from .notes import LARGEST, strip_notes
 from .picture import MOST_DPI, Picture, PictureError, damage_explained, log
 from .profile import fitting_profile, srgb_profile, to_srgb
-from .tiff import EXIF_PARTS, read_tiff
+from .tiff import EXIF_PARTS, exif_of, read_tiff
 
 SUFFIXES: frozenset[str] = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
@@ -38,9 +39,12 @@ _PLUGINS = {
 }
 _EXR = b"\x76\x2f\x31\x01"
 _PLANES = 284  # TIFF's tag
-_KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
+_DESCRIPTION = 270
+_KEPT_TAGS = (_DESCRIPTION, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
 
 _OF_THE_FILE = (40962, 40963, 40965)  # its sides, and a place in it
+_OF_NUMBERS = re.compile(r'\s*(\{.*"shape":|ImageJ=|<\?xml.*<OME\b)', re.DOTALL)  # how arrays lay in the file
+_LARGE_XMP = "%s: its XMP is of 1 MiB or more, which readers refuse, and is left out"
 _GREY_16 = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _NEW_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF's tags for what a picture is of others in its file
 
@@ -78,7 +82,8 @@ def read_picture(path: Path) -> Picture:
     with _opened(path) as (image, file):
         if image is None or image.mode == "F" or _deep_planes(image):
             samples, bits, grey, icc, said = read_tiff(path, file)
-            return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, b"", *said)
+            said = _said(path, partial(exif_of, file), *said)
+            return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, *said)
         stored = _stored_mode(image)  # before loading, which forgets it
         low = _low_bytes(image, stored)
         _check_kind(path, image, stored, low is not None)
@@ -93,7 +98,8 @@ def read_picture(path: Path) -> Picture:
             below = np.asarray(low if low.mode != "RGBX" else low.convert("RGB"))
             samples, white = samples * 256 + (below[..., 1::2] if samples.shape[2] == 2 else below), 65535
         alpha = _colour_key(image, stored, None if low is None else samples)
-        said = _said(path, image)
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        said = _said(path, image.getexif, xmp, image.info.get("dpi"))
     samples -= black
     samples /= white - black
     grey = samples.shape[2] < 3
@@ -161,6 +167,8 @@ def _identified(path: Path, file: BinaryIO) -> ImageFile | None:
     stripped = strip_notes(file)
     if stripped.damaged:
         log.warning("%s: damaged parts of it are left out: %s", path, ", ".join(stripped.damaged))
+    if stripped.large_xmp:
+        log.warning(_LARGE_XMP, path)
     try:
         image = Image.open(stripped.file, formats=_FORMATS)
         if stripped.profile:
@@ -323,23 +331,29 @@ def _colour_key(image: ImageFile, stored: str, deep: NDArray[np.float32] | None)
     return (values != key).any(axis=2, keepdims=True).astype(np.float32)
 
 
-def _said(path: Path, image: ImageFile) -> tuple[bytes, bytes, tuple[float, float] | None]:
-    """EXIF, XMP and dpi of an image that is upright now; what cannot be read is left out, with a warning."""
+def _said(
+    path: Path, exif_of: Callable[[], Image.Exif], xmp: object, dpi: Iterable[float] | None
+) -> tuple[bytes, bytes, tuple[float, float] | None]:
+    """EXIF, XMP and dpi of a picture that is upright now; what cannot be carried is left out, with a warning."""
     exif, kept = b"", Image.Exif()
     try:
         with damage_explained(path, "its EXIF data is damaged", "it is left out"):
-            found = image.getexif()
-            kept.update({tag: found[tag] for tag in _KEPT_TAGS if tag in found})
+            found = exif_of()
+            texts = {tag: found[tag] for tag in _KEPT_TAGS if tag in found}
+            # as bytes, for Pillow makes "?" of what it has read beyond ASCII
+            kept.update({n: text.encode("latin-1") for n, text in texts.items() if isinstance(text, str)
+                         and not (n == _DESCRIPTION and _OF_NUMBERS.match(text))})  # fmt: skip
             for part in EXIF_PARTS:
                 if said := {tag: value for tag, value in found.get_ifd(part).items() if tag not in _OF_THE_FILE}:
                     kept[part] = said
             exif = kept.tobytes() if kept else b""
     except PictureError as error:
         log.warning("%s", error)
-    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     # the picture is upright now, and readers of Pillow's kind look here too
     xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", rb"\g<1>1", xmp) if isinstance(xmp, bytes) else b""
-    sides = [float(side) for side in image.info.get("dpi", ())]
-    dpi = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < MOST_DPI for side in sides) else None
-    return exif, xmp if len(xmp) < LARGEST else b"", dpi
+    if len(xmp) >= LARGEST:
+        log.warning(_LARGE_XMP, path)
+        xmp = b""
+    sides = [float(side) for side in dpi or ()]
+    return exif, xmp, (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < MOST_DPI for side in sides) else None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffTags
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from .picture import MOST_DPI, PictureError
+from .picture import PictureError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -23,7 +23,7 @@ _RGB, _GREY = 2, 1  # photometric interpretations
 _ICC, _XMP, _ORIENTATION, _STRIP, _SIZE = 34675, 700, 274, 273, 279
 _SMALL, _BIG = b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10" + bytes(7)  # how files begin
 EXIF_PARTS = (0x8769, 0x8825)  # directories of their own: EXIF, and where it was taken
-Said = tuple[bytes, tuple[float, float] | None]  # XMP and dpi
+Said = tuple[object, tuple[float, float] | None]  # XMP and dpi
 
 
 def _tifffile(path: Path, why: str) -> ModuleType:
@@ -65,7 +65,6 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
         tags = {number: page.tags[number].value for number in (_ICC, _XMP, _ORIENTATION) if number in page.tags}
         alpha, unit = list(page.extrasamples), page.tags[296].value if 296 in page.tags else 2
         dpi = page.get_resolution("inch") if 282 in page.tags and unit != 1 else None  # 1: no unit, a shape only
-        dpi = dpi if dpi and all(0 < side < MOST_DPI for side in dpi) else None
     if dtype.kind == "u":
         values /= 65535
     if not np.isfinite(values).all():
@@ -77,12 +76,20 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
             "scale them to that."
         )
     pixels = _upright(_with_alpha(values.clip(0, 1), alpha), tags.get(_ORIENTATION, 1))
-    return pixels, 8 * dtype.itemsize if dtype.kind == "u" else 32, samples < 3, tags.get(_ICC), (_bytes(tags), dpi)
+    bits = 8 * dtype.itemsize if dtype.kind == "u" else 32
+    return pixels, bits, samples < 3, tags.get(_ICC), (tags.get(_XMP, b""), dpi)
 
 
-def _bytes(tags: dict[int, Any]) -> bytes:
-    xmp = tags.get(_XMP, b"")
-    return xmp if isinstance(xmp, bytes) and len(xmp) < 2**20 else b""
+def exif_of(file: BinaryIO) -> Image.Exif:
+    """What a TIFF says of its picture, of which nothing is read yet."""
+    file.seek(0)
+    head = file.read(16)
+    big = b"+" in head[:4]
+    start = ImageFileDirectory_v2(head if big else head[:8])
+    exif = Image.Exif()
+    exif.bigtiff, exif.endian = big, "<" if start.prefix == b"II" else ">"
+    exif.load_from_fp(file, start.next)
+    return exif
 
 
 def _with_alpha(values: NDArray[np.float32], extra: list[int]) -> NDArray[np.float32]:

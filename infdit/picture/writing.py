@@ -139,9 +139,11 @@ def _png_chunks(picture: Picture, icc: bytes | None) -> Iterator[tuple[bytes, by
 
 
 def _tiff_tags(picture: Picture, icc: bytes | None) -> dict[int, Any]:
+    """By number: what `Picture.exif` says, a dict where it is a directory of its own, the profile and XMP."""
     exif = Image.Exif()
     exif.load(picture.exif)
     tags = {n: exif.get_ifd(n) if n in EXIF_PARTS else value for n, value in exif.items()}
+    tags = {n: value.encode("latin-1") if isinstance(value, str) else value for n, value in tags.items()}
     return tags | {n: value for n, value in ((34675, icc), (700, picture.xmp)) if value}
 
 
