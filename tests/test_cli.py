@@ -405,6 +405,12 @@ def test_a_target_that_cannot_be_written_is_found_first(
     assert "/proc/x.png: cannot be written" in one_line(capsys)
     assert run("upscale", *sources, "-o", "/proc") == 2
     assert "cannot be written" in one_line(capsys)
+    for folder in ("in/a", "in/b", "out/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_picture(tmp_path / folder / "x.png")
+    (tmp_path / "out" / "b").symlink_to("/proc")
+    assert run("upscale", tmp_path / "in", "-o", tmp_path / "out", "--recursive", "--force") == 2
+    assert "out/b/x.png: cannot be written" in one_line(capsys)
     assert done == []
 
 
