@@ -290,6 +290,15 @@ def test_a_plugin_reads(module: str, suffix: str, tmp_path: Path) -> None:
     assert (seen * 255 - torch.tensor([200, 100, 50])).abs().max() < 5
 
 
+def test_ten_bits_of_a_heic_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plugin = pytest.importorskip("pillow_heif")
+    deep = np.full((16, 16, 3), 40_000, np.uint16)
+    plugin.from_bytes(mode="RGB;16", size=(16, 16), data=deep.tobytes()).save(tmp_path / "x.heic", quality=-1)
+    seen = read_picture(tmp_path / "x.heic")
+    assert (seen.pixels - 40_000 / 65535).abs().max() < 3 / 255
+    assert complaints(caplog) == [f"{tmp_path / 'x.heic'}: 10 bits a channel are read as 8"]
+
+
 def test_a_float_tiff_by_hand(tmp_path: Path) -> None:
     values = (0.0, 0.25, 1.0, 0.5, 0.75, 0.125)
     tags = {256: 2, 257: 1, 258: (32,) * 3, 259: 1, 262: 2, 277: 3, 339: (3,) * 3}

@@ -257,8 +257,9 @@ def _check_kind(path: Path, image: ImageFile, stored: str, whole: bool) -> None:
     # MPO is a camera's JPEG, and what lies behind it a preview or a depth map
     if getattr(image, "is_animated", False) and image.format != "MPO":
         log.warning("%s: the file holds several pictures; only the first is read", path)
-    if ";16" in stored and image.mode not in _GREY_16 and not whole:
-        log.warning("%s: 16 bits a channel are read as 8", path)
+    bits = 16 if ";16" in stored else image.info.get("bit_depth", 8)  # which pillow-heif tells
+    if bits > 8 and image.mode not in _GREY_16 and not whole:
+        log.warning("%s: %d bits a channel are read as 8", path, bits)
 
 
 def _is_preview(image: TiffImageFile) -> bool:
