@@ -28,10 +28,13 @@ from .tiff import EXIF_PARTS, exif_of, read_tiff
 
 SUFFIXES: frozenset[str] = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".jxl"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".qoi"}
+    | {".dds", ".ico", ".icns", ".pcx", ".sgi"}
 )
-# not all that Pillow knows, for one of them starts Ghostscript; AVIF last, for Pillow before 11.3 lacks it
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
+# not all that Pillow knows, for one of them starts Ghostscript; TGA behind those whose beginning says what they are;
+# AVIF last, for Pillow before 11.3 lacks it
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "PSD", "QOI", "DDS", "ICO", "ICNS", "PCX",
+            "SGI", "TGA", "AVIF")  # fmt: skip
 # what is read only where somebody has its package: how it begins, of whom, and what has to be imported and called
 _PLUGINS = {
     "HEIF": (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "pillow-heif", "pillow_heif", "register_heif_opener"),
@@ -80,7 +83,7 @@ def read_picture(path: Path) -> Picture:
     """
     path = Path(path)
     with _opened(path) as (image, file):
-        if image is None or image.mode == "F" or _deep_planes(image):
+        if image is None or _for_tifffile(image):
             samples, bits, grey, icc, said = read_tiff(path, file)
             said = _said(path, partial(exif_of, file), *said)
             return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, *said)
@@ -205,7 +208,7 @@ def _of_another_format(path: Path, file: BinaryIO) -> ImageFile | None:
             return Image.open(file, formats=[name])
     raise PictureError(
         f"{path}: cannot be read, for it is damaged or no picture of a known format; "
-        "save it as PNG, JPEG, WebP, TIFF, BMP, GIF, PPM or AVIF."
+        "save it as PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF."
     )
 
 
@@ -218,13 +221,18 @@ def _stored_mode(image: ImageFile) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _deep_planes(image: ImageFile) -> bool:
-    """Whether colours of more than 8 bits lie in planes, of which Pillow reads the high bytes or less."""
-    return isinstance(image, TiffImageFile) and image.tag_v2.get(_PLANES) == 2 and _tiff_bits(image) > 8
+def _for_tifffile(image: ImageFile) -> bool:
+    """Whether it is TIFF of floats, or of more than 8 bits in planes, of which Pillow reads the high bytes or less."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    return image.mode == "F" or (image.tag_v2.get(_PLANES) == 2 and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8)
 
 
-def _tiff_bits(image: TiffImageFile) -> int:
-    return max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+def _bits_told(image: ImageFile, stored: str) -> int:
+    """Bits of a channel, as far as the plugin tells; of BMP's "BGR;16" they are those of a pixel."""
+    if re.match(r"(?!BGR).*;16", stored) or (image.tile and image.tile[0][0] == "SGI16"):
+        return 16
+    return image.info.get("bit_depth", 8)  # of pillow-heif
 
 
 def _low_bytes(image: ImageFile, stored: str) -> ImageFile | None:
@@ -254,10 +262,12 @@ def _check_kind(path: Path, image: ImageFile, stored: str, whole: bool) -> None:
             f"{path}: only a small preview of the picture in it can be read, as is usual for a camera's raw file; "
             "develop it, or save the large picture as .png."
         )
-    # MPO is a camera's JPEG, and what lies behind it a preview or a depth map
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if image.mode == "F":
+        raise PictureError(f"{path}: floats are read of TIFF only; save it as .tif, or as 16-bit .png.")
+    # MPO is a camera's JPEG, and what lies behind it a preview or a depth map; behind PSD's whole lie its layers
+    if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
         log.warning("%s: the file holds several pictures; only the first is read", path)
-    bits = 16 if ";16" in stored else image.info.get("bit_depth", 8)  # which pillow-heif tells
+    bits = _bits_told(image, stored)
     if bits > 8 and image.mode not in _GREY_16 and not whole:
         log.warning("%s: %d bits a channel are read as 8", path, bits)
 
