@@ -19,8 +19,10 @@ from filebytes import (
     exif,
     grey_profile,
     iccp,
+    interlaced,
     linear_rgb_profile,
     png,
+    psd,
     rgb_profile,
     saved,
     stored,
@@ -202,13 +204,6 @@ def test_reads_jpeg(mode: str, tmp_path: Path) -> None:
     assert (seen.pixels * 255 - torch.tensor(shown)).abs().max() <= 4
 
 
-def psd(values: np.ndarray, bits: int = 8) -> bytes:
-    """RGB, as planes without compression; no resources, no layers."""
-    height, width, _ = values.shape
-    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, height, width, bits, 3)
-    return head + bytes(14) + np.moveaxis(values, 2, 0).tobytes()
-
-
 VALUES = np.random.default_rng(0).integers(0, 256, (128, 128, 4), np.uint8)
 
 
@@ -260,6 +255,13 @@ def test_tells_what_is_lost(name: str, tmp_path: Path, caplog: pytest.LogCapture
         return
     assert read_picture(path).pixels.shape == (2, 3, 3)
     assert complaints(caplog) == ([f"{path}: 16 bits a channel are read as 8"] if "16" in name else [])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_reads_interlaced_png(kind: type, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (9, 14, 3), kind)
+    seen = read_picture(stored(tmp_path / "x.png", interlaced(values))).pixels.double().numpy()
+    assert np.array_equal((seen * np.iinfo(kind).max).round(), values)
 
 
 @pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow has no AVIF")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LARGEST = 2**20  # bytes of a profile that Pillow reads, and with it many programs
-_MOST = 2**26  # bytes of a profile that we do
+_MOST = 2**24  # bytes of a profile that we do
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 KEYWORD = "inf-dit"  # of our own text

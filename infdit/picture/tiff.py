@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -22,6 +24,7 @@ _BEYOND = 1e-3  # of 0..1: what rounding may leave there
 _RGB, _GREY = 2, 1  # photometric interpretations
 _ICC, _XMP, _ORIENTATION, _STRIP, _SIZE = 34675, 700, 274, 273, 279
 _SMALL, _BIG = b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10" + bytes(7)  # how files begin
+_DEFLATED = (8, 32946)  # compressions
 EXIF_PARTS = (0x8769, 0x8825)  # directories of their own: EXIF, and where it was taken
 Said = tuple[object, tuple[float, float] | None]  # XMP and dpi
 
@@ -53,13 +56,8 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
         if dtype.str[1:] not in ("f2", "f4", "f8", "u2") or page.photometric not in (_GREY, _RGB) or samples > 4:
             kind = getattr(page.photometric, "name", page.photometric)
             raise PictureError(f"{path}: TIFF of {samples} × {dtype} {kind} cannot be read; save it as .png.")
-        try:
-            values = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            problem = "its compression takes the package imagecodecs, which is not installed"
-            raise PictureError(f"{path}: {problem}; pip install imagecodecs, or save as 16-bit .png.") from None
+        _check_unpacked(path, file, page)
+        values = page.asarray()
         values = values.reshape(samples, height, width).transpose(1, 2, 0) if page.planarconfig == 2 else values
         values = values.reshape(height, width, samples).astype(np.float32)
         tags = {number: page.tags[number].value for number in (_ICC, _XMP, _ORIENTATION) if number in page.tags}
@@ -90,6 +88,18 @@ def exif_of(file: BinaryIO) -> Image.Exif:
     exif.bigtiff, exif.endian = big, "<" if start.prefix == b"II" else ">"
     exif.load_from_fp(file, start.next)
     return exif
+
+
+def _check_unpacked(path: Path, file: BinaryIO, page: Any) -> None:  # noqa: ANN401 - tifffile's
+    """Refuse strips that unpack to more than their pixels take, which tifffile by itself would have in memory."""
+    if page.compression not in (1, *_DEFLATED) and find_spec("imagecodecs") is None:  # which heeds the size
+        problem = "its compression takes the package imagecodecs, which is not installed"
+        raise PictureError(f"{path}: {problem}; pip install imagecodecs, or save as 16-bit .png.")
+    most = 2 * math.prod(page.chunks) * page.dtype.itemsize  # twice: some programs fill up
+    for at, size in zip(page.dataoffsets, page.databytecounts, strict=True) if page.compression in _DEFLATED else ():
+        file.seek(at)
+        if len(zlib.decompressobj().decompress(file.read(size), most + 1)) > most:
+            raise PictureError(f"{path}: parts of it unpack to more than its pixels take; save it again as .png.")
 
 
 def _with_alpha(values: NDArray[np.float32], extra: list[int]) -> NDArray[np.float32]:
