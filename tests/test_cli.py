@@ -450,10 +450,10 @@ def test_one_picture_into_a_new_folder(tmp_path: Path) -> None:
 def test_a_folder_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_picture(tmp_path / "in.png")
     (tmp_path / "more").mkdir()
-    for name in ("a.psd", "b.psd", "readme", "._in.png"):
+    for name in ("a.xcf", "b.xcf", "readme", "._in.png"):
         (tmp_path / name).write_bytes(b"")
     assert run("upscale", tmp_path, "-o", tmp_path / "more", "--scale", 2) == 0
-    assert f"{tmp_path}: left out: 1 folder, 2 × .psd, 1 × hidden, 1 × no ending" in caplog.text
+    assert f"{tmp_path}: left out: 1 folder, 2 × .xcf, 1 × hidden, 1 × no ending" in caplog.text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
