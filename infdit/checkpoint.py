@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +25,7 @@ from torch import Tensor
 from .clip.loader import CHECKPOINT_PREFIX, CONVERTED
 from .config import InfDiTConfig, SamplingDefaults
 from .device import default_device, default_dtype
-from .draft import draft, sweep
+from .draft import draft, put, sweep
 from .grid import SLOTS
 from .model import InfDiT
 from .names import DROPPED, QKV_WEIGHT, SLOT_EMBED, from_published, is_published
@@ -301,9 +300,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], hash
         sweep(path.parent)
         with draft(path) as part:
             save_file(tensors, str(part), metadata)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
+            put(part, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         remedy = "try another folder, free some space, or close the program that has it open"
         raise CheckpointError(path, f"cannot be written ({why(error)})", remedy) from error

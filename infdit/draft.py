@@ -6,6 +6,7 @@ because libraries that are given a name write under another one beside it first 
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """A place for a file of the same name, on the same disk: whoever has written it there calls `replace(path)`.
+    """A place for a file of the same name, on the same disk: whoever has written it there calls `put`.
 
     Raises:
         OSError: in the folder nothing can be written.
@@ -36,6 +37,19 @@ def draft(path: Path) -> Iterator[Path]:
             yield folder / path.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(part: Path, path: Path) -> None:
+    """Put what is written at `part` in the place of `path`, on the disk first: no power cut leaves half of it."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    with suppress(OSError):  # where folders can be opened for that
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def sweep(folder: Path) -> None:

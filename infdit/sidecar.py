@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .draft import draft, sweep
+from .draft import draft, put, sweep
 from .tensorfile import CheckpointError, why
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def write_fits(path: Path, model: str, fits: Mapping[str, Mapping[int, Fit]]) ->
         sweep(path.parent)
         with draft(path) as part:
             part.write_text(json.dumps(stated, indent=1), encoding="utf-8")
-            part.replace(path)
+            put(part, path)
     except OSError as error:
         remedy = "free some space, or give a model in a folder that can be written to"
         raise CheckpointError(path, f"cannot be written ({why(error)})", remedy) from error

@@ -31,6 +31,24 @@ def png(width: int, rows: Sequence[bytes], depth: int, colour: int, **chunks: by
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
+def interlaced(values: np.ndarray) -> bytes:
+    """A PNG of RGB, uint8 or uint16, in the seven passes of Adam7."""
+    height, width, _ = values.shape
+    packed, wide = b"", values.astype(f">u{values.itemsize}")
+    passes = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
+    for x, y, right, down in passes:
+        packed += b"".join(b"\0" + row.tobytes() for row in wide[y::down, x::right] if row.size)
+    header = struct.pack(">IIBBBBB", width, height, 8 * values.itemsize, 2, 0, 0, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(packed)) + chunk(b"IEND", b"")
+
+
+def psd(values: np.ndarray, bits: int = 8) -> bytes:
+    """RGB, as planes without compression; no resources, no layers."""
+    height, width, _ = values.shape
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, height, width, bits, 3)
+    return head + bytes(14) + np.moveaxis(values, 2, 0).tobytes()
+
+
 def u16(*values: int) -> bytes:
     return struct.pack(f">{len(values)}H", *values)
 

@@ -405,6 +405,12 @@ def test_a_target_that_cannot_be_written_is_found_first(
     assert "/proc/x.png: cannot be written" in one_line(capsys)
     assert run("upscale", *sources, "-o", "/proc") == 2
     assert "cannot be written" in one_line(capsys)
+    for folder in ("in/a", "in/b", "out/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_picture(tmp_path / folder / "x.png")
+    (tmp_path / "out" / "b").symlink_to("/proc")
+    assert run("upscale", tmp_path / "in", "-o", tmp_path / "out", "--recursive", "--force") == 2
+    assert "out/b/x.png: cannot be written" in one_line(capsys)
     assert done == []
 
 
@@ -444,10 +450,10 @@ def test_one_picture_into_a_new_folder(tmp_path: Path) -> None:
 def test_a_folder_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_picture(tmp_path / "in.png")
     (tmp_path / "more").mkdir()
-    for name in ("a.psd", "b.psd", "readme", "._in.png"):
+    for name in ("a.xcf", "b.xcf", "readme", "._in.png"):
         (tmp_path / name).write_bytes(b"")
     assert run("upscale", tmp_path, "-o", tmp_path / "more", "--scale", 2) == 0
-    assert f"{tmp_path}: left out: 1 folder, 2 × .psd, 1 × hidden, 1 × no ending" in caplog.text
+    assert f"{tmp_path}: left out: 1 folder, 2 × .xcf, 1 × hidden, 1 × no ending" in caplog.text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

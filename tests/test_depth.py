@@ -14,9 +14,11 @@ import torch
 from filebytes import assert_one_sentence, complaints, png, stored, tiff
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import IFDRational
 from test_cli import one_line, run
 
 from infdit.picture import Picture, PictureError, check_png, check_target, read_picture, write_picture
+from infdit.picture.tiff import has_bigtiff
 
 tifffile = pytest.importorskip("tifffile", reason="TIFF of more than 8 bits takes it")
 
@@ -122,15 +124,15 @@ def test_floats_are_turned_upright(orientation: int, tmp_path: Path) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("bits", [8, 16, 32])
 def test_tiff_keeps_what_it_is_given(bits: int, channels: int, grey: bool, tmp_path: Path) -> None:
     given = picture(channels, grey, bits)
     write_picture(tmp_path / "x.tif", given)
     values = tifffile.imread(tmp_path / "x.tif")
-    assert values.dtype == (np.uint16 if bits == 16 else np.float32)
+    assert values.dtype == {8: np.uint8, 16: np.uint16, 32: np.float32}[bits]
     again = read_picture(tmp_path / "x.tif")
     assert (again.bits, again.grey, again.pixels.shape) == (bits, grey, given.pixels.shape)
-    assert (again.pixels - given.pixels).abs().max() <= (0.51 / 65535 if bits == 16 else 1e-7)
+    assert (again.pixels - given.pixels).abs().max() <= (0.51 / (2**bits - 1) if bits < 32 else 1e-7)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.5), (-0.25, 1.0), (0.0, float("inf")), (float("nan"), 1.0)])
@@ -142,11 +144,19 @@ def test_floats_beyond_black_and_white_are_refused(low: float, high: float, tmp_
 
 
 def test_a_tiff_above_4_gib_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_target(tmp_path / "x.tif", Picture(torch.zeros(1, 1, 3).expand(40000, 40000, 3), None, False))
-    monkeypatch.setattr("infdit.picture.tiff._LARGEST", 1000)
-    given = picture(3, False, 16)
+    large, given = Picture(torch.zeros(1, 1, 3).expand(40000, 40000, 3), None, False), picture(3, False, 16)
+    with monkeypatch.context() as old:
+        old.setattr("infdit.picture.writing.has_bigtiff", lambda: False)
+        with pytest.raises(PictureError) as error:
+            check_target(tmp_path / "x.tif", large)
+        assert_one_sentence(error, "Pillow 11.2", ".png")
+    if not has_bigtiff():
+        pytest.skip("this Pillow writes none")
+    check_target(tmp_path / "x.tif", large)
+    monkeypatch.setattr("infdit.picture.tiff.CLASSIC", 1000)
     write_picture(tmp_path / "x.tif", given)
     assert (tmp_path / "x.tif").read_bytes()[:4] == b"II+\0"
+    assert abs(tifffile.imread(tmp_path / "x.tif") / 65535 - given.pixels.numpy()).max() <= 0.51 / 65535
     assert (read_picture(tmp_path / "x.tif").pixels - given.pixels).abs().max() <= 0.51 / 65535
 
 
@@ -156,10 +166,8 @@ def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(PictureError) as error:
         read_picture(tmp_path / "in.tif")
     assert_one_sentence(error, "pip install tifffile")
-    with pytest.raises(PictureError) as error:
-        check_target(tmp_path / "x.tif", picture(3, False, 16))
-    assert_one_sentence(error, "pip install tifffile", "16 bits")
-    write_picture(tmp_path / "x.tif", picture(3, False, 8))
+    for bits in (8, 16, 32):
+        write_picture(tmp_path / "x.tif", picture(3, False, bits))
 
 
 def test_a_gradient_keeps_its_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,28 +211,62 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6" dc:creator
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".16.png", ".16.tif"])
 def test_date_camera_dpi_and_xmp_are_carried(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     exif = Image.Exif()
-    exif.update({271: "Maker", 272: "Model 1", 306: "2026:01:02 03:04:05", 274: 6, 256: 9})
-    exif[0x8769] = {36867: "2026:01:02 03:04:05", 40962: 12}
+    exif.update({270: "Zürich".encode(), 271: "Maker", 272: "Model 1", 306: "2026:01:02 03:04:05", 274: 6, 256: 9})
+    exif[0x8769] = {36867: "2026:01:02 03:04:05", 33434: IFDRational(1, 250), 40962: 12}
+    exif[0x8825] = {1: "N", 2: (47.0, 22.0, 12.5)}
     Image.new("RGB", (12, 9), (9, 99, 199)).save(tmp_path / "in.jpg", exif=exif, dpi=(240, 240), xmp=XMP)
     seen = read_picture(tmp_path / "in.jpg")
     path = tmp_path / f"out{suffix}"
     bits = 16 if ".16" in suffix else 8
     write_picture(path, Picture(seen.pixels, None, False, "", bits, seen.exif, seen.xmp, seen.dpi))
     assert read_picture(path).pixels.shape == (12, 9, 3)  # upright, and not turned a second time
-    if suffix == ".16.png":
-        return  # Pillow reads it as the others
     with Image.open(path) as image:
         found = image.getexif()
         assert (found[271], found[272], found[306]) == ("Maker", "Model 1", "2026:01:02 03:04:05")
+        assert found[270].encode("latin-1") == "Zürich".encode()
         assert 274 not in found or found[274] == 1
-        if suffix != ".16.tif":  # tifffile writes no EXIF of its own
-            assert found.get_ifd(0x8769)[36867] == "2026:01:02 03:04:05"
-            assert 40962 not in found.get_ifd(0x8769)
+        assert found.get_ifd(0x8769)[36867] == "2026:01:02 03:04:05"
+        assert found.get_ifd(0x8769)[33434] == 1 / 250
+        assert 40962 not in found.get_ifd(0x8769)
+        assert found.get_ifd(0x8825)[2] == (47.0, 22.0, 12.5)
         if suffix != ".webp":
             assert image.info["dpi"] == pytest.approx((240, 240), abs=0.1)
         xmp = image.info.get("xmp") or image.info["XML:com.adobe.xmp"].encode()
         assert b'dc:creator="me"' in xmp and b'Orientation="6"' not in xmp
     assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
+def test_what_a_tiff_says(order: str, kind: str, big: bool, tmp_path: Path) -> None:
+    """Whoever reads it; how the array lay in that file is not said of the next."""
+    said = {271: "Maker", 272: "Model 1", 306: "2026:01:02 03:04:05", 315: "me"}
+    extra = [(n, 2, 0, text, True) for n, text in said.items()] + [(700, 1, len(XMP), XMP, True)]
+    for description, kept in (("a cat", "a cat"), (None, None), ("ImageJ=1.53\nimages=3\n", None)):
+        tifffile.imwrite(
+            tmp_path / "x.tif", np.zeros((4, 5, 3), kind), photometric="rgb", byteorder=order, bigtiff=big,
+            description=description, metadata=None if description else {}, extratags=extra, software=False,
+        )  # fmt: skip
+        seen, found = read_picture(tmp_path / "x.tif"), Image.Exif()
+        found.load(seen.exif)
+        assert dict(found) == said | ({270: kept} if kept else {})
+        assert b"me" in seen.xmp
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".f4.tif"])
+def test_xmp_that_readers_refuse_is_told(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, kind = tmp_path / f"x{suffix}", "f4" if "f4" in suffix else "u1"
+    for size, left_out in ((2**20 - 1000, False), (2**20, True)):
+        caplog.clear()
+        xmp = b"<x/>" + b" " * size
+        if suffix == ".png":
+            text = {"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + xmp}
+            stored(path, png(1, [b"\7"], 8, 0, **text))
+        else:
+            tifffile.imwrite(path, np.zeros((1, 1), kind), extratags=[(700, 1, len(xmp), xmp, True)])
+        assert read_picture(path).xmp == (b"" if left_out else xmp)
+        assert len(complaints(caplog)) == left_out
+        assert not left_out or "XMP" in complaints(caplog)[0]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +288,15 @@ def test_a_plugin_reads(module: str, suffix: str, tmp_path: Path) -> None:
     seen = read_picture(tmp_path / f"x{suffix}").pixels
     assert seen.shape == (48, 64, 3)
     assert (seen * 255 - torch.tensor([200, 100, 50])).abs().max() < 5
+
+
+def test_ten_bits_of_a_heic_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plugin = pytest.importorskip("pillow_heif")
+    deep = np.full((16, 16, 3), 40_000, np.uint16)
+    plugin.from_bytes(mode="RGB;16", size=(16, 16), data=deep.tobytes()).save(tmp_path / "x.heic", quality=-1)
+    seen = read_picture(tmp_path / "x.heic")
+    assert (seen.pixels - 40_000 / 65535).abs().max() < 3 / 255
+    assert complaints(caplog) == [f"{tmp_path / 'x.heic'}: 10 bits a channel are read as 8"]
 
 
 def test_a_float_tiff_by_hand(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import fork
+from test_cli import make_picture, run
 
 import infdit
 from infdit.draft import draft, sweep
@@ -51,6 +52,46 @@ def test_what_a_killed_writer_leaves_the_next_one_removes(tmp_path: Path, name: 
     (written,) = set(tmp_path.iterdir()) - left
     assert set(tmp_path.iterdir()) == {written}
     assert written.stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = watched(monkeypatch)
+    WRITERS[name](tmp_path)
+    (written,) = tmp_path.iterdir()
+    assert done == ["synced", f"{written.suffix} replaced", "synced"]  # the file, its name, and its folder
+
+
+def test_a_result_is_on_the_disk_before_its_states_and_receipts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No power cut can take both."""
+    source, states, receipt = make_picture(tmp_path / "in.png", (8, 6)), tmp_path / "states", tmp_path / "out.json"
+    done = watched(monkeypatch)
+    assert run("upscale", source, "-o", tmp_path / "out.png", "--resume", states, "--receipt", receipt) == 0
+    done = done[done.index(".png replaced") - 1 :]
+    assert done == ["synced", ".png replaced", "synced", ".state removed", "synced", ".json replaced", "synced"]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done to the disk from here on."""
+    done: list[str] = []
+    replace, unlink = Path.replace, Path.unlink
+
+    def replaced(part: Path, path: Path) -> Path:
+        done.append(f"{path.suffix} replaced")
+        return replace(part, path)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        done.append(f"{path.suffix} removed")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr("os.fsync", lambda file: done.append("synced"))
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    return done
 
 
 def test_what_a_living_writer_holds_stays(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from filebytes import (
     exif,
     grey_profile,
     iccp,
+    interlaced,
     linear_rgb_profile,
     png,
+    psd,
     rgb_profile,
     saved,
     stored,
@@ -31,7 +33,7 @@ from filebytes import (
 from PIL import Image, ImageCms, features
 from PIL.TiffImagePlugin import OPEN_INFO
 
-from infdit.picture import Picture, PictureError, find_pictures, read_picture, write_picture
+from infdit.picture import SUFFIXES, Picture, PictureError, find_pictures, read_picture, write_picture
 
 # ---------------------------------------------------------------- reading, kind by kind
 
@@ -200,6 +202,66 @@ def test_reads_jpeg(mode: str, tmp_path: Path) -> None:
     seen = read_picture(path)
     assert seen.grey == (mode == "L")
     assert (seen.pixels * 255 - torch.tensor(shown)).abs().max() <= 4
+
+
+VALUES = np.random.default_rng(0).integers(0, 256, (128, 128, 4), np.uint8)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("suffix", [".jp2", ".j2k", ".tga", ".dds", ".ico", ".icns", ".pcx", ".sgi", ".qoi", ".psd"])
+def test_reads_what_load_image_reads(
+    suffix: str, alpha: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, values = tmp_path / f"x{suffix}", VALUES if alpha else VALUES[..., :3]
+    if alpha and suffix in (".pcx", ".psd"):
+        pytest.skip("Pillow reads none")
+    if suffix == ".psd":
+        stored(path, psd(values))
+    else:
+        try:
+            options = {".ico": {"sizes": [(32, 32), (128, 128)]}, ".icns": {"append_images": []}}.get(suffix, {})
+            saved(path, Image.fromarray(values), **options)
+        except (KeyError, OSError, ValueError) as error:
+            pytest.skip(f"this Pillow writes none: {error}")
+    assert path.suffix in SUFFIXES
+    seen = read_picture(path).pixels.numpy() * 255
+    if suffix == ".icns":  # which has it in several sizes, of which the largest is taken
+        assert seen.shape[0] > 128
+        seen = np.asarray(Image.fromarray(seen.round().astype(np.uint8)).resize((128, 128), Image.Resampling.BOX))
+        assert abs(seen[..., :3].astype(int) - values[..., :3]).mean() < 40
+    else:
+        assert np.array_equal(seen.round()[..., : values.shape[2]], values)
+    assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("name", ["sgi", "sgi 16", "sgi rle 16", "bmp 565", "pfm"])
+def test_tells_what_is_lost(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values, path = np.full((2, 3, 3), 90, np.uint8), tmp_path / "x"
+    if name.startswith("sgi"):
+        Image.fromarray(values).save(path, "SGI", bpc=2 if "16" in name else 1)
+        if "rle" in name:
+            data = path.read_bytes()
+            row = u16(0x0003, 0x5A5A, 0)  # three of one value, the end
+            table = struct.pack(">6I", *[512 + 48] * 6) + struct.pack(">6I", *[len(row)] * 6)
+            path.write_bytes(data[:2] + b"\1" + data[3:512] + table + row)
+    elif name == "bmp 565":
+        head = struct.pack("<IiiHHIIiiII", 40, 3, 2, 1, 16, 3, 16, 0, 0, 0, 0) + struct.pack("<3I", 0xF800, 0x7E0, 0x1F)
+        stored(path, b"BM" + struct.pack("<IHHI", 82, 0, 0, 66) + head + bytes(16))
+    else:
+        stored(path, b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5))
+        with pytest.raises(PictureError) as error:
+            read_picture(path)
+        assert_one_sentence(error, "TIFF only", "16-bit .png")
+        return
+    assert read_picture(path).pixels.shape == (2, 3, 3)
+    assert complaints(caplog) == ([f"{path}: 16 bits a channel are read as 8"] if "16" in name else [])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_reads_interlaced_png(kind: type, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (9, 14, 3), kind)
+    seen = read_picture(stored(tmp_path / "x.png", interlaced(values))).pixels.double().numpy()
+    assert np.array_equal((seen * np.iinfo(kind).max).round(), values)
 
 
 @pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow has no AVIF")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filebytes import ONE_LEVEL, assert_one_sentence, cmyk_profile, complaints, linear_rgb_profile, png, saved, stored
+from peaks import TELLS, growth
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -231,6 +232,19 @@ def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_picture(tmp_path / name, read_picture(image))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.skipif(not TELLS, reason="the system tells no peak")
+@pytest.mark.parametrize("profile", [False, True])
+@pytest.mark.parametrize(("suffix", "bits"), [(".png", 8), (".tif", 8), (".tif", 16)])
+def test_written_by_rows(suffix: str, bits: int, profile: bool, tmp_path: Path) -> None:
+    """No copy of a picture is made: of 36 MB, which are too many to be hidden among what was free already."""
+    icc = linear_rgb_profile(junk=bytes(2**20)) if profile else None
+    given = Picture(torch.rand(1, 1, 3).expand(30_000, 400, 3), icc, False, bits=bits)
+    taken = growth(lambda: write_picture(tmp_path / f"x{suffix}", given))
+    assert taken < 18 * 2**20
+    with Image.open(tmp_path / f"x{suffix}") as image:
+        assert image.size == (400, 30_000)
 
 
 # ---------------------------------------------------------------- finding

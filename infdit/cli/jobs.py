@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..draft import draft, sweep
+from ..draft import draft, put, sweep
 from ..picture import PictureError, check_png, read_note, target_explained
 from ..receipt import Receipt, ReceiptError, parse_receipt
 from ..resume import difference
@@ -126,7 +126,7 @@ def receipts_at(path: Path | None, sources: list[Path], force: bool) -> Iterator
     def write(receipts: list[dict[str, Any]]) -> None:
         with target_explained(path):
             part.write_text(json.dumps(receipts if len(receipts) > 1 else receipts[0], indent=1), "utf-8")
-            part.replace(path)
+            put(part, path)
 
     with ExitStack() as held:
         sweep(path.parent)

@@ -149,8 +149,9 @@ def _run(options: argparse.Namespace, devices: list[torch.device], peers: Peers 
             sweep(folder)
         if options.resume is not None:
             _make_folder(options.resume, "a folder for --resume")
-        with place_for(jobs[0][1]):
-            pass  # that nothing can be written is told before the work
+        for target in {target.parent: target for _, target in reversed(jobs)}.values():
+            with place_for(target):
+                pass  # that nothing can be written in a folder is told before the work
         vectors = clip_vectors(encoder, options, sources)
         del encoder  # its memory is free while pictures are enlarged
         return _upscale_all(jobs, recipe, vectors, options, write_receipts)

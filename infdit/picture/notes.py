@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LARGEST = 2**20  # bytes of a profile that Pillow reads, and with it many programs
-_MOST = 2**26  # bytes of a profile that we do
+_MOST = 2**24  # bytes of a profile that we do
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 KEYWORD = "inf-dit"  # of our own text
@@ -47,11 +47,13 @@ class Stripped:
         file: the file given, or its copy in memory without what is left out.
         profile: an ICC profile too large for Pillow.
         damaged: the chunks left out for a wrong checksum, texts apart.
+        large_xmp: whether XMP is left out for its size.
     """
 
     file: BinaryIO
     profile: bytes | None = None
     damaged: list[str] = field(default_factory=list)
+    large_xmp: bool = False
 
 
 def strip_notes(file: BinaryIO) -> Stripped:
@@ -97,4 +99,6 @@ def _left_out(kind: bytes, file: BinaryIO, length: int, result: Stripped) -> boo
         if len(profile) >= LARGEST:
             result.profile = profile
             return True
-    return kind in _TEXTS and not (content.startswith(_XMP) and length < LARGEST)
+    xmp = kind in _TEXTS and content.startswith(_XMP)
+    result.large_xmp |= xmp and length >= LARGEST
+    return kind in _TEXTS and not (xmp and length < LARGEST)

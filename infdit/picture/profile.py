@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -30,25 +31,29 @@ def fitting_profile(path: Path, icc: bytes | None, grey: bool) -> bytes | None:
     return icc if fits else None
 
 
-def to_srgb(image: Image.Image, icc: bytes) -> Image.Image | None:
-    """The picture as RGB in sRGB, or RGBA from LA or RGBA; None if the profile cannot do that."""
-    # Relative colorimetric with the black point moved: what photographers' tools do when they convert.
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colour = image if alpha is None else image.convert(image.mode[:-1])
+def to_srgb(icc: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """A function from pictures of this mode to RGB in sRGB, or RGBA from LA or RGBA; None if the profile has none."""
+    colours = mode.removesuffix("A")
     try:
-        converted = ImageCms.profileToProfile(
-            colour,
+        # relative colorimetric with the black point moved: what photographers' tools do when they convert
+        transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
             ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
-            flags=_BLACK_POINT,
+            colours,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            _BLACK_POINT,
         )
     except _BAD_PROFILE:
         return None
-    if converted is not None and alpha is not None:
-        converted.putalpha(alpha)
-    return converted
+
+    def convert(image: Image.Image) -> Image.Image:
+        converted = cast("Image.Image", ImageCms.applyTransform(image.convert(colours), transform))
+        if mode != colours:
+            converted.putalpha(image.getchannel("A"))
+        return converted
+
+    return convert
 
 
 def srgb_profile() -> bytes:

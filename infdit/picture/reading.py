@@ -8,7 +8,8 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,14 +24,17 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SUBIF
 from .notes import LARGEST, strip_notes
 from .picture import MOST_DPI, Picture, PictureError, damage_explained, log
 from .profile import fitting_profile, srgb_profile, to_srgb
-from .tiff import read_tiff
+from .tiff import EXIF_PARTS, exif_of, read_tiff
 
 SUFFIXES: frozenset[str] = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".jxl"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".qoi"}
+    | {".dds", ".ico", ".icns", ".pcx", ".sgi"}
 )
-# not all that Pillow knows, for one of them starts Ghostscript; AVIF last, for Pillow before 11.3 lacks it
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
+# not all that Pillow knows, for one of them starts Ghostscript; TGA behind those whose beginning says what they are;
+# AVIF last, for Pillow before 11.3 lacks it
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "PSD", "QOI", "DDS", "ICO", "ICNS", "PCX",
+            "SGI", "TGA", "AVIF")  # fmt: skip
 # what is read only where somebody has its package: how it begins, of whom, and what has to be imported and called
 _PLUGINS = {
     "HEIF": (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "pillow-heif", "pillow_heif", "register_heif_opener"),
@@ -38,9 +42,12 @@ _PLUGINS = {
 }
 _EXR = b"\x76\x2f\x31\x01"
 _PLANES = 284  # TIFF's tag
-_KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
-_KEPT_PARTS = (0x8769, 0x8825)  # EXIF's own, and where it was taken
+_DESCRIPTION = 270
+_KEPT_TAGS = (_DESCRIPTION, 271, 272, 305, 306, 315, 33432)  # what it shows, camera, program, date, artist, copyright
+
 _OF_THE_FILE = (40962, 40963, 40965)  # its sides, and a place in it
+_OF_NUMBERS = re.compile(r'\s*(\{.*"shape":|ImageJ=|<\?xml.*<OME\b)', re.DOTALL)  # how arrays lay in the file
+_LARGE_XMP = "%s: its XMP is of 1 MiB or more, which readers refuse, and is left out"
 _GREY_16 = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _NEW_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF's tags for what a picture is of others in its file
 
@@ -76,9 +83,10 @@ def read_picture(path: Path) -> Picture:
     """
     path = Path(path)
     with _opened(path) as (image, file):
-        if image is None or image.mode == "F" or _deep_planes(image):
+        if image is None or _for_tifffile(image):
             samples, bits, grey, icc, said = read_tiff(path, file)
-            return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, b"", *said)
+            said = _said(path, partial(exif_of, file), *said)
+            return Picture(torch.from_numpy(samples), fitting_profile(path, icc, grey), grey, "", bits, *said)
         stored = _stored_mode(image)  # before loading, which forgets it
         low = _low_bytes(image, stored)
         _check_kind(path, image, stored, low is not None)
@@ -93,7 +101,8 @@ def read_picture(path: Path) -> Picture:
             below = np.asarray(low if low.mode != "RGBX" else low.convert("RGB"))
             samples, white = samples * 256 + (below[..., 1::2] if samples.shape[2] == 2 else below), 65535
         alpha = _colour_key(image, stored, None if low is None else samples)
-        said = _said(path, image)
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        said = _said(path, image.getexif, xmp, image.info.get("dpi"))
     samples -= black
     samples /= white - black
     grey = samples.shape[2] < 3
@@ -161,6 +170,8 @@ def _identified(path: Path, file: BinaryIO) -> ImageFile | None:
     stripped = strip_notes(file)
     if stripped.damaged:
         log.warning("%s: damaged parts of it are left out: %s", path, ", ".join(stripped.damaged))
+    if stripped.large_xmp:
+        log.warning(_LARGE_XMP, path)
     try:
         image = Image.open(stripped.file, formats=_FORMATS)
         if stripped.profile:
@@ -197,7 +208,7 @@ def _of_another_format(path: Path, file: BinaryIO) -> ImageFile | None:
             return Image.open(file, formats=[name])
     raise PictureError(
         f"{path}: cannot be read, for it is damaged or no picture of a known format; "
-        "save it as PNG, JPEG, WebP, TIFF, BMP, GIF, PPM or AVIF."
+        "save it as PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF."
     )
 
 
@@ -210,13 +221,18 @@ def _stored_mode(image: ImageFile) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _deep_planes(image: ImageFile) -> bool:
-    """Whether colours of more than 8 bits lie in planes, of which Pillow reads the high bytes or less."""
-    return isinstance(image, TiffImageFile) and image.tag_v2.get(_PLANES) == 2 and _tiff_bits(image) > 8
+def _for_tifffile(image: ImageFile) -> bool:
+    """Whether it is TIFF of floats, or of more than 8 bits in planes, of which Pillow reads the high bytes or less."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    return image.mode == "F" or (image.tag_v2.get(_PLANES) == 2 and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8)
 
 
-def _tiff_bits(image: TiffImageFile) -> int:
-    return max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+def _bits_told(image: ImageFile, stored: str) -> int:
+    """Bits of a channel, as far as the plugin tells; of BMP's "BGR;16" they are those of a pixel."""
+    if re.match(r"(?!BGR).*;16", stored) or (image.tile and image.tile[0][0] == "SGI16"):
+        return 16
+    return image.info.get("bit_depth", 8)  # of pillow-heif
 
 
 def _low_bytes(image: ImageFile, stored: str) -> ImageFile | None:
@@ -246,11 +262,14 @@ def _check_kind(path: Path, image: ImageFile, stored: str, whole: bool) -> None:
             f"{path}: only a small preview of the picture in it can be read, as is usual for a camera's raw file; "
             "develop it, or save the large picture as .png."
         )
-    # MPO is a camera's JPEG, and what lies behind it a preview or a depth map
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if image.mode == "F":
+        raise PictureError(f"{path}: floats are read of TIFF only; save it as .tif, or as 16-bit .png.")
+    # MPO is a camera's JPEG, and what lies behind it a preview or a depth map; behind PSD's whole lie its layers
+    if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
         log.warning("%s: the file holds several pictures; only the first is read", path)
-    if ";16" in stored and image.mode not in _GREY_16 and not whole:
-        log.warning("%s: 16 bits a channel are read as 8", path)
+    bits = _bits_told(image, stored)
+    if bits > 8 and image.mode not in _GREY_16 and not whole:
+        log.warning("%s: %d bits a channel are read as 8", path, bits)
 
 
 def _is_preview(image: TiffImageFile) -> bool:
@@ -278,9 +297,9 @@ def _as_shown(path: Path, image: ImageFile, stored: str) -> tuple[Image.Image, b
     if image.mode == "LAB":  # its colours are absolute, whatever profile lies beside them
         return image.convert("RGB"), srgb_profile()
     if image.mode == "CMYK" and icc:
-        shown = to_srgb(image, icc)
-        if shown is not None:
-            return shown, srgb_profile()
+        convert = to_srgb(icc, image.mode)
+        if convert is not None:
+            return convert(image), srgb_profile()
         log.warning("%s: its ICC profile cannot be used; the CMYK colours are converted without it", path)
         icc = None
     # LA of 16 bits is read as RGBA with three equal channels
@@ -323,23 +342,29 @@ def _colour_key(image: ImageFile, stored: str, deep: NDArray[np.float32] | None)
     return (values != key).any(axis=2, keepdims=True).astype(np.float32)
 
 
-def _said(path: Path, image: ImageFile) -> tuple[bytes, bytes, tuple[float, float] | None]:
-    """EXIF, XMP and dpi of an image that is upright now; what cannot be read is left out, with a warning."""
+def _said(
+    path: Path, exif_of: Callable[[], Image.Exif], xmp: object, dpi: Iterable[float] | None
+) -> tuple[bytes, bytes, tuple[float, float] | None]:
+    """EXIF, XMP and dpi of a picture that is upright now; what cannot be carried is left out, with a warning."""
     exif, kept = b"", Image.Exif()
     try:
         with damage_explained(path, "its EXIF data is damaged", "it is left out"):
-            found = image.getexif()
-            kept.update({tag: found[tag] for tag in _KEPT_TAGS if tag in found})
-            for part in _KEPT_PARTS:
+            found = exif_of()
+            texts = {tag: found[tag] for tag in _KEPT_TAGS if tag in found}
+            # as bytes, for Pillow makes "?" of what it has read beyond ASCII
+            kept.update({n: text.encode("latin-1") for n, text in texts.items() if isinstance(text, str)
+                         and not (n == _DESCRIPTION and _OF_NUMBERS.match(text))})  # fmt: skip
+            for part in EXIF_PARTS:
                 if said := {tag: value for tag, value in found.get_ifd(part).items() if tag not in _OF_THE_FILE}:
                     kept[part] = said
             exif = kept.tobytes() if kept else b""
     except PictureError as error:
         log.warning("%s", error)
-    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     # the picture is upright now, and readers of Pillow's kind look here too
     xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", rb"\g<1>1", xmp) if isinstance(xmp, bytes) else b""
-    sides = [float(side) for side in image.info.get("dpi", ())]
-    dpi = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < MOST_DPI for side in sides) else None
-    return exif, xmp if len(xmp) < LARGEST else b"", dpi
+    if len(xmp) >= LARGEST:
+        log.warning(_LARGE_XMP, path)
+        xmp = b""
+    sides = [float(side) for side in dpi or ()]
+    return exif, xmp, (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < MOST_DPI for side in sides) else None

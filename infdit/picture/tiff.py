@@ -1,34 +1,32 @@
-"""TIFF that Pillow can neither read nor write, by tifffile: floats, deep planes, 16 bits out, files above 4 GiB."""
+"""TIFF by rows, of any depth and size; and reading, by tifffile, what Pillow cannot: floats and deep planes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffTags
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from .picture import MOST_DPI, PictureError
+from .picture import PictureError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-_LARGEST = 2**32 - 2**25  # bytes of pixels in a file of 32-bit offsets, less room for the rest
+CLASSIC = 2**32 - 2**25  # bytes of pixels in a file of 32-bit offsets, less room for the rest
 _BEYOND = 1e-3  # of 0..1: what rounding may leave there
 _RGB, _GREY = 2, 1  # photometric interpretations
-_ICC, _XMP, _ORIENTATION = 34675, 700, 274
-Said = tuple[bytes, tuple[float, float] | None]  # XMP and dpi
-
-
-def has_tifffile() -> bool:
-    """Whether the package is installed."""
-    try:
-        import tifffile  # noqa: F401
-    except ImportError:
-        return False
-    return True
+_ICC, _XMP, _ORIENTATION, _STRIP, _SIZE = 34675, 700, 274, 273, 279
+_SMALL, _BIG = b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10" + bytes(7)  # how files begin
+_DEFLATED = (8, 32946)  # compressions
+EXIF_PARTS = (0x8769, 0x8825)  # directories of their own: EXIF, and where it was taken
+Said = tuple[object, tuple[float, float] | None]  # XMP and dpi
 
 
 def _tifffile(path: Path, why: str) -> ModuleType:
@@ -58,19 +56,13 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
         if dtype.str[1:] not in ("f2", "f4", "f8", "u2") or page.photometric not in (_GREY, _RGB) or samples > 4:
             kind = getattr(page.photometric, "name", page.photometric)
             raise PictureError(f"{path}: TIFF of {samples} × {dtype} {kind} cannot be read; save it as .png.")
-        try:
-            values = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            problem = "its compression takes the package imagecodecs, which is not installed"
-            raise PictureError(f"{path}: {problem}; pip install imagecodecs, or save as 16-bit .png.") from None
+        _check_unpacked(path, file, page)
+        values = page.asarray()
         values = values.reshape(samples, height, width).transpose(1, 2, 0) if page.planarconfig == 2 else values
         values = values.reshape(height, width, samples).astype(np.float32)
         tags = {number: page.tags[number].value for number in (_ICC, _XMP, _ORIENTATION) if number in page.tags}
         alpha, unit = list(page.extrasamples), page.tags[296].value if 296 in page.tags else 2
         dpi = page.get_resolution("inch") if 282 in page.tags and unit != 1 else None  # 1: no unit, a shape only
-        dpi = dpi if dpi and all(0 < side < MOST_DPI for side in dpi) else None
     if dtype.kind == "u":
         values /= 65535
     if not np.isfinite(values).all():
@@ -82,12 +74,32 @@ def read_tiff(path: Path, file: BinaryIO) -> tuple[NDArray[np.float32], int, boo
             "scale them to that."
         )
     pixels = _upright(_with_alpha(values.clip(0, 1), alpha), tags.get(_ORIENTATION, 1))
-    return pixels, 8 * dtype.itemsize if dtype.kind == "u" else 32, samples < 3, tags.get(_ICC), (_bytes(tags), dpi)
+    bits = 8 * dtype.itemsize if dtype.kind == "u" else 32
+    return pixels, bits, samples < 3, tags.get(_ICC), (tags.get(_XMP, b""), dpi)
 
 
-def _bytes(tags: dict[int, Any]) -> bytes:
-    xmp = tags.get(_XMP, b"")
-    return xmp if isinstance(xmp, bytes) and len(xmp) < 2**20 else b""
+def exif_of(file: BinaryIO) -> Image.Exif:
+    """What a TIFF says of its picture, of which nothing is read yet."""
+    file.seek(0)
+    head = file.read(16)
+    big = b"+" in head[:4]
+    start = ImageFileDirectory_v2(head if big else head[:8])
+    exif = Image.Exif()
+    exif.bigtiff, exif.endian = big, "<" if start.prefix == b"II" else ">"
+    exif.load_from_fp(file, start.next)
+    return exif
+
+
+def _check_unpacked(path: Path, file: BinaryIO, page: Any) -> None:  # noqa: ANN401 - tifffile's
+    """Refuse strips that unpack to more than their pixels take, which tifffile by itself would have in memory."""
+    if page.compression not in (1, *_DEFLATED) and find_spec("imagecodecs") is None:  # which heeds the size
+        problem = "its compression takes the package imagecodecs, which is not installed"
+        raise PictureError(f"{path}: {problem}; pip install imagecodecs, or save as 16-bit .png.")
+    most = 2 * math.prod(page.chunks) * page.dtype.itemsize  # twice: some programs fill up
+    for at, size in zip(page.dataoffsets, page.databytecounts, strict=True) if page.compression in _DEFLATED else ():
+        file.seek(at)
+        if len(zlib.decompressobj().decompress(file.read(size), most + 1)) > most:
+            raise PictureError(f"{path}: parts of it unpack to more than its pixels take; save it again as .png.")
 
 
 def _with_alpha(values: NDArray[np.float32], extra: list[int]) -> NDArray[np.float32]:
@@ -110,20 +122,35 @@ def _upright(pixels: NDArray[np.float32], orientation: int) -> NDArray[np.float3
     return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if right else 1])
 
 
-def write_tiff(
-    path: Path, file: IO[bytes], shape: tuple[int, int, int], dtype: np.dtype, bands: Iterable[NDArray], rows: int,
-    tags: list[tuple[int, int, int, object]], dpi: tuple[float, float] | None,
-) -> None:
-    """Write (h, w, 1 to 4) that come in bands of so many rows, as BigTIFF above 4 GiB.
+def has_bigtiff() -> bool:
+    """Whether this Pillow writes it: 11.2 and later do."""
+    return len(ImageFileDirectory_v2(_BIG).tobytes()) == 16  # two counts of 8 bytes
 
-    tags: (number, type, count, value) each.
+
+def write_tiff(
+    file: IO[bytes], shape: tuple[int, int, int], dtype: np.dtype, bands: Iterable[NDArray[Any]],
+    tags: Mapping[int, Any], dpi: tuple[float, float] | None,
+) -> None:
+    """Write (h, w, 1 to 4) that come in bands of rows, of uint8, uint16 or float32, as BigTIFF above 4 GiB.
+
+    tags: of what is said beside the picture, by number; a dict is a directory of its own, as EXIF's are.
     """
-    big = np.prod(shape, dtype=object) * dtype.itemsize > _LARGEST
-    with _tifffile(path, "such a TIFF").TiffWriter(file, bigtiff=big) as tiff:
-        tiff.write(
-            (band.tobytes() for band in bands), shape=shape if shape[2] > 1 else shape[:2], dtype=dtype,
-            photometric="rgb" if shape[2] > 2 else "minisblack", planarconfig="contig" if shape[2] > 1 else None,
-            extrasamples=["unassalpha"] if shape[2] in (2, 4) else None, rowsperstrip=rows, compression=None,
-            metadata=None, software=False, extratags=[(*tag, True) for tag in tags],
-            **({"resolution": dpi, "resolutionunit": "INCH"} if dpi else {}),
-        )  # fmt: skip
+    (height, width, samples), size = shape, math.prod(shape) * dtype.itemsize
+    big = size > CLASSIC
+    said = ImageFileDirectory_v2(_BIG if big else _SMALL)
+    said.tagtype.update({_ICC: TiffTags.UNDEFINED} | dict.fromkeys((_STRIP, _SIZE), 16 if big else TiffTags.LONG))
+    said.update(tags)
+    said.update({
+        256: width, 257: height, 258: (8 * dtype.itemsize,) * samples, 259: 1, 262: _RGB if samples > 2 else _GREY,
+        277: samples, 278: height, _SIZE: size,
+        _STRIP: 0,  # all rows in one, behind what is said: Pillow adds where that ends
+    })  # fmt: skip
+    if samples in (2, 4):
+        said[338] = 2  # alpha that is not multiplied in
+    if dtype.kind == "f":
+        said[339] = (3,) * samples
+    if dpi:
+        said.update({282: dpi[0], 283: dpi[1], 296: 2})
+    said.save(file)
+    for band in bands:
+        file.write(np.ascontiguousarray(band, dtype.newbyteorder("<")).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..draft import draft, sweep
+from ..draft import draft, put, sweep
 from .notes import KEYWORD, LARGEST
 from .picture import Picture, PictureError, damage_explained, log
 from .png import write_png
 from .profile import fitting_profile, srgb_profile, to_srgb
-from .tiff import has_tifffile, write_tiff
+from .tiff import CLASSIC, EXIF_PARTS, has_bigtiff, write_tiff
 
 _BAND = 64  # rows rounded at a time, so that writing needs no second copy of a large picture
 DEPTHS = (8, 16, 32)  # bits of a channel; 32 are floats
@@ -40,7 +41,7 @@ class _Writer:
 
     name: str
     max_side: int = 2**31 - 1
-    max_bytes: int | None = None  # of uncompressed pixels
+    max_bytes: float = math.inf  # of uncompressed pixels
     bits: tuple[int, ...] = (8,)
     alpha: bool = True
     grey_profile: bool = True
@@ -49,7 +50,7 @@ class _Writer:
 
 
 _PNG = _Writer("PNG", bits=(8, 16), max_profile=LARGEST - 1)
-_TIFF = _Writer("TIFF", max_bytes=2**32 - 2**25, bits=DEPTHS)  # less than 4 GiB: room for tags and a profile
+_TIFF = _Writer("TIFF", bits=DEPTHS)
 _BMP = _Writer("BMP", max_bytes=2**32 - 2**16, alpha=False, grey_profile=False, max_profile=0)
 # 65500, not the 65535 of the file format: the limit of libjpeg
 _JPEG = _Writer("JPEG", max_side=65500, alpha=False, max_profile=255 * 65519, options={"quality": 95, "subsampling": 0})
@@ -94,25 +95,23 @@ def _write(part: Path, path: Path, picture: Picture) -> None:
         part.parent.mkdir(exist_ok=True)  # on a disk without locks another process may have swept it away
         with part.open("w+b") as file:  # a full disk may be told only when it is closed
             _encode(path, file, picture, writer)
-        part.replace(path)
+        put(part, path)
 
 
 def _encode(path: Path, file: IO[bytes], picture: Picture, writer: _Writer) -> None:
-    """Write the bytes of a file: PNG and what Pillow has no TIFF for by bands, the rest by Pillow."""
+    """Write the bytes of a file: PNG and TIFF by bands, the rest by Pillow."""
     icc = fitting_profile(path, picture.icc_profile, picture.grey)
     held = icc is None or (len(icc) <= writer.max_profile and (writer.grey_profile or not picture.grey))
     bits = depth_of(path, picture.bits) if held else 8
     (height, width), channels = picture.pixels.shape[:2], _channels(picture, writer)
     bands = _bands(path, picture, writer, bits)
     if not held:
-        image, icc = _in_srgb(path, _image(bands), icc or b"", picture, writer)
-        channels, bands = len(image.getbands()), iter([np.asarray(image).reshape(height, width, -1)])
+        channels, bands, icc = _in_srgb(path, channels, bands, icc or b"", writer)
     if writer is _PNG:
         write_png(file, (height, width), channels, bits, bands, _png_chunks(picture, icc))
-    elif writer is _TIFF and (bits > 8 or height * width * channels > (_TIFF.max_bytes or 0)):
+    elif writer is _TIFF:
         dtype = np.dtype({8: "u1", 16: "u2", 32: "f4"}[bits])
-        shape = (height, width, channels)
-        write_tiff(path, file, shape, dtype, bands, _BAND, _tiff_tags(picture, icc), picture.dpi)
+        write_tiff(file, (height, width, channels), dtype, bands, _tiff_tags(picture, icc), picture.dpi)
     else:
         _image(bands).save(file, format=writer.name, icc_profile=icc or b"", **_about(path, picture), **writer.options)
 
@@ -139,21 +138,18 @@ def _png_chunks(picture: Picture, icc: bytes | None) -> Iterator[tuple[bytes, by
         yield b"tEXt", f"{KEYWORD}\0{picture.note}".encode("latin-1")
 
 
-def _tiff_tags(picture: Picture, icc: bytes | None) -> list[tuple[int, int, int, object]]:
-    """(number, type, count, value): the profile, XMP, and what of EXIF is text of the picture itself."""
-    exif, short, text = Image.Exif(), 7, 2
+def _tiff_tags(picture: Picture, icc: bytes | None) -> dict[int, Any]:
+    """By number: what `Picture.exif` says, a dict where it is a directory of its own, the profile and XMP."""
+    exif = Image.Exif()
     exif.load(picture.exif)
-    tags: list[tuple[int, int, int, object]] = [(n, text, 0, str(v)) for n, v in exif.items() if isinstance(v, str)]
-    return tags + [(n, short, len(v), v) for n, v in ((34675, icc), (700, picture.xmp)) if v]
+    tags = {n: exif.get_ifd(n) if n in EXIF_PARTS else value for n, value in exif.items()}
+    tags = {n: value.encode("latin-1") if isinstance(value, str) else value for n, value in tags.items()}
+    return tags | {n: value for n, value in ((34675, icc), (700, picture.xmp)) if value}
 
 
 def _about(path: Path, picture: Picture) -> dict[str, Any]:
     """What Pillow is told of a picture beside its pixels."""
     about: dict[str, Any] = {"exif": picture.exif, "xmp": picture.xmp, "dpi": picture.dpi}
-    if path.suffix.lower() in (".tif", ".tiff") and picture.xmp:  # a tag like others, which Pillow writes if told so
-        about["exif"] = exif = Image.Exif()
-        exif.load(picture.exif)
-        exif[700] = picture.xmp
     for name, most in (("exif", _MOST_EXIF), ("xmp", 65504)):
         if path.suffix.lower() in (".jpg", ".jpeg") and len(about[name]) > most:
             log.warning("%s: its %s is too large for JPEG and is left out", path, name.upper())
@@ -197,15 +193,13 @@ def check_target(path: Path, picture: Picture) -> None:
             f"{path}: {width}×{height} is too large for {writer.name}, whose sides are at most {writer.max_side}; "
             "save as .png."
         )
-    bits = depth_of(path, picture.bits)
-    large = bool(writer.max_bytes) and height * width * _channels(picture, writer) > writer.max_bytes
-    if large and writer is not _TIFF:
+    size = height * width * _channels(picture, writer) * depth_of(path, picture.bits) // 8
+    if size > writer.max_bytes:
         raise PictureError(
             f"{path}: {width}×{height} is too large for {writer.name}, which holds at most 4 GiB; save as .png."
         )
-    if writer is _TIFF and (large or bits > 8) and not has_tifffile():
-        what = "TIFF above 4 GiB" if large else f"TIFF of {bits} bits"
-        raise PictureError(f"{path}: {what} is written by the package tifffile; pip install tifffile, or save as .png.")
+    if writer is _TIFF and size > CLASSIC and not has_bigtiff():
+        raise PictureError(f"{path}: TIFF above 4 GiB takes Pillow 11.2 or later; update it, or save as .png.")
     if not path.parent.is_dir():
         raise PictureError(f"{path}: its folder is not there; make it first.")
     if path.is_dir():
@@ -238,15 +232,17 @@ def _image(bands: Iterator[NDArray[np.uint8]]) -> Image.Image:
 
 
 def _in_srgb(
-    path: Path, image: Image.Image, icc: bytes, picture: Picture, writer: _Writer
-) -> tuple[Image.Image, bytes | None]:
-    """The image converted to sRGB, for the format has no place for its profile, and the profile to write with it."""
+    path: Path, channels: int, bands: Iterator[NDArray[np.uint8]], icc: bytes, writer: _Writer
+) -> tuple[int, Iterator[NDArray[np.uint8]], bytes | None]:
+    """Bands converted to sRGB, for the format has no place for their profile; their channels, what profile they get."""
     if len(icc) > writer.max_profile > 0:
         log.warning("%s: the ICC profile is too large for %s, and the colours become sRGB", path, writer.name)
-    converted = to_srgb(image, icc)
-    if converted is None:
+    convert = to_srgb(icc, ("L", "LA", "RGB", "RGBA")[channels - 1])
+    if convert is None:
         log.warning("%s: %s cannot hold the ICC profile, and it is left out", path, writer.name)
-        return image, None
-    if writer.max_profile:
-        return converted, srgb_profile()
-    return (converted.convert("L") if picture.grey else converted), None
+        return channels, bands, None
+    grey = channels < 3 and not writer.max_profile
+    images = (convert(_image(iter([band]))) for band in bands)
+    arrays = (np.asarray(image.convert("L") if grey else image) for image in images)
+    shaped = (array.reshape(*array.shape[:2], -1) for array in arrays)
+    return (1 if grey else channels + 2 * (channels < 3)), shaped, srgb_profile() if writer.max_profile else None
