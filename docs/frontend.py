@@ -13,33 +13,27 @@ import argparse
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Browser
 
 from api_client.upscale_folder import Prompt, Server
-from infdit import InfDiTConfig
 from tests.comfy.browser import AFTER_SDXL, EVERYDAY, SIXTEEN, Frontend, chromium
-from tests.dense import weight_shapes
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS, HELP, FLOWERS = ROOT / "workflows", ROOT / "web" / "docs", ROOT / "pictures" / "flowers.png"
-PUBLISHED = "infdit.safetensors"  # a model of the published size
 NAMED = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")  # in workflows
 STEPS, PLAN = "Upscale step by step with Inf-DiT", "What Inf-DiT would hold in memory"
 CONTROLS, NATIVE = "What each control of Inf-DiT does", "Upscale with a KSampler and Inf-DiT"
@@ -67,28 +61,12 @@ def write(path: Path, picture: Image.Image, most: int) -> None:
 # ---- a ComfyUI
 
 
-def write_published(path: Path) -> None:
-    """A model of the published size, all weights zero: mostly a hole, which takes no room on the disk."""
-    c = InfDiTConfig()
-    shapes = weight_shapes(c.num_layers, c.hidden_size, c.num_heads, c.block_size, c.vector_dim)
-    ends = list(accumulate((2 * math.prod(shape) for shape in shapes.values()), initial=0))
-    header = {
-        name: {"dtype": "BF16", "shape": shape, "data_offsets": place}
-        for (name, shape), place in zip(shapes.items(), pairwise(ends), strict=True)
-    }
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(file.tell() + ends[-1])
-
-
 def furnish(base: Path) -> None:
     """What the workflows need of a base directory."""
     for folder in ("custom_nodes", "input", "models/infdit", "models/checkpoints", "models/clip_vision"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "inf-dit").symlink_to(ROOT, target_is_directory=True)
     shutil.copy(FLOWERS, base / "input" / "example.png")
-    write_published(base / "models" / "infdit" / PUBLISHED)
     for name in NAMED:
         (base / "models" / name).touch()  # nobody reads it
 
@@ -194,14 +172,12 @@ def controls(server: Server) -> Image.Image:
 
 
 def plans(server: Server) -> Image.Image:
-    """A plan of the published model that fits, and below it one that does not."""
+    """Its two plots, as it opens."""
     whole = Image.new("RGB", (SIDE, SIDE), DARK)
-    for budget, top in ((12, 0), (5, SIDE // 2)):
-        asked = {"width": 1024, "height": 1024, "memory_budget": budget}
-        prompt = twin(PLAN, InfDiTModelLoader={"model_name": PUBLISHED}, InfDiTMemoryPlan=asked)
-        plot = result(server, prompt)[0].convert("RGB")
+    for i, plot in enumerate(result(server, twin(PLAN))):
+        plot = plot.convert("RGB")
         plot.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        whole.paste(plot, (0, top + (SIDE // 2 - plot.height) // 2))
+        whole.paste(plot, (0, i * SIDE // 2 + (SIDE // 2 - plot.height) // 2))
     return whole
 
 
@@ -235,27 +211,23 @@ class Shot:
     Attributes:
         workflow: that the node is seen in; run: after a run.
         size: of the node, if it needs no more.
-        values: of the widgets of nodes of a type, in place of the workflow's.
         unfolded: with its advanced inputs.
     """
 
     workflow: str
     size: tuple[int, int]
-    values: Mapping[str, list] = field(default_factory=dict)
     run: bool = False
     unfolded: bool = False
 
 
-LARGE = {"InfDiTModelLoader": [PUBLISHED, "auto"], "InfDiTMemoryPlan": [1024, 1024, "scale by", 4, 8]}
-DEFAULTS = {"InfDiTScheduler": [20, 40, 0.002, 7, 1]}
 SHOTS = {
     "InfDiTModelLoader.png": Shot(STEPS, (320, 90), unfolded=True),
     "InfDiTCLIPLoader.png": Shot(AFTER_SDXL, (340, 60)),
     "InfDiTCLIPEncode.png": Shot(AFTER_SDXL, (340, 330)),
     "InfDiTUpscale.jpg": Shot(EVERYDAY, (340, 330), run=True),
-    "InfDiTMemoryPlan.png": Shot(PLAN, (400, 450), LARGE, run=True),
+    "InfDiTMemoryPlan.png": Shot(PLAN, (400, 450), run=True),
     "InfDiTUpscaleAdvanced.jpg": Shot(STEPS, (340, 240), run=True),
-    "InfDiTScheduler.png": Shot(STEPS, (320, 170), DEFAULTS, unfolded=True),
+    "InfDiTScheduler.png": Shot(STEPS, (320, 170), unfolded=True),
     "InfDiTToModel.png": Shot(NATIVE, (320, 230)),
 }
 SETTINGS = {
@@ -297,7 +269,6 @@ def photograph(page: Callable[[], Frontend], kind: str, shot: Shot) -> Image.Ima
     """A node and the ends of its links."""
     frontend, workflow = page(), drawn(shot.workflow)
     for node in workflow["nodes"]:
-        node["widgets_values"] = shot.values.get(node["type"], node.get("widgets_values", []))
         node["mode"] = 0  # not bypassed
         if node["type"] == kind:
             node["size"] = shot.size
@@ -306,14 +277,15 @@ def photograph(page: Callable[[], Frontend], kind: str, shot: Shot) -> Image.Ima
     frontend.page.evaluate(ISOLATE, kind)
     if shot.run and frontend.run() != "success":
         sys.exit(f"{shot.workflow} failed")
-    if shot.unfolded:
-        frontend.page.get_by_text("Show advanced inputs").first.click()
-    frontend.page.evaluate("app.canvas.deselectAll()")
-    (box,) = (node["box"] for node in frontend.nodes() if node["type"] == kind)
     left, top = 400, 120  # of the canvas, where nothing else of the page is
-    frontend.page.evaluate(LOOK_AT, [*box[:2], left, top, 1])
+    (node,) = (node for node in frontend.nodes() if node["type"] == kind)
+    frontend.page.evaluate(LOOK_AT, [*node["box"][:2], left, top, 1])
+    if shot.unfolded:
+        own = frontend.page.locator(f'[data-node-id="{node["id"]}"]')  # others have advanced inputs too
+        own.get_by_text("Show advanced inputs").click()
+    frontend.page.evaluate("app.canvas.deselectAll(); app.canvas.setDirty(true, true)")
     frontend.page.mouse.move(left, top - 2 * MARGIN)
-    frontend.nodes()
+    (box,) = (node["box"] for node in frontend.nodes() if node["type"] == kind)
     canvas = frontend.page.locator("#graph-canvas").bounding_box() or {"x": 0, "y": 0}
     x, y = canvas["x"] + left - MARGIN, canvas["y"] + top - MARGIN
     width, height = (side + 2 * MARGIN for side in box[2:])

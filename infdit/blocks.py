@@ -72,8 +72,8 @@ class Canvas:
     def there(self, stride: int) -> Tensor:
         """Of every `stride`-th pixel both ways: whether its block is there."""
         grid = self._grid
-        rows = torch.arange(0, grid.height, stride, device="cpu")[:, None] // grid.block
-        columns = torch.arange(0, grid.width, stride, device="cpu") // grid.block
+        rows = torch.arange(0, grid.height, stride, dtype=torch.int64, device="cpu")[:, None] // grid.block
+        columns = torch.arange(0, grid.width, stride, dtype=torch.int64, device="cpu") // grid.block
         return (rows * grid.line + columns if grid.by_rows else columns * grid.line + rows) < self.blocks
 
 

@@ -122,7 +122,7 @@ def kernel_matrix(source: int, ratio: float, pixels: range, kernel: Kernel) -> t
     stretch = max(ratio, 1.0)  # antialiasing: when shrinking, the kernel is as wide as the output pixels are far apart
     reach = kernel.reach * stretch
     centre = (torch.arange(pixels.start, pixels.stop, dtype=torch.float64, device="cpu")[:, None] + 0.5) * ratio
-    taps = (centre - reach).floor() + torch.arange(math.ceil(2 * reach) + 1, device="cpu")
+    taps = (centre - reach).floor() + torch.arange(math.ceil(2 * reach) + 1, dtype=torch.float64, device="cpu")
     # as torch does, the picture's own pixels leave out what lies beyond its edge; those of the padding repeat the edge
     used = ((taps >= 0) & (taps < source)) | (centre >= source)
     weights = kernel.weigh((taps + 0.5 - centre) / stretch) * used
@@ -175,8 +175,8 @@ def take_colour(strip: Tensor, grey: Tensor, top: int, height: int) -> None:
         strip: (1, 3, n, W), rows of a result of this height from `top` on.
         grey: (1, 1, h, w), see `without_colour`.
     """
-    rows = torch.arange(top, top + strip.shape[-2], device="cpu") * grey.shape[-2] // height
-    columns = torch.arange(strip.shape[-1], device="cpu") * grey.shape[-1] // strip.shape[-1]
+    rows = torch.arange(top, top + strip.shape[-2], dtype=torch.int64, device="cpu") * grey.shape[-2] // height
+    columns = torch.arange(strip.shape[-1], dtype=torch.int64, device="cpu") * grey.shape[-1] // strip.shape[-1]
     where = grey[:, 0, rows][..., columns]
     mean = strip.mean(1)
     for channel in strip.unbind(1):

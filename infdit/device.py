@@ -54,7 +54,7 @@ def device_of(name: str | None) -> torch.device:
         return default_device()
     device = known_device(name)
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not here ({str(error).splitlines()[0]}): try cpu") from error
     return device

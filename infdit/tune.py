@@ -73,7 +73,7 @@ class Fitting:
         here = self._residual(steps, scale)
         columns = [
             (self._residual(steps + NUDGE * one, scale) - here) / NUDGE
-            for one in torch.eye(len(steps), dtype=torch.float64)
+            for one in torch.eye(len(steps), dtype=torch.float64, device="cpu")
         ]
         slopes = torch.stack(columns, 1)
         curvature, downhill = slopes.T @ slopes, -(slopes.T @ here)

@@ -101,9 +101,13 @@ class _Sampling:
             del lr, up  # which the run gives back where memory runs out
             self._of = which
         if self._bridged is None:
-            return self._denoise(x, torch.tensor(sigma, device="cpu"))
-        self._kept[which] = self._denoise(self._pictures.up[i : i + 1], torch.tensor(self._bridged, device="cpu"))
+            return self._denoise(x, _level(sigma))
+        self._kept[which] = self._denoise(self._pictures.up[i : i + 1], _level(self._bridged))
         return self._kept[which].to(x.device)
+
+
+def _level(sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=torch.float32, device="cpu")
 
 
 class _PixelConfig(BASE):
@@ -224,14 +228,15 @@ class PixelVAE(VAE):
     """Latent to picture: of the size asked for, with the transparency of the picture given."""
 
     def __init__(self, pictures: Pictures) -> None:
-        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
+        super().__init__(sd={"pixel_space_vae": torch.ones((), dtype=torch.float32, device="cpu")})
         self.pictures = pictures
 
     def decode(self, samples: Tensor, *_: object, **__: object) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → IMAGE (B, height, width, 3 or 4)."""
         pictures = self.pictures
         pictures.check(samples)
-        result = torch.empty((len(samples), *pictures.size, pictures.given.shape[-1]), device="cpu")
+        shape = len(samples), *pictures.size, pictures.given.shape[-1]
+        result = torch.empty(shape, dtype=torch.float32, device="cpu")
         for i, one in enumerate(samples.split(1)):
             at = i % len(pictures.given)
             given, grey = pictures.given[at : at + 1], pictures.greys[at]

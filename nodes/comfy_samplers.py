@@ -157,7 +157,7 @@ def counted_sampler(sampler: object, batch: int, conds: int, different: int) -> 
     """
     evaluations, between, during = (WORKING | ADDING_NOISE).get(named(sampler)[1], (1, 16, 14))
     held = (between + 1) * batch, (during + 1 + 4 * conds) * batch
-    return SamplerInfo(lambda *_: torch.empty(0), evaluations * different, *held)  # core calls its own
+    return SamplerInfo(lambda _, x, *__: x, evaluations * different, *held)  # core calls its own
 
 
 def core_sampler(sampler: CoreSampler, seed: int, kept: int, start_noise: float = 1.0) -> tuple[SamplerInfo, str]:

@@ -72,13 +72,16 @@ class InfDiTToModel(schema.BudgetedNode):
             )
         plan_run(workload, budget)  # what cannot be is said here, not where it is sampled
         pictures = Pictures.of(given, workload, model.defaults)
-        width = max(1, model.network.config.vector_dim)
         if conditioning is not None and len(conditioning.vectors) not in (1, len(given)):
             raise ValueError(
                 f"conditioning is of {len(conditioning.vectors)} pictures, and image has {len(given)}: give the same "
                 "ones to Inf-DiT CLIP Encode"
             )
-        vectors = conditioning.vectors if conditioning is not None and model.listens else torch.zeros(1, width)
+        if conditioning is not None and model.listens:
+            vectors = conditioning.vectors
+        else:
+            width = max(1, model.network.config.vector_dim)
+            vectors = torch.zeros((1, width), dtype=torch.float32, device="cpu")
         told = [[vectors[:, None], {}]]
         patcher, latent = native_patcher(model, pictures, budget), {"samples": pictures.up}
         return io.NodeOutput(patcher, told, told, latent, PixelVAE(pictures))

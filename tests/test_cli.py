@@ -1,6 +1,7 @@
 """python -m infdit as a person types it."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -213,6 +214,22 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "free" in capsys.readouterr().out
     assert run("plan", "64by48") == 2
     assert "WIDTHxHEIGHT" in one_line(capsys)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_plan_is_in_the_dtype_of_the_run(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a device that is here, named or not; of one that is not here it is bfloat16."""
+    monkeypatch.setattr("infdit.device._half_precision", lambda device: (native, False))
+    source, told = make_picture(tmp_path / "in.png", (8, 8)), tmp_path / "told.json"
+    assert run("upscale", source, "-o", tmp_path / "out.png", "--device", "cpu", "--receipt", told) == 0
+    dtype = json.loads(told.read_text())["settings"]["dtype"]
+    assert dtype == ("bfloat16" if native else "float32")
+    capsys.readouterr()
+    for device, expected in (("cpu", dtype), ("cpu,cpu", dtype), ("cuda:99", "bfloat16")):
+        assert run("plan", "32x32", "--model", "mini", "--device", device, "--budget", "1GiB") == 0
+        assert f" as {expected};" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

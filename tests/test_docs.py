@@ -5,9 +5,11 @@ tests/comfy/test_docs.py compares locales/en with the nodes' schemas; here the r
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import xml.etree.ElementTree as ET
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -168,12 +170,27 @@ def test_models_named_by_workflows_have_addresses_and_digests() -> None:
     assert bypassed == {"InfDiTCLIPLoader", "InfDiTCLIPEncode"}
 
 
-def test_everyday_template_keeps_transparency_and_shows_before_and_after() -> None:
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_templates_that_load_a_picture_keep_its_transparency(path: Path) -> None:
+    """Load Image gives colours first, then what shows of them."""
+    drawn, twin = workflow(path.stem), json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    links = {link[0]: tuple(link[1:3]) for link in drawn["links"]}
+    loads = {node["id"] for node in drawn["nodes"] if node["type"] == "LoadImage"}
+    for node in drawn["nodes"]:
+        given = {entry["name"]: links.get(entry["link"]) for entry in node["inputs"]}
+        origin, _ = given.get("image") or (None, 0)
+        if "transparency" in given and origin in loads:
+            assert given["transparency"] == (origin, 1)
+    for inputs in (node["inputs"] for node in twin.values() if "model" in node["inputs"]):
+        if "image" in inputs and twin[inputs["image"][0]]["class_type"] == "LoadImage":
+            assert inputs.get("transparency") == [inputs["image"][0], 1]
+
+
+def test_everyday_template_shows_before_and_after() -> None:
     drawn = workflow(EVERYDAY)
     kinds = {node["id"]: node["type"] for node in drawn["nodes"]}
     slots = {node["id"]: [entry["name"] for entry in node["inputs"]] for node in drawn["nodes"]}
     links = {(kinds[a], kinds[b], slots[b][slot]) for _, a, _, b, slot, _ in drawn["links"]}
-    assert ("LoadImage", "InfDiTUpscale", "transparency") in links
     assert ("LoadImage", "ImageStitch", "image2") in links
     assert ("InfDiTUpscale", "ImageStitch", "image1") in links
     assert ("ImageStitch", "PreviewImage", "images") in links
@@ -241,6 +258,43 @@ def test_templates_folder_is_the_one_that_comfyui_serves() -> None:
     """Of these ComfyUI serves the first that is there; another beside workflows/ would hide it."""
     folders = ["example_workflows", "example", "examples", "workflow", "workflows"]
     assert [name for name in folders if (ROOT / name).exists()] == ["workflows"]
+
+
+# ---- docs/migrating.md
+
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+TABLE = MIGRATING.partition("| said on the node |\n|---|---|\n")[2].partition("\n\n")[0]
+REFUSALS = re.findall(r"^\| .+ \| (?:\*in the report:\* )?(.+) \|$", TABLE, re.MULTILINE)
+LEAST = 20  # letters that must be written in the code itself
+
+
+@cache
+def sentences() -> list[list[str | None]]:
+    """All texts of the code in pieces, None for what is put in."""
+    found = []
+    for path in (path for room in ("nodes", "infdit") for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append([one.value if isinstance(one, ast.Constant) else None for one in node.values])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append([node.value])
+    return found
+
+
+def test_as_many_templates_as_are_said_to_be_found() -> None:
+    (number,) = re.findall(r"Typing \*inf-dit\* there shows (\w+),", MIGRATING)
+    assert number == {6: "six", 7: "seven", 8: "eight", 9: "nine"}[len(list(WORKFLOWS.glob("*.json")))]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_is_in_the_words_of_the_code(refusal: str) -> None:
+    """Nearly half of it or more is one of its texts; where it ends in …, the beginning of one."""
+    for pieces in sentences():
+        for count in range(1 if refusal.endswith("…") else len(pieces), len(pieces) + 1):
+            match = re.search("".join(".+" if one is None else re.escape(one) for one in pieces[:count]), refusal)
+            if match and len(match[0]) > 0.45 * len(refusal) and sum(len(one or "") for one in pieces[:count]) >= LEAST:
+                return
+    pytest.fail(f"no code says {refusal!r}")
 
 
 # ---- the pack

@@ -1,13 +1,15 @@
-"""The aligned resampler against torch's antialiased bicubic, and against straight lines."""
+"""The aligned resampler against torch's antialiased bicubic, Keys' formula pixel by pixel, and straight lines."""
 
+import math
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from clipmath import keys_cubic
 
-from infdit.conditioning import conditioning_pictures
+from infdit.conditioning import PIECE, conditioning_pictures
 
 MULTIPLES_OF_4 = [
     ((7, 9), (28, 36)),
@@ -16,6 +18,16 @@ MULTIPLES_OF_4 = [
     ((1, 1), (4, 4)),
     ((100, 50), (132, 200)),
     ((1, 40), (4, 60)),
+]
+
+
+OTHERS = [
+    ((7, 9), (29, 35)),
+    ((5, 1), (17, 3)),
+    ((41, 30), (163, 119)),
+    ((97, 98), (98, 131)),  # lr is nearly four times smaller than the picture
+    ((9, 50), (PIECE + 15, 2 * PIECE + 7)),  # in pieces both ways
+    ((150, 33), (PIECE + 73, 50)),  # lr too
 ]
 
 
@@ -36,6 +48,38 @@ def test_equals_torch_where_the_target_is_a_multiple_of_4(source: tuple, target:
     torch.testing.assert_close(
         lr[..., : h // 4, : w // 4], F.interpolate(image, (h // 4, w // 4), **options), **tolerance
     )
+
+
+def gathered(image: torch.Tensor, ratio: float, count: int, axis: int) -> torch.Tensor:
+    """`count` pixels along an axis, each the weighted mean of what the kernel reaches, in float64.
+
+    Beyond the picture's edge there is nothing for its own pixels, and for those of the padding the edge itself.
+    """
+    length, stretch = image.shape[axis], max(ratio, 1.0)
+    made = []
+    for i in range(count):
+        centre = (i + 0.5) * ratio
+        taps = range(math.floor(centre - 2 * stretch) - 1, math.ceil(centre + 2 * stretch) + 1)
+        taps = [j for j in taps if 0 <= j < length or centre >= length]
+        weights = torch.tensor([keys_cubic((j + 0.5 - centre) / stretch) for j in taps], dtype=torch.float64)
+        reached = image.double().index_select(axis, torch.tensor([min(max(j, 0), length - 1) for j in taps]))
+        made.append(torch.tensordot(reached, weights / weights.sum(), ([axis], [0])))
+    return torch.stack(made, axis)
+
+
+@pytest.mark.parametrize(("source", "target"), OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_formula_at_any_size(source: tuple, target: tuple, dtype: torch.dtype) -> None:
+    """With the padding."""
+    image = torch.rand((2, 3, *source), generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
+    whole = padded(target)
+    for found, factor in zip(conditioning_pictures(image, target, whole), (4, 1), strict=True):
+        expected = image
+        for axis in (2, 3):
+            ratio, count = factor * source[axis - 2] / target[axis - 2], whole[axis - 2] // factor
+            expected = gathered(expected, ratio, count, axis)
+        expected = expected if factor == 4 else expected.clamp(-1, 1)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

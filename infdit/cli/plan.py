@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import read_checkpoint
 from ..config import InfDiTConfig, SamplingDefaults
-from ..device import default_device, default_dtype, known_device
+from ..device import default_device, default_dtype, device_of, known_device
 from ..memory import measure
 from ..memory.cost import seconds_per_evaluation
 from ..memory.footprint import Weights
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--scale {options.scale:g} must be from 1 to {MOST_SCALE}")
     source = *(math.ceil(side / options.scale) for side in (height, width)), 3
     device, *beside = map(known_device, options.device.split(",")) if options.device else [default_device()]
-    dtype = DTYPES[options.dtype] or (default_dtype(device) if options.device is None else torch.bfloat16)
+    dtype = DTYPES[options.dtype] or _dtype_of(device)
     chosen = sampling(defaults, options.preset, options.steps, options.sampler)
     count = evaluations(chosen.sampler, chosen.sigmas)
     workload = Workload(
@@ -63,6 +63,14 @@ def run(options: argparse.Namespace) -> int:
     if not elsewhere:
         print(f"\nthe first row: {_planned(workload, options.budget).reason}")
     return 0
+
+
+def _dtype_of(device: torch.device) -> torch.dtype:
+    """That of a run on a device that is here; of one that is not, what most of them compute in."""
+    try:
+        return default_dtype(device_of(str(device)))
+    except ValueError:
+        return torch.bfloat16
 
 
 def _table(workload: Workload, count: int, start: str, budget: int | None, own_row: bool) -> Iterator[str]:

@@ -94,7 +94,8 @@ def recipe_of(
         log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
     if receipt.batch > 1 and settings["noise"]:
         log.warning("the receipt is of %d pictures made in one run: the noise is that of the first", receipt.batch)
-    sigmas, finish = torch.tensor(settings["sigmas"]), (settings["fidelity"], settings["colour_match"])
+    sigmas = torch.tensor(settings["sigmas"], dtype=torch.float32, device="cpu")
+    finish = settings["fidelity"], settings["colour_match"]
     return Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt, peers)
 
 

@@ -203,7 +203,7 @@ def _upscale_one(
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
     settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
     picture = replace(picture, bits=options.bits or (taken.bits if taken else None) or picture.bits)
-    check_target(target, replace(picture, pixels=torch.zeros(()).expand(*size, image.shape[-1])))
+    check_target(target, replace(picture, pixels=picture.pixels[:1, :1].expand(*size, -1)))
     bits = depth_of(target, picture.bits)
     if options.bits not in (None, bits):
         raise PictureError(f"{target}: {target.suffix} holds {bits} bits a channel, not {options.bits}: save as .tif")

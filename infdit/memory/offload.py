@@ -212,7 +212,7 @@ class Transfer:
 
     def to_device(self, numbers: np.ndarray) -> Tensor:
         """Numbers as a tensor on the device, without waiting for what the device is doing."""
-        tensor = torch.tensor(numbers, device="cpu")
+        tensor = torch.from_numpy(numbers.copy())
         if self._stream is None:
             return tensor.to(self.device)
         with pinning():

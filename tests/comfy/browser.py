@@ -219,6 +219,50 @@ def failed(frontend: Frontend, path: Path) -> dict:
     return {"runs": found}
 
 
+def small(frontend: Frontend, path: Path) -> dict:
+    """The workflow with a result that is smaller than its picture, and then with the number that the page told."""
+    opened(frontend, path)
+    frontend.page.evaluate(TYPE, ["InfDiTUpscale", "size", "longest side"])
+    found: list[dict] = []
+    for _ in range(2):
+        told = re.search(r"type (\d+)", json.dumps([node["texts"] for node in found[0]["nodes"]])) if found else None
+        frontend.page.evaluate(TYPE, ["InfDiTUpscale", "size.longest_side", int(told[1]) if told else 32])
+        found.append({"end": frontend.run(), **frontend.seen()})
+    return {"runs": found}
+
+
+def generous(frontend: Frontend, path: Path) -> dict:
+    """The workflow as it was saved with more memory than the slider goes to."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    (node,) = (node for node in drawn["nodes"] if node["type"] == "InfDiTUpscale")
+    frontend.open(drawn, path.stem)
+    (shown,) = (node for node in frontend.nodes() if node["type"] == "InfDiTUpscale")
+    node["widgets_values"][shown["titles"].index("memory GiB (0 = auto)")] = 64
+    frontend.open(drawn, "generous")
+    return {**frontend.seen(), "exported": frontend.page.evaluate(EXPORT)}
+
+
+def within(frontend: Frontend, path: Path) -> dict:
+    """A blueprint between Load Image and Save Image."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    around = json.loads((path.parents[1] / "workflows" / f"{EVERYDAY}.json").read_text(encoding="utf-8"))["nodes"]
+    source, target = (next(node for node in around if node["type"] == kind) for kind in ("LoadImage", "SaveImage"))
+    (blueprint,) = drawn["nodes"]
+    source["id"], target["id"], source["pos"], target["pos"] = 101, 102, [-400, 0], [600, 0]
+    drawn["nodes"] += [source, target]
+    drawn["links"] = [
+        [201, 101, 0, blueprint["id"], 0, "IMAGE"],
+        [202, 101, 1, blueprint["id"], 1, "MASK"],
+        [203, blueprint["id"], 0, 102, 0, "IMAGE"],
+    ]
+    drawn["last_node_id"], drawn["last_link_id"] = 102, 203
+    for link, start, out, end, into, _ in drawn["links"]:
+        nodes = {node["id"]: node for node in drawn["nodes"]}
+        nodes[start]["outputs"][out]["links"], nodes[end]["inputs"][into]["link"] = [link], link
+    frontend.open(drawn, "within")
+    return {"end": frontend.run(), **frontend.seen()}
+
+
 def ways(frontend: Frontend, path: Path) -> dict:
     """The plan of every way to say a size, with the numbers that come with it."""
     opened(frontend, path)
@@ -284,8 +328,9 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     for path in drawn:
         if path.stem not in (AFTER_SDXL, SIXTEEN):  # no model here; too long, and test_workflows.py runs it
             yield run, path
+    yield within, pack / "subgraphs" / f"{BLUEPRINT}.json"
     yield ways, pack / "workflows" / f"{PLAN}.json"
-    for case in (failed, dropped, core, broken, rejected):
+    for case in (failed, small, generous, dropped, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

@@ -7,6 +7,8 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,30 @@ def conversion() -> dict:
     with patched(pack("nodes.files"), convert=refuse):
         locked = run(load_prompt(model_name="locked.pt"))
     found["locked"] = {"end": locked["end"], "layers": TAKEN["value"].network.config.num_layers}
+    return found
+
+
+@case
+def pipes() -> dict:
+    """A named pipe in a model's place: beside a published .pt, and chosen as a model and as CLIP."""
+    source, pipe, patience = MODELS / "piped.pt", MODELS / "piped.safetensors", 60  # seconds
+    shutil.copy(PUBLISHED, source)
+    os.mkfifo(pipe)
+    # whoever waits for a pipe's other end in this process waits for ever: it is opened from another
+    other_end = subprocess.Popen(["sh", "-c", f"sleep {patience}; while : <> '{pipe}'; do sleep 1; done"])
+    began = time.monotonic()
+    try:
+        beside = run(load_prompt(model_name=source.name))
+        found = {"beside": outcome(beside) | {"layers": TAKEN["value"].network.config.num_layers}}
+        found["model"] = outcome(run(load_prompt(model_name=pipe.name)))
+        found["clip"] = outcome(run(clip_prompt(clip_name=pipe.name)))
+    finally:
+        other_end.kill()
+        other_end.wait()
+    found["waited"] = time.monotonic() - began > patience
+    found["kept"] = pipe.is_fifo()
+    for path in (source, pipe):
+        path.unlink()
     return found
 
 

@@ -148,6 +148,24 @@ def native_bundled() -> dict:
 
 
 @case
+def native_defaults() -> dict:
+    """How far apart pictures are once another pack has left a default dtype behind."""
+    found, model = {}, {"model_name": BUNDLED}
+    run(custom("small", model, own(), "euler", "DisableNoise"))
+    expected = TAKEN["value"]
+    for i, dtype in enumerate((torch.bfloat16, torch.float64)):
+        asked = custom("small", model, own(), "euler", "DisableNoise")
+        asked["native"]["inputs"]["memory_budget"] = 4.0 + i  # so that nothing is taken from ComfyUI's cache
+        torch.set_default_dtype(dtype)
+        try:
+            ended = run(asked)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found[str(dtype)] = {"message": ended["message"], "apart": apart(TAKEN["value"], expected)}
+    return found
+
+
+@case
 def native_samplers() -> dict:
     """Samplers that need more than a denoiser work here; cfg costs nothing where nothing differs."""
     found = {}

@@ -162,6 +162,14 @@ def test_blueprint_is_a_node_with_the_model_in_it(seen: dict, renderer: str) -> 
 
 
 @renderers
+def test_blueprint_runs_between_load_image_and_save_image(seen: dict, renderer: str) -> None:
+    found = seen[f"{renderer} within Upscale with Inf-DiT"]
+    assert found["end"] == "success"
+    assert [node["pictures"] for node in found["nodes"] if node["type"] == "SaveImage"] == [[RESULT]]
+    assert complaints(seen, renderer, found) == []
+
+
+@renderers
 def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, renderer: str) -> None:
     """Not even where the next run finds its result in the cache."""
     runs = seen[f"{renderer} failed {EVERYDAY}"]["runs"]
@@ -170,6 +178,27 @@ def test_why_a_node_failed_does_not_stand_there_when_it_has_not(seen: dict, rend
     assert lines[0].startswith("256×192 in ")
     assert lines[1].startswith("memory 0.001 GiB is too little: type 0.0")
     assert "too little" not in lines[2]
+
+
+@renderers
+def test_the_number_that_a_refused_size_tells_to_type_works(seen: dict, renderer: str) -> None:
+    refused, made = seen[f"{renderer} small {EVERYDAY}"]["runs"]
+    (line,) = (text for node in refused["nodes"] if node["type"] == "InfDiTUpscale" for text in node["texts"])
+    assert refused["end"] == "error"
+    assert line.startswith("longest_side 32 is too small: type 64 at least, for the picture has 64×48 already")
+    assert made["end"] == "success"
+    assert [node["pictures"] for node in made["nodes"] if node["type"] == "SaveImage"] == [[PICTURE]]
+
+
+@renderers
+def test_a_saved_budget_beyond_the_slider_stays_what_it_is(seen: dict, renderer: str) -> None:
+    found = seen[f"{renderer} generous {EVERYDAY}"]
+    (node,) = (n for n in found["nodes"] if n["type"] == "InfDiTUpscale")
+    at = node["titles"].index("memory GiB (0 = auto)")
+    assert (node["values"][at], node["most"][at]) == (64, 32)
+    asked = {n["class_type"]: n["inputs"] for n in json.loads(found["exported"]).values()}
+    assert asked["InfDiTUpscale"]["memory_budget"] == 64
+    assert complaints(seen, renderer, found) == []
 
 
 @renderers

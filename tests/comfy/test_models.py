@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytestmark = pytest.mark.comfy
@@ -100,6 +102,17 @@ def test_file_of_others_in_the_way_is_kept(inside: dict) -> None:
 
 def test_pt_that_cannot_be_converted_is_used_as_it_is(inside: dict) -> None:
     assert inside["conversion"]["locked"] == {"end": "success", "layers": 3}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_pipe_in_a_models_place_is_not_waited_for(inside: dict) -> None:
+    """One beside a .pt is not its conversion; one that is chosen is no file."""
+    found = inside["pipes"]
+    assert found["beside"] == {"end": "success", "message": "", "type": "", "layers": 3}
+    for kind in ("model", "clip"):
+        assert found[kind]["end"] in ("rejected", "error")
+        assert "piped.safetensors is not in " in found[kind]["message"]
+    assert (found["waited"], found["kept"]) == (False, True)
 
 
 # ---- CLIP

@@ -30,6 +30,11 @@ def test_bundled_model_makes_its_picture(inside: dict, name: str) -> None:
     assert found["evaluations"] == 1
 
 
+def test_default_dtype_that_another_pack_left_behind_does_not_matter(inside: dict) -> None:
+    for dtype, found in inside["native_defaults"].items():
+        assert found == {"message": "", "apart": 0}, dtype
+
+
 @pytest.mark.parametrize("name", ["uni_pc", "lcm", "dpm_adaptive", "euler_cfg_pp", "euler_ancestral", "dpmpp_2m_sde"])
 def test_samplers_that_need_more_than_a_denoiser_work(inside: dict, name: str) -> None:
     found = inside["native_samplers"][name]
