@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FORGE = ROOT / ".github"
 FORMS = sorted((FORGE / "ISSUE_TEMPLATE").glob("*.yml"))
+WORKFLOWS, SUBGRAPHS = (sorted((ROOT / folder).glob("*.json")) for folder in ("workflows", "subgraphs"))
 OLD_ID = "comfyui-inf-dit"  # before the first publication; in workflows that were saved then
 
 
@@ -44,13 +45,28 @@ def test_name_is_one_that_the_registry_takes() -> None:
     assert {"Repository", "Documentation", "Bug Tracker"} <= PROJECT["urls"].keys()
 
 
-def pack_ids(drawn: dict) -> set[str]:
-    return {node["properties"].get("cnr_id") for node in drawn["nodes"] if node["type"].startswith("InfDiT")}
+def pack_ids(drawn: dict) -> set[str | None]:
+    """Of the pack's nodes, those in subgraphs too, and of nodes that are such a subgraph."""
+    inside = drawn.get("definitions", {}).get("subgraphs", [])
+    nodes = [node for graph in (drawn, *inside) for node in graph["nodes"]]
+    ours = {graph["id"] for graph in inside if pack_ids(graph)}
+    return {
+        node["properties"].get("cnr_id") for node in nodes if node["type"].startswith("InfDiT") or node["type"] in ours
+    }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WORKFLOWS, *SUBGRAPHS], ids=lambda path: path.stem)
 def test_workflows_name_the_pack_that_is_to_be_installed(path: Path) -> None:
     assert pack_ids(json.loads(path.read_text(encoding="utf-8"))) == {PROJECT["name"]}
+
+
+def test_ids_in_subgraphs_are_seen() -> None:
+    drawn = json.loads(SUBGRAPHS[0].read_text(encoding="utf-8"))
+    for nodes in (drawn["nodes"], drawn["definitions"]["subgraphs"][0]["nodes"]):
+        for node in nodes:
+            kept = node["properties"].pop("cnr_id")
+            assert pack_ids(drawn) == {PROJECT["name"], None}
+            node["properties"]["cnr_id"] = kept
 
 
 def test_a_workflow_of_the_old_name_is_kept_to_be_opened() -> None:
