@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,27 @@ def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
     assert sum((ROOT / path).stat().st_size for path in files) < 11e6, "8 MB of it is the bundled model"
 
 
+def test_comfy_cli_finds_nothing_wrong_and_packs_the_same(tmp_path: Path) -> None:
+    """As `comfy node publish` does it, on a clone of what is committed."""
+    comfy = os.environ.get("COMFY_CLI") or shutil.which("comfy")
+    if comfy is None:
+        pytest.skip("comfy-cli is neither on PATH nor in COMFY_CLI")
+    clone = tmp_path / "inf-dit"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+
+    def run(word: str) -> str:
+        command = [comfy, "--skip-prompt", "node", word]
+        environment = {**os.environ, "DO_NOT_TRACK": "1"}
+        return subprocess.check_output(command, cwd=clone, env=environment, stderr=subprocess.STDOUT, text=True)
+
+    said = run("validate")  # it ends with 0 on warnings too
+    assert "passed successfully" in said
+    assert "warning" not in said.lower(), said
+    run("pack")
+    with zipfile.ZipFile(clone / "node.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(packed(clone))
+
+
 # ---- the forge
 
 
@@ -190,6 +213,14 @@ def test_gate_stops_another_tag(tmp_path: Path) -> None:
     status, said = gate(tmp_path, tag="v99.0.0")
     assert status != 0
     assert "the tag is v99.0.0" in said
+
+
+def test_forge_packs_with_the_comfy_cli_that_publishes() -> None:
+    job = jobs("tests.yml")["package"]
+    (pin,) = re.findall(r"comfy-cli==[\d.]+", "\n".join(commands(job)))
+    assert f"pip install {pin}" in commands(jobs("publish.yml")["publish"])
+    assert "-k comfy_cli" in commands(job)[-1]
+    assert job["env"]["COMFY_CLI"], "without it the test could skip there"
 
 
 def test_publishing_waits_for_the_suite_and_needs_one_secret() -> None:
