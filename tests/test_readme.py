@@ -11,8 +11,9 @@ import pytest
 from packing import packed
 
 from benchmarks.__main__ import main as benchmarks_main
-from docs.cards import table
+from docs.cards import CARDS, Card, table
 from infdit.__main__ import main
+from infdit.memory import measure
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
@@ -111,6 +112,23 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Print:
 
 def test_table_of_cards_is_what_its_command_prints() -> None:
     assert f"\n\n{table()}\n\n" in read(README)
+
+
+@pytest.mark.parametrize("card", CARDS[::3], ids=lambda card: card.name)
+def test_row_of_a_card_is_what_plan_says_beside_one_that_does_so_much(
+    card: Card, printed: Print, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = re.search(rf"^\| {card.memory} GB: {card.name} \| {card.tflops}, {card.slot} \| (.+) \|$", read(README), re.M)
+    assert row is not None
+    cell = row[1].split(" | ")[2]  # published, 8192²
+    speed = measure.Speed(flops=card.tflops * 1e12, bus=0.8e9 * card.slot)
+    monkeypatch.setattr(measure, "measured", lambda device, dtype: speed)
+    budget = 0.9 * (card.memory - 1.5)
+    said = printed(["plan", "8192x8192", "--device", "cuda", "--budget", f"{budget}GiB"])
+    asked = re.search(r"asked +([\d.]+) GiB +([\d.]+) GiB +0 GiB +([\d.]+ \w+) ", said)
+    assert asked is not None
+    assert cell == f"{float(asked[1]):.2g} + {float(asked[2]):.2g} GiB, {asked[3]}"
+    assert float(asked[1]) < budget
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\$ python -m infdit (plan .+)$", read(MEMORY), re.MULTILINE))
