@@ -11,12 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packing import packed
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DESCRIPTION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, BUILD = DESCRIPTION["project"], DESCRIPTION["build-system"]
 FORGE = ROOT / ".github"
 FORMS = sorted((FORGE / "ISSUE_TEMPLATE").glob("*.yml"))
 WORKFLOWS, SUBGRAPHS = (sorted((ROOT / folder).glob("*.json")) for folder in ("workflows", "subgraphs"))
@@ -163,6 +165,23 @@ def test_a_pytorch_of_the_matrix_is_held(tmp_path: Path, torch: str, held: str) 
     hold = commands(jobs("tests.yml")["suite"])[0]
     subprocess.run(["bash", "-ec", hold], cwd=tmp_path, env={**os.environ, "TORCH": torch}, check=True)
     assert (tmp_path / "constraint.txt").read_text().strip() == held
+
+
+def test_forge_runs_the_suite_on_the_oldest_of_everything() -> None:
+    job, suite = jobs("tests.yml")["floors"], jobs("tests.yml")["suite"]
+    assert commands(job) == ["bash .ci/floors > constraint.txt", commands(suite)[-1]]
+    assert job["env"]["PIP_CONSTRAINT"].endswith("/constraint.txt")
+    (python,) = [step["with"]["python-version"] for step in job["steps"] if "with" in step]
+    assert PROJECT["requires-python"] == f">={python}"
+
+
+def test_floors_are_those_of_the_project() -> None:
+    extras = [wanted for extra in PROJECT["optional-dependencies"].values() for wanted in extra]
+    wanted = [Requirement(text) for text in (*PROJECT["dependencies"], *extras, *BUILD["requires"])]
+    held = {f"{one.name}=={spec.version}.*" for one in wanted for spec in one.specifier if spec.operator == ">="}
+    said = subprocess.check_output(["bash", ".ci/floors"], cwd=ROOT, text=True).split()
+    assert len(said) >= 8
+    assert set(said) == held
 
 
 TAG, HEADING = f"v{PROJECT['version']}", f"## {PROJECT['version']}\n"
