@@ -161,6 +161,8 @@ class FakeAccelerator(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         if func is Tensor.item:
             return 0.0
+        if func is Tensor.is_pinned:  # which PyTorch 2.4 cannot say of fake tensors
+            return False
         return func(*args, **(kwargs or {}))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import infdit
 from infdit.memory import measure
 
+if find_spec("numpy._core") is None:  # before numpy 1.26; files in data/ were pickled by numpy 2, which calls it so
+    sys.modules |= {f"numpy._core{part}": sys.modules[f"numpy.core{part}"] for part in ("", ".multiarray")}
 DATA = Path(__file__).parent / "data"
 # how a model is sampled that starts from noise and takes any number of steps, which the bundled one is not
 NOISY = infdit.SamplingDefaults(steps=1, sampler="euler", sigma_max=0.1, sigma_min=0.01)

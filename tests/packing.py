@@ -12,15 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def packed() -> set[str]:
+def packed(root: Path = ROOT) -> set[str]:
     """What is packed: tracked files less those of .comfyignore, whose patterns are git's."""
     git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
+    if git is None or not (root / ".git").exists():
         pytest.skip("not a git checkout")
 
     def files(*options: str) -> set[str]:
-        listed = subprocess.check_output([git, "ls-files", "-z", *options], cwd=ROOT, text=True)
-        return {path for path in listed.split("\0") if path and (ROOT / path).exists()}
+        listed = subprocess.check_output([git, "ls-files", "-z", *options], cwd=root, text=True)
+        return {path for path in listed.split("\0") if path and (root / path).exists()}
 
     return files() - files("--ignored", "--cached", "--exclude-from=.comfyignore")
 

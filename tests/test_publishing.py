@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packing import packed
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DESCRIPTION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, BUILD = DESCRIPTION["project"], DESCRIPTION["build-system"]
 FORGE = ROOT / ".github"
 FORMS = sorted((FORGE / "ISSUE_TEMPLATE").glob("*.yml"))
+WORKFLOWS, SUBGRAPHS = (sorted((ROOT / folder).glob("*.json")) for folder in ("workflows", "subgraphs"))
 OLD_ID = "comfyui-inf-dit"  # before the first publication; in workflows that were saved then
 
 
@@ -44,13 +49,28 @@ def test_name_is_one_that_the_registry_takes() -> None:
     assert {"Repository", "Documentation", "Bug Tracker"} <= PROJECT["urls"].keys()
 
 
-def pack_ids(drawn: dict) -> set[str]:
-    return {node["properties"].get("cnr_id") for node in drawn["nodes"] if node["type"].startswith("InfDiT")}
+def pack_ids(drawn: dict) -> set[str | None]:
+    """Of the pack's nodes, those in subgraphs too, and of nodes that are such a subgraph."""
+    inside = drawn.get("definitions", {}).get("subgraphs", [])
+    nodes = [node for graph in (drawn, *inside) for node in graph["nodes"]]
+    ours = {graph["id"] for graph in inside if pack_ids(graph)}
+    return {
+        node["properties"].get("cnr_id") for node in nodes if node["type"].startswith("InfDiT") or node["type"] in ours
+    }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WORKFLOWS, *SUBGRAPHS], ids=lambda path: path.stem)
 def test_workflows_name_the_pack_that_is_to_be_installed(path: Path) -> None:
     assert pack_ids(json.loads(path.read_text(encoding="utf-8"))) == {PROJECT["name"]}
+
+
+def test_ids_in_subgraphs_are_seen() -> None:
+    drawn = json.loads(SUBGRAPHS[0].read_text(encoding="utf-8"))
+    for nodes in (drawn["nodes"], drawn["definitions"]["subgraphs"][0]["nodes"]):
+        for node in nodes:
+            kept = node["properties"].pop("cnr_id")
+            assert pack_ids(drawn) == {PROJECT["name"], None}
+            node["properties"]["cnr_id"] = kept
 
 
 def test_a_workflow_of_the_old_name_is_kept_to_be_opened() -> None:
@@ -78,8 +98,32 @@ def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
     assert {path for path in files if "/" not in path} == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
-    assert not [path for path in files if path.startswith("docs/") and path.endswith(".py")]
+    pages = {"api", "memory", "migrating", "mini", "models", "sampling", "scaling"}
+    assert {path for path in files if path.startswith("docs/")} == {
+        "docs/before_after.png", "docs/in_comfyui.jpg", *(f"docs/{page}.md" for page in pages),
+    }  # fmt: skip
     assert sum((ROOT / path).stat().st_size for path in files) < 11e6, "8 MB of it is the bundled model"
+
+
+def test_comfy_cli_finds_nothing_wrong_and_packs_the_same(tmp_path: Path) -> None:
+    """As `comfy node publish` does it, on a clone of what is committed."""
+    comfy = os.environ.get("COMFY_CLI") or shutil.which("comfy")
+    if comfy is None:
+        pytest.skip("comfy-cli is neither on PATH nor in COMFY_CLI")
+    clone = tmp_path / "inf-dit"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+
+    def run(word: str) -> str:
+        command = [comfy, "--skip-prompt", "node", word]
+        environment = {**os.environ, "DO_NOT_TRACK": "1"}
+        return subprocess.check_output(command, cwd=clone, env=environment, stderr=subprocess.STDOUT, text=True)
+
+    said = run("validate")  # it ends with 0 on warnings too
+    assert "passed successfully" in said
+    assert "warning" not in said.lower(), said
+    run("pack")
+    with zipfile.ZipFile(clone / "node.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(packed(clone))
 
 
 # ---- the forge
@@ -107,7 +151,7 @@ def test_forge_runs_what_must_hold_and_the_readmes_test_command_on_three_pythons
     everything, suite = jobs("tests.yml")["everything"], jobs("tests.yml")["suite"]
     assert commands(everything) == ["bash .ci/run"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (test,) = re.findall(r"\n## Tests\n\n```sh\n(.+)\n```", readme)
+    (test,) = re.findall(r"\n## Tests\n[^`#]+```sh\n(.+)\n```", readme)
     assert commands(suite)[-1] == test
     matrix = suite["strategy"]["matrix"]
     assert len(matrix["python"]) == 3
@@ -121,6 +165,23 @@ def test_a_pytorch_of_the_matrix_is_held(tmp_path: Path, torch: str, held: str) 
     hold = commands(jobs("tests.yml")["suite"])[0]
     subprocess.run(["bash", "-ec", hold], cwd=tmp_path, env={**os.environ, "TORCH": torch}, check=True)
     assert (tmp_path / "constraint.txt").read_text().strip() == held
+
+
+def test_forge_runs_the_suite_on_the_oldest_of_everything() -> None:
+    job, suite = jobs("tests.yml")["floors"], jobs("tests.yml")["suite"]
+    assert commands(job) == ["bash .ci/floors > constraint.txt", commands(suite)[-1]]
+    assert job["env"]["PIP_CONSTRAINT"].endswith("/constraint.txt")
+    (python,) = [step["with"]["python-version"] for step in job["steps"] if "with" in step]
+    assert PROJECT["requires-python"] == f">={python}"
+
+
+def test_floors_are_those_of_the_project() -> None:
+    extras = [wanted for extra in PROJECT["optional-dependencies"].values() for wanted in extra]
+    wanted = [Requirement(text) for text in (*PROJECT["dependencies"], *extras, *BUILD["requires"])]
+    held = {f"{one.name}=={spec.version}.*" for one in wanted for spec in one.specifier if spec.operator == ">="}
+    said = subprocess.check_output(["bash", ".ci/floors"], cwd=ROOT, text=True).split()
+    assert len(said) >= 8
+    assert set(said) == held
 
 
 TAG, HEADING = f"v{PROJECT['version']}", f"## {PROJECT['version']}\n"
@@ -171,6 +232,14 @@ def test_gate_stops_another_tag(tmp_path: Path) -> None:
     status, said = gate(tmp_path, tag="v99.0.0")
     assert status != 0
     assert "the tag is v99.0.0" in said
+
+
+def test_forge_packs_with_the_comfy_cli_that_publishes() -> None:
+    job = jobs("tests.yml")["package"]
+    (pin,) = re.findall(r"comfy-cli==[\d.]+", "\n".join(commands(job)))
+    assert f"pip install {pin}" in commands(jobs("publish.yml")["publish"])
+    assert "-k comfy_cli" in commands(job)[-1]
+    assert job["env"]["COMFY_CLI"], "without it the test could skip there"
 
 
 def test_publishing_waits_for_the_suite_and_needs_one_secret() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packing import packed
 
 from benchmarks.__main__ import main as benchmarks_main
-from docs.cards import table
+from docs.cards import CARDS, Card, table
 from infdit.__main__ import main
+from infdit.memory import measure
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "training" / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 MEMORY = ROOT / "docs" / "memory.md"
 Print = Callable[[list[str]], str]
@@ -44,21 +47,40 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
+def links(path: Path) -> list[tuple[Path, str]]:
+    """Files and anchors that a page leads to, without what is elsewhere."""
+    prose = re.sub(r"^```.*?^```", "", read(path), flags=re.MULTILINE | re.DOTALL)
+    targets = [target.partition("#") for target in re.findall(r"\]\((?!https://)([^)\s]+)\)", prose)]
+    return [((path.parent / name).resolve() if name else path, anchor) for name, _, anchor in targets]
+
+
 @pytest.mark.parametrize("path", PAGES, ids=by_name)
 def test_links_lead_somewhere(path: Path) -> None:
-    prose = re.sub(r"^```.*?^```", "", read(path), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-        if target.startswith("https://"):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (path.parent / name).resolve() if name else path
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), target
+    for file, anchor in links(path):
+        assert file.exists(), file
+        assert not anchor or anchor in anchors(file), (file, anchor)
 
 
-def test_pages_are_found_from_the_readme() -> None:
-    linked = {(ROOT / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s]+)\)", read(README))}
-    assert {path.resolve() for path in PAGES} - {README.resolve()} <= linked
+def test_links_in_the_zip_lead_to_what_is_in_it_and_its_pages_are_found_from_the_readme() -> None:
+    files = {(ROOT / name).resolve() for name in packed()}
+    pages = {page.resolve() for page in PAGES} & files
+    assert [(page, file) for page in pages for file, _ in links(page) if file not in files] == []
+    assert pages <= {README.resolve(), *(file for file, _ in links(README))}
+
+
+def test_pages_that_are_not_in_the_zip_are_found_from_contributing() -> None:
+    left_out = {page.resolve() for page in PAGES} - {(ROOT / name).resolve() for name in packed()}
+    assert left_out == {CONTRIBUTING.resolve(), *(file for file, _ in links(CONTRIBUTING) if file in left_out)}
+    assert f"`{CONTRIBUTING.name}`" in read(README)
+
+
+def test_a_page_in_the_zip_that_shows_what_is_not_says_where_it_is() -> None:
+    """What contributors run: where they run it is said once, before or where it first comes."""
+    shown = re.compile(r"-m (?:pytest|docs|benchmarks|training)\b|pytest -m|`(?:tests|benchmarks|training)/")
+    for name in sorted(packed()):
+        if name.endswith(".md") and (first := shown.search(page := read(ROOT / name))):
+            said = page.find("a clone of the repository")
+            assert 0 <= said < first.end() + 80, (name, first[0])
 
 
 @pytest.mark.parametrize("path", PAGES, ids=by_name)
@@ -89,10 +111,33 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Print:
     return run
 
 
+newer = pytest.mark.skipif(sys.version_info < (3, 11), reason="a run holds a picture more there, and pages do not tell")
+
+
+@newer
 def test_table_of_cards_is_what_its_command_prints() -> None:
     assert f"\n\n{table()}\n\n" in read(README)
 
 
+@newer
+@pytest.mark.parametrize("card", CARDS[::3], ids=lambda card: card.name)
+def test_row_of_a_card_is_what_plan_says_beside_one_that_does_so_much(
+    card: Card, printed: Print, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = re.search(rf"^\| {card.memory} GB: {card.name} \| {card.tflops}, {card.slot} \| (.+) \|$", read(README), re.M)
+    assert row is not None
+    cell = row[1].split(" | ")[2]  # published, 8192²
+    speed = measure.Speed(flops=card.tflops * 1e12, bus=0.8e9 * card.slot)
+    monkeypatch.setattr(measure, "measured", lambda device, dtype: speed)
+    budget = 0.9 * (card.memory - 1.5)
+    said = printed(["plan", "8192x8192", "--device", "cuda", "--budget", f"{budget}GiB"])
+    asked = re.search(r"asked +([\d.]+) GiB +([\d.]+) GiB +0 GiB +([\d.]+ \w+) ", said)
+    assert asked is not None
+    assert cell == f"{float(asked[1]):.2g} + {float(asked[2]):.2g} GiB, {asked[3]}"
+    assert float(asked[1]) < budget
+
+
+@newer
 @pytest.mark.parametrize("command", re.findall(r"^\$ python -m infdit (plan .+)$", read(MEMORY), re.MULTILINE))
 def test_plans_are_what_the_command_prints(command: str, printed: Print) -> None:
     assert f"$ python -m infdit {command}\n{printed(command.split())}" in read(MEMORY)

@@ -6,6 +6,7 @@ The bytes are closed forms, counted as they are when most is held, tensor by ten
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -262,12 +263,13 @@ class Workload:
             "weights": weights.resident + weights.streamed(group) if streamed else weights.total,
             "hidden": min(kept, 3 * chunk * unit) if hidden_away else kept,
         }
+        called = picture * (sys.version_info < (3, 11))  # the start: until then a caller held what it called with
         strips = 3 * min(picture, FLOAT32 * PIECE) if method.by_rows else 0  # of the sampler's arithmetic
         between = sampling | ({"workspace": 0} if self.device.type == "cpu" else {})  # see `Offloader.room`
         return [
-            phase(conditioning + method.evaluating * picture, **sampling | evaluating),
+            phase(conditioning + called + method.evaluating * picture, **sampling | evaluating),
             phase(
-                conditioning + method.pictures * picture + (0 if on_disk else strips),
+                conditioning + called + method.pictures * picture + (0 if on_disk else strips),
                 always + (strips if on_disk else 0),
                 weights=at_rest,
                 **between,
