@@ -42,8 +42,8 @@ def _scale_input() -> io.Input:
     return io.Float.Input(
         "scale", display_name=f"scale (up to ×{MOST_SCALE})", default=4.0, min=1.0, max=float(MOST_SCALE), step=0.01,
         display_mode=SLIDER,
-        tooltip="How many times larger each side becomes. Models are trained for 4: more is done in passes, and less, by "
-        "the bundled model, as 4 that is then made smaller, which takes as long. 1 keeps the size.",
+        tooltip="How many times larger each side becomes. Models are trained for 4: more is done in passes, and less, "
+        "by the bundled model, as 4 that is then made smaller, which takes as long. 1 keeps the size.",
     )
 
 

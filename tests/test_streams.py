@@ -551,9 +551,11 @@ def test_tokens_set_off_while_the_next_device_is_at_work(agents: Agents, monkeyp
 
     noting(Transfer, "hand_on", COPY)
     noting(Handover, "take", "compute lazy:1")
-    watch(agents, monkeypatch, SEVERAL[0], shared(SEVERAL[0]), seed=1)
-    ahead = [began < taken for began, taken in zip(moments["hand_on"], moments["take"], strict=True)]
-    assert sum(ahead) >= len(ahead) / 2
+    for seed in range(6):  # in some order of the devices: nothing makes them wait
+        watch(agents, monkeypatch, SEVERAL[0], shared(SEVERAL[0]), seed=seed)
+        if any(began < taken for began, taken in zip(moments["hand_on"], moments["take"], strict=True)):
+            return
+    pytest.fail("tokens only ever leave when the next device has nothing to do")
 
 
 Waiting = Callable[[Stream, Stream], bool]  # who waits, and for whose work
@@ -582,7 +584,8 @@ def test_a_landing_that_is_used_again_too_early_is_found(agents: Agents, monkeyp
     monkeypatch.setattr("infdit.uniba.LANDINGS", 2)
     plan = MemoryPlan(4, 1, layers=(1, 1, 2))
     with pytest.raises(RaceError, match="written on copy lazy:0 while copy lazy:1 may still use it"):
-        watch(agents, monkeypatch, plan, shared(plan))
+        for seed in range(6):  # in some order of the devices
+            watch(agents, monkeypatch, plan, shared(plan), seed=seed)
 
 
 @pytest.mark.parametrize("handed", [True, False])
