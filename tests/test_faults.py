@@ -59,6 +59,7 @@ from infdit.sidecar import Fit, tuned_levels, write_fits
 from infdit.tensorfile import CheckpointError
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # its own remarks about the damage
 SOON = 10  # seconds
 ABSURD = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**16 - 1, 2**24)
 
