@@ -188,6 +188,16 @@ def test_a_gradient_keeps_its_levels(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds 8 bits" in one_line(capsys)
 
 
+@pytest.mark.parametrize("scale", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_gradient_keeps_its_levels_through_the_network(tmp_path: Path, scale: int) -> None:
+    ramp = np.linspace(0, 65535, 4096).round().astype(np.uint16)
+    stored(tmp_path / "in.png", png(4096, [np.repeat(ramp, 3).astype(">u2").tobytes()] * 5, 16, 2))
+    command = "upscale", tmp_path / "in.png", "-o", tmp_path / "out.png", "--scale", scale
+    assert run(*command, "--dtype", "fp32", "--device", "cpu") == 0
+    values = decoded(tmp_path / "out.png")
+    assert len(np.unique(values[len(values) // 2, :, 1])) >= 4000
+
+
 def test_a_second_call_heeds_the_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
