@@ -75,6 +75,7 @@ def known_device(name: str) -> torch.device:
     Raises:
         ValueError: not the name of a device.
     """
+    name = name.strip()
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "xpu", "mps") or not (number == "" or (number.isdecimal() and len(number) < 3)):
         raise ValueError(f"device {name!r} must be cpu, cuda, cuda:1, xpu or mps")
