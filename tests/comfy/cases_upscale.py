@@ -422,7 +422,8 @@ def several_devices() -> dict:
         found["stopped"] = run(prompt("long", {"devices": "cpu,cpu"}, **asked | {"seed": 94}))["end"]
     with patched(layer, forward=at_the(7, full)):
         found["out of memory"] = run(prompt("long", {"devices": "cpu,cpu"}, **asked | {"seed": 95}))["end"]
-    found["replanned"] = [line for line in TAKEN.get("report", "").splitlines() if "out of memory" in line]
+    lines = TAKEN.get("report", "").splitlines()
+    found["replanned"] = [line for line in lines if line.startswith("note: out of memory")]
     refused = {name: run(load_prompt(devices=name)) for name in ("cuda:7", "nothing", "cpu,,cpu")}
     return found | {"refused": {name: ended["message"] for name, ended in refused.items()}}
 
