@@ -43,7 +43,7 @@ STRIP = 256  # rows of a result that are finished at a time
 Folder = str | Path | None
 Devices = torch.device | str | Sequence[torch.device | str] | None
 MakeNoise = Callable[[tuple[int, int, int, int]], Tensor]
-Finish = Callable[[Run, Tensor, Tensor], None]
+Finish = Callable[[Run, Tensor, Tensor, Tensor], None]
 
 
 _warned: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run without their CLIP input
@@ -237,31 +237,31 @@ def upscale_batch(
 
     Args:
         noises: of each pass, that of one picture after the other.
-        finish: is called with the run, the picture given and the result.
+        finish: is called with the run, the picture given, the result, and what that was made of if it was made smaller.
     """
     size, channels = (run.workload.height, run.workload.width), image.shape[-1]
     results = run.empty((len(image), *size, channels))
     passes = run.workload.passes
     for i, given in enumerate(image.split(1)):
-        picture = given
+        picture = computed = given
         for left, part, noise in zip(range(len(passes))[::-1], passes, noises, strict=True):
             step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
-            vector = None if vectors is None else vectors[i]
-            last = results[i : i + 1]
+            vector, last = None if vectors is None else vectors[i], results[i : i + 1]
             whole = not left and part.shrunk is None
-            result = last if whole else run.empty((1, part.height, part.width, channels))
+            computed = last if whole else run.empty((1, part.height, part.width, channels))
             sample = partial(_sample, sampler)
             if resume is not None:
                 skip = partial(_skip, run, part, sampler, sigmas)
                 sample = partial(resume.sample, i, len(passes) - left if passes[1:] else None, picture, skip, sampler)
-            _upscale_one(run, part, picture, vector, sample, sigmas, noise, step, result)
+            _upscale_one(run, part, picture, vector, sample, sigmas, noise, step, computed)
+            made = computed
             if part.shrunk is not None:
-                smaller = run.empty((1, *part.shrunk, channels)) if left else last
-                shrink(result, picture, smaller, partial(run.advance, 0))
-                result = smaller
-            picture = result
+                made = run.empty((1, *part.shrunk, channels)) if left else last
+                shrink(computed, picture, made, partial(run.advance, 0))
+            picture, computed = made, made if left else computed
         if finish is not None:
-            finish(run, given, picture)
+            finish(run, given, picture, computed)
+        del computed  # it is not held beside the next picture
     return results
 
 
@@ -346,16 +346,18 @@ def _prepare(
     return run.denoiser(Conditioning(lr, up, vector), [level for level in sigmas.tolist() if level > 0]), start, grey
 
 
-def finish_result(fidelity: float, colour_match: bool, run: Run, given: Tensor, result: Tensor) -> None:
-    """Make a result (1, H, W, c) as faithful to a picture (1, h, w, c) as is asked for, and note how much it is."""
+def finish_result(
+    fidelity: float, colour_match: bool, run: Run, given: Tensor, result: Tensor, computed: Tensor
+) -> None:
+    """Make a result (1, H, W, c) as faithful to a picture (1, h, w, c) as is asked for, and note how much it is.
+
+    computed: the result, or what it was made of by shrinking: where the lines between patches and blocks are.
+    """
     colour = _colour(given)
     grey = without_colour(colour) if run.keeps_grey else None
     pixels = result[0, ..., :3].movedim(-1, 0)
     run.report.faithful.append(make_faithful(pixels, colour[0], fidelity, colour_match, grey, run.advance))
-    config, shrunk = run.workload.config, run.workload.passes[-1].shrunk is not None
-    if shrunk:  # the lines of its patches and blocks are not where they were
-        run.report.seams.append([math.nan, math.nan])
-        return
+    config, pixels = run.workload.config, computed[0, ..., :3].movedim(-1, 0)
     run.report.seams.append(seams(pixels, (config.patch_size, config.block_size), run.advance))
 
 

@@ -289,12 +289,17 @@ def test_as_many_templates_as_are_said_to_be_found() -> None:
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_is_in_the_words_of_the_code(refusal: str) -> None:
     """Nearly half of it or more is one of its texts; where it ends in …, the beginning of one."""
-    for pieces in sentences():
-        for count in range(1 if refusal.endswith("…") else len(pieces), len(pieces) + 1):
-            match = re.search("".join(".+" if one is None else re.escape(one) for one in pieces[:count]), refusal)
-            if match and len(match[0]) > 0.45 * len(refusal) and sum(len(one or "") for one in pieces[:count]) >= LEAST:
-                return
-    pytest.fail(f"no code says {refusal!r}")
+    begun = refusal.endswith("…")
+    assert any(
+        says(pieces[:count], refusal)
+        for pieces in sentences()
+        for count in range(1 if begun else len(pieces), len(pieces) + 1)
+    ), "no code says it"
+
+
+def says(pieces: list[str | None], refusal: str) -> bool:
+    match = re.search("".join(".+" if one is None else re.escape(one) for one in pieces), refusal)
+    return bool(match) and len(match[0]) > 0.45 * len(refusal) and sum(len(one or "") for one in pieces) >= LEAST
 
 
 # ---- the pack

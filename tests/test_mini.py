@@ -67,6 +67,15 @@ def test_below_four_it_is_nearer_to_the_original_than_any_interpolation(scale: f
     assert luma_psnr(result, np.array(original)) > max(others) + 0.5
 
 
+def test_seams_are_told_of_what_was_computed() -> None:
+    """At ×2 they are those of ×4, which is made smaller."""
+    model, image = infdit.load_model("mini", dtype=torch.float32, device="cpu"), torch.rand(1, 20, 24, 3)
+    two, four = infdit.Report(), infdit.Report()
+    infdit.upscale(model, image, 2.0, report=two)
+    infdit.upscale(model, image, 4.0, report=four)
+    assert two.seams == four.seams
+
+
 def test_transparency_is_the_same_by_way_of_another_size() -> None:
     model, image = infdit.load_model("mini", dtype=torch.float32, device="cpu"), torch.rand(1, 12, 9, 4)
     result, plain = (infdit.upscale(model, image, 2.0, denoise=share) for share in (1.0, 0.0))
