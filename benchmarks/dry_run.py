@@ -211,7 +211,7 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
     devices = [d if d.type == "cpu" else fake for d, fake in zip(workload.devices, fakes, strict=True)]
     device, target = devices[0], (workload.height, workload.width)
     planned = PlannedRun(replace(workload, device=device, beside=tuple(devices[1:])), plan, lambda device: 0)
-    sigmas = karras_sigmas(2 if workload.sampler == "euler" else STEPS, 0.1, 1.0)
+    levels = [karras_sigmas(2 if workload.sampler == "euler" else STEPS, 0.1, 1.0)] * len(workload.passes)
     streams = _streams() if workload.device.type == "cuda" else nullcontext()
     fused = attention.fused(workload.device, workload.dtype, workload.config.head_dim)
     with ExitStack() as entered:
@@ -232,7 +232,7 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
             finish = partial(finish_result, float(workload.fitted), False)
             sampler = get_sampler(workload.sampler)
             with run.at_work():
-                upscale_batch(run, image, None, sampler, sigmas, noises, lambda state: None, finish)
+                upscale_batch(run, image, None, sampler, levels, noises, lambda state: None, finish)
     return meter
 
 

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ FITTED: dict[int, tuple[float, ...]] = {
 PRESETS = {"paper": 20, "balanced": 13, "draft": 8}  # steps; paper: of Heun's method over Karras's levels
 # grey levels from where many steps lead, on the worst of the posteriors of `python -m benchmarks --solvers`
 OFF = {"paper": 0.8, "balanced": 0.1, "draft": 0.2}
+Strength = float | Sequence[float]  # of all passes, or of each
+Levels = Tensor | Sequence[Tensor] | None  # falling noise levels of all passes, or of each
 RHO = 7.0  # of the Karras schedule, also the space in which `denoise` shortens it
 
 
@@ -76,8 +79,36 @@ def sampling(
     return Sampling(sampler, sigmas, words)
 
 
+def samplings(
+    defaults: SamplingDefaults, *asked: Any, denoise: Strength = 1.0, sigmas: Levels = None,  # noqa: ANN401 - passed on
+) -> list[Sampling]:
+    """`sampling` of each pass, where strengths or levels are given one a pass; else one that is for all of them."""
+    if sigmas is not None:
+        given = [sigmas] if isinstance(sigmas, Tensor) else sigmas
+        return [sampling(defaults, *asked, sigmas=levels) for levels in given]
+    strengths = denoise if isinstance(denoise, Sequence) else [denoise]
+    return [sampling(defaults, *asked, denoise=strength) for strength in strengths]
+
+
+def of_passes(levels: Sequence[Tensor], passes: int) -> list[Tensor]:
+    """Noise levels of each pass of a run, from those that are given.
+
+    Raises:
+        ValueError: neither one for all of them nor one a pass.
+    """
+    if len(levels) not in (1, passes):
+        count = "1 pass" if passes == 1 else f"{passes} passes"
+        raise ValueError(f"denoise has {len(levels)} values, and this size takes {count}: give one, or one a pass")
+    return [*levels] * (passes if len(levels) == 1 else 1)
+
+
 def _sampler(preset: str) -> str:
     return "heun" if preset == "paper" else SAMPLER
+
+
+def strengths_told(denoise: Sequence[float]) -> str:
+    """Strengths of the passes, in words; empty where there is one for all."""
+    return f"denoise {', '.join(f'{strength:g}' for strength in denoise)} of its passes" if denoise[1:] else ""
 
 
 def counted(count: int) -> str:

@@ -60,6 +60,12 @@ class Receipt:
         """(height, width) of the result."""
         return self.settings["size"][0], self.settings["size"][1]
 
+    @property
+    def levels(self) -> list[list[float]]:
+        """Noise levels of each pass; one list where all have the same."""
+        sigmas = self.settings["sigmas"]
+        return sigmas if isinstance(sigmas[0], list) else [sigmas]
+
 
 def receipt_of(report: Report, seconds: float, **about: object) -> dict[str, Any]:
     """The receipt of a run.
@@ -139,10 +145,11 @@ def parse_receipt(text: str) -> Receipt:
 
 def _check(settings: Mapping[str, Any]) -> None:
     size, sigmas, seed, sampler = (settings[name] for name in ("size", "sigmas", "seed", "sampler"))
-    falling = isinstance(sigmas, list) and all(map(_finite, sigmas)) and all(a > b for a, b in pairwise(sigmas))
+    lists = isinstance(sigmas, list) and len(sigmas) > 0
+    levels = sigmas if lists and all(isinstance(one, list) for one in sigmas) else [sigmas]  # one a pass
     good = {
         "size": isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 2**31 for n in size),
-        "sigmas": falling and 0 < len(sigmas) <= MOST_STEPS + 1 and sigmas[-1] >= 0,
+        "sigmas": lists and all(map(_falling, levels)),
         "seed": seed is None or (type(seed) is int and 0 <= seed < 2**64),
         "dtype": settings["dtype"] in ("float64", "float32", "bfloat16", "float16"),
         "clip": isinstance(settings["clip"], str | None),
@@ -154,6 +161,11 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ReceiptError(f"its {wrong[0]} is damaged")
     if sampler not in SAMPLER_INFO or settings["noise"] == "given":
         raise ReceiptError("its sampler or noise came from another program: only that program can do it again")
+
+
+def _falling(levels: list[float]) -> bool:
+    falling = all(map(_finite, levels)) and all(a > b for a, b in pairwise(levels))
+    return falling and 0 < len(levels) <= MOST_STEPS + 1 and levels[-1] >= 0
 
 
 def _finite(value: object) -> bool:

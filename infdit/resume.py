@@ -148,19 +148,21 @@ class SavedRun:
 
 
 def settings_of(
-    workload: Workload, defaults: SamplingDefaults, sampler: SamplerInfo, sigmas: Tensor, seed: int | None,
+    workload: Workload, defaults: SamplingDefaults, sampler: SamplerInfo, levels: Sequence[Tensor], seed: int | None,
     vectors: Sequence[Tensor] | None, fidelity: float = 0.0, colour_match: bool = False,
 ) -> dict[str, Any]:
     """All that changes a pixel beside model, picture and device, of JSON's types; seed None: the noise was given.
 
+    levels: of each pass, of which the first are stated alone where all have the same.
     A seed that no noise is drawn from changes nothing, and is None too.
     """
     own = (name for name, info in SAMPLER_INFO.items() if info is sampler)
     noise = "given" if seed is None else defaults.start_noise
+    stated = [sigmas.tolist() for sigmas in levels]
     return {
         "size": [workload.height, workload.width],
         "sampler": next(own, getattr(sampler.sample, "__qualname__", "unnamed")),
-        "sigmas": sigmas.tolist(),
+        "sigmas": stated if stated.count(stated[0]) < len(stated) else stated[0],
         "seed": seed if noise else None,
         "noise": noise,
         "dtype": str(workload.dtype).removeprefix("torch."),

@@ -24,7 +24,7 @@ from .memory.footprint import Weights
 from .memory.plan import MemoryPlan, WeightsKept, Workload
 from .memory.planner import PlannedRun, fastest_plan, free_bytes
 from .model import InfDiT
-from .presets import sampling
+from .presets import Levels, Strength, of_passes, samplings
 from .presets import schedule as schedule  # where it was
 from .progress import PictureState, Progress, Watcher
 from .resume import SavedRun, model_digest, settings_of
@@ -53,8 +53,8 @@ _warned: WeakSet[InfDiT] = WeakSet()  # models of which we said that they run wi
 def upscale(
     model: InfDiT, image: Tensor, scale: float = 4.0, steps: int | None = None,
     sampler: str | SamplerInfo | None = None, sigma_max: float | None = None, seed: int = 0, budget: int | None = None,
-    plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: float = 1.0,
-    sigmas: Tensor | None = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
+    plan: MemoryPlan | PlannedRun | None = None, *, size: tuple[int, int] | None = None, denoise: Strength = 1.0,
+    sigmas: Levels = None, noise: MakeNoise | None = None, clip_embedding: Tensor | None = None,
     fidelity: float = 0.0, colour_match: bool = False, progress: Progress | None = None,
     callback: Callable[[PictureState], None] | None = None, device: Devices = None,
     report: Report | None = None, preset: str | None = None, resume: SavedRun | None = None, folder: Folder = None,
@@ -72,14 +72,13 @@ def upscale(
         budget: bytes on the device that the run may hold; None: what is free there, less a margin.
         plan: how evaluations are cut, in place of a budget, or a `PlannedRun`, which also says on which device.
         size: (height, width) of the result in place of `scale`; from once to 16 times each side.
-        denoise: 0..1, an artist's strength, see `schedule`. 0 is bicubic.
-        sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise.
+        denoise: 0..1, an artist's strength, see `schedule`, of all passes or of each. 0 is bicubic.
+        sigmas: (n + 1,) falling noise levels in place of steps, sigma_max and denoise; of all passes or of each.
         noise: makes the noise of all pictures, (B, 3, H, W) of whole blocks, in place of seed; used as it is.
         clip_embedding: (B or 1, vector_dim), see `clip`; None: zeros. report: is filled in with what was done.
         fidelity: 0..1, how far the result is made to say what the picture given says once it is made small again.
         colour_match: whether its colours get the mean and covariance of those given; before fidelity.
-        progress: called as progress(done, total, preview) at least a few times a second, see `Watcher`. An exception
-            that it raises ends the run at once.
+        progress: called as progress(done, total, preview) often, see `Watcher`; an exception out of it ends the run.
         callback: called after the first evaluation of each step, see `samplers`, with the picture's index as "picture".
         device: what computes; None: where the model is, which stays there. Several: each has some layers, see `stages`.
         resume: keeps the state after each step on disk, and goes on from what it finds there of the same run.
@@ -95,38 +94,40 @@ def upscale(
     """
     check_image(image)
     target = target_size(image.shape[1], image.shape[2], scale, size)
-    chosen = sampling(model.defaults, preset, steps, sampler, sigma_max, denoise, sigmas)
-    sampler, sigmas = get_sampler(chosen.sampler), _check_sigmas(chosen.sigmas)
+    chosen = samplings(model.defaults, preset, steps, sampler, sigma_max, denoise=denoise, sigmas=sigmas)
+    sampler = get_sampler(chosen[0].sampler if chosen else model.defaults.sampler)
     vectors = _clip_vectors(model, clip_embedding, len(image))
     seed, fitted = _check_seed(seed), _check_fidelity(fidelity) > 0
     if not isinstance(plan, PlannedRun):
         plan = _planned(model, image, target, sampler, device, budget, plan, bool(noise), fitted, folder)
     check_device(plan.workload)
+    levels = of_passes([_check_sigmas(one.sigmas) for one in chosen], len(plan.workload.passes))
     finish = partial(finish_result, fidelity, colour_match) if fitted or colour_match or report is not None else None
-    work, report, drawn = _work(plan.workload, fitted, sigmas), report or Report(), None if noise else seed
-    report.settings = settings_of(work, model.defaults, sampler, sigmas, drawn, vectors, fidelity, colour_match)
-    run, shown = begin_run(model, replace(plan, workload=work), sampler, sigmas, progress, callback, report, resume)
+    work, report, drawn = _work(plan.workload, fitted, levels), report or Report(), None if noise else seed
+    report.settings = settings_of(work, model.defaults, sampler, levels, drawn, vectors, fidelity, colour_match)
+    run, shown = begin_run(model, replace(plan, workload=work), sampler, levels, progress, callback, report, resume)
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(run.empty, (len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():
-        return upscale_batch(run, image, vectors, sampler, sigmas, noises, shown.step, finish, resume)
+        return upscale_batch(run, image, vectors, sampler, levels, noises, shown.step, finish, resume)
 
 
-def _work(planned: Workload, fitted: bool, sigmas: Tensor) -> Workload:
+def _work(planned: Workload, fitted: bool, levels: Sequence[Tensor]) -> Workload:
     """What is computed, as the settings say; without a step nothing can be too sharp, see `sizes`."""
-    return replace(planned, fitted=fitted, by_four=planned.by_four and len(sigmas) > 1)
+    return replace(planned, fitted=fitted, by_four=planned.by_four and any(len(one) > 1 for one in levels))
 
 
 def begin_run(
-    model: InfDiT, plan: PlannedRun, sampler: SamplerInfo, sigmas: Tensor, progress: Progress | None,
+    model: InfDiT, plan: PlannedRun, sampler: SamplerInfo, levels: Sequence[Tensor], progress: Progress | None,
     callback: Callable[[PictureState], None] | None, report: Report, resume: SavedRun | None,
 ) -> tuple[Run, Watcher]:
-    """A run and who watches it; arguments as those of `upscale`."""
-    work, count = plan.workload, evaluations(sampler, sigmas)
-    moves = sum(part.grid.height + count * work.config.num_layers * part.grid.blocks for part in work.passes)
+    """A run and who watches it; arguments as those of `upscale`, levels: of each pass."""
+    work, counts = plan.workload, [evaluations(sampler, sigmas) for sigmas in levels]
+    depth, parts = work.config.num_layers, zip(counts, work.passes, strict=True)
+    moves = sum(part.grid.height + count * depth * part.grid.blocks for count, part in parts)
     total = work.batch * (moves + (strips(work.height) if work.fitted else 0))
-    report.evaluations = count * work.batch * len(work.passes)
-    shown = Watcher(progress, total, len(sigmas) - 1, callback, report)
+    report.evaluations = work.batch * sum(counts)
+    shown = Watcher(progress, total, max(map(len, levels)) - 1, callback, report)
     if resume is not None:
         resume.begin(report.settings | {"model": model_digest(model), "device": work.device_kinds}, report.resumed)
     return Run(model, plan, shown.advance, report, shown.painted), shown
@@ -229,14 +230,14 @@ def _draw(noise: Tensor, generator: torch.Generator, told: Callable[[], None]) -
 
 
 def upscale_batch(
-    run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, sigmas: Tensor,
+    run: Run, image: Tensor, vectors: Sequence[Tensor] | None, sampler: SamplerInfo, levels: Sequence[Tensor],
     noises: Sequence[Iterator[Tensor | None]], callback: Callable[[PictureState], None], finish: Finish | None = None,
     resume: SavedRun | None = None,
 ) -> Tensor:
     """`upscale` after all is checked and decided: pass after pass over one picture at a time.
 
     Args:
-        noises: of each pass, that of one picture after the other.
+        levels, noises: of each pass: noise levels; noise of one picture after the other.
         finish: is called with the run, the picture given, the result, and what that was made of if it was made smaller.
     """
     size, channels = (run.workload.height, run.workload.width), image.shape[-1]
@@ -244,7 +245,7 @@ def upscale_batch(
     passes = run.workload.passes
     for i, given in enumerate(image.split(1)):
         picture = computed = given
-        for left, part, noise in zip(range(len(passes))[::-1], passes, noises, strict=True):
+        for left, part, sigmas, noise in zip(range(len(passes))[::-1], passes, levels, noises, strict=True):
             step: Callback = lambda state, i=i, left=left: callback({**state, "picture": i, "left": left})  # noqa: E731
             vector, last = None if vectors is None else vectors[i], results[i : i + 1]
             whole = not left and part.shrunk is None

@@ -159,7 +159,7 @@ class NativeModel(BaseModel):
         planned, report, bar = plan_run(workload, self.budget), Report(), Bar()
 
         def work(network: InfDiT) -> Tensor:
-            run, _ = begin_run(network, planned, method, sigmas, partial(bar.show, report), None, report, None)
+            run, _ = begin_run(network, planned, method, [sigmas], partial(bar.show, report), None, report, None)
             run.begin("sampling", pictures.size)
             run.advance(workload.grid.height * workload.batch)  # rows that were prepared before
             self.sampling = _Sampling(run, pictures, sigmas, managed.defaults)
@@ -203,7 +203,12 @@ def _refuse_unfit(conds: Mapping[str, list[dict]], options: Mapping[str, Any]) -
     """Raises a ValueError for what would be ignored."""
     found = {key for kind in conds.values() for cond in kind for key in cond}
     found |= {"patches" for key in ("patches", "patches_replace") if options.get(key)}
-    for key, words in (("control", "ControlNet"), ("gligen", "GLIGEN"), ("patches", "a patch of attention or blocks")):
+    wrapped = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    found |= {"wrapped" for wrappers in wrapped.values() if wrappers}
+    for key, words in (
+        ("control", "ControlNet"), ("gligen", "GLIGEN"), ("patches", "a patch of attention or blocks"),
+        ("wrapped", "EasyCache, or what else works inside a network (LazyCache works around it)"),
+    ):  # fmt: skip
         if key in found:
             raise ValueError(UNFIT % words)
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..infdit import MemoryPlan, Report, SamplingDefaults
-from ..infdit.memory.cost import seconds_per_evaluation
+from ..infdit.memory.cost import seconds_of_run
 from ..infdit.memory.plan import Workload
 from ..infdit.memory.planner import PlannedRun, format_bytes
-from ..infdit.samplers import evaluations
 from .comfy_page import duration
 
 SEEN = 2.0  # ΔE2000, on average over a picture
@@ -41,7 +40,7 @@ def run_report(
 
 def seconds_foretold(workload: Workload, plan: MemoryPlan, sigmas: Tensor) -> float:
     """How long a run over these noise levels takes, roughly."""
-    return workload.batch * evaluations(workload.sampler, sigmas) * seconds_per_evaluation(workload, plan)
+    return seconds_of_run(workload, plan, [sigmas] * len(workload.passes))
 
 
 def overshoot_note(image: Tensor) -> list[str]:

@@ -38,7 +38,7 @@ def kept_states(
         yield None
         return
     said = None if vectors is None else [vectors]
-    run = settings_of(workload, model.defaults, get_sampler(workload.sampler), sigmas, vectors=said, **given)
+    run = settings_of(workload, model.defaults, get_sampler(workload.sampler), [sigmas], vectors=said, **given)
     run |= {"model": model_digest(model), "device": workload.device_kinds, "pictures": tensor_digest({"": image})}
     name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(folder_paths.get_output_directory()) / FOLDER / name

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_cli import make_picture, one_line, pixels_of, run
 from test_resume import damaged
@@ -67,6 +69,30 @@ def test_the_same_pixels_from_a_receipt(tmp_path: Path, receipt: dict, noisy: tu
     said = json.loads(read_note(again))
     differ = {key for key in receipt if receipt[key] != said[key]}
     assert differ <= {"seconds", "bytes", "sha256"}
+
+
+def test_strengths_of_passes_are_foretold_told_and_made_again(
+    tmp_path: Path, noisy: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, again = make_picture(tmp_path / "in.png", (8, 6)), tmp_path / "out.png", tmp_path / "again.png"
+    strengths = ("--scale", 8, "--denoise", "1,0.25")
+    assert run("upscale", source, "-o", out, *noisy, *strengths) == 0
+    assert re.search(r"; denoise 1, 0\.25 of its passes, about \d+ s foretold; peak", capsys.readouterr().out)
+    model = infdit.load_model(noisy[1], torch.float32, "cpu")
+    made = infdit.upscale(model, read_picture(source).pixels[None], 8, denoise=[1, 0.25])[0]
+    assert np.array_equal((made * 255 + 0.5).byte().numpy(), np.asarray(Image.open(out)))
+    assert len(json.loads(read_note(out))["settings"]["sigmas"]) == 2
+    assert run("upscale", source, "-o", again, *noisy[:4], "--from-receipt", out) == 0
+    assert pixels_of(again) == pixels_of(out)
+    capsys.readouterr()
+    assert run("upscale", source, "-o", tmp_path / "four.png", *noisy, "--denoise", "1,0.25") != 0
+    assert "denoise has 2 values, and this size takes 1 pass: give one, or one a pass" in one_line(capsys)
+    assert run("plan", "8192x8192", "--scale", 16, "--device", "cuda", "--denoise", "1,0") == 0
+    told = capsys.readouterr().out
+    assert "39 + 0 evaluations (heun)\ndenoise 1, 0 of its passes\n" in told
+    assert run("plan", "2048x2048", "--device", "cuda") == 0
+    times = [re.findall(r"80 GiB .* (\d+ \w+)   ", text) for text in (told, capsys.readouterr().out)]
+    assert times[0] == times[1] != [], "as long as the first pass alone"
 
 
 def test_with_another_picture_and_options(
@@ -131,6 +157,7 @@ SENSELESS = [
     (("settings",), [None, [], 1, {}]),
     (("settings", "size"), [None, [1], [0, 5], [1.5, 2], ["1", "2"], [10**30, 1], [True, True]]),
     (("settings", "sigmas"), [None, [], [1, 2], ["1"], [float("nan"), 0], [1e999, 0], [1, -1], [*range(20000, 0, -1)]]),
+    (("settings", "sigmas"), [[[1, 0], []], [[1, 2]], [[1, 0], 1]]),
     (("settings", "seed"), [-1, 2**64, 1.5, "5", True]),
     (("settings", "sampler"), [None, "ddim", [], {}]),
     (("settings", "noise"), ["given"]),

@@ -246,7 +246,7 @@ def test_after_a_failure_the_pictures_leave_the_device(monkeypatch: pytest.Monke
 
             monkeypatch.setattr(Layer, "forward", forward)
             image, noises = torch.empty(1, 64, 64, 3), [iter([torch.empty(1, 3, 256, 256)])]
-            upscale_batch(run, image, None, get_sampler("euler"), sigmas, noises, lambda state: None)
+            upscale_batch(run, image, None, get_sampler("euler"), [sigmas], noises, lambda state: None)
     picture = 3 * 4 * 256 * 256
     assert len(report.replanned) == 1
     assert live[0] > 2 * picture, "x, up and lr"

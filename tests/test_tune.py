@@ -1,6 +1,7 @@
 """`tune` in the shell: what it leaves beside a model, and what `upscale` makes of that."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_it_fits_writes_and_upscale_takes_it_up(
     assert sampling(defaults).sampler == "heun", "without a preset nothing changes"
     asked = ["upscale", str(picture), "-o", str(tmp_path / "out.png"), "--model", str(model), "--device", "cpu"]
     assert main([*asked, "--preset", "draft"]) == 0
-    assert "draft, noise levels tuned to this model, 8 evaluations" in capsys.readouterr().out
+    told = r"preset: draft, noise levels tuned to this model, 8 evaluations, about \d+ s foretold; "
+    assert re.search(told, capsys.readouterr().out)
     infdit.convert(model, tmp_path / "copy.safetensors")
     assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"
 

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,39 @@ def test_beyond_4_a_run_is_its_passes(mini: InfDiT, h: int, w: int, scale: float
     assert torch.equal(result, by_hand)
     assert [(state["picture"], state["left"]) for state in states] == [(0, 1), (0, 0), (1, 1), (1, 0)]
     assert len(report.seconds) == 4
+
+
+@pytest.mark.parametrize("strengths", [(1, 0.4), (0.5, 0), (0, 1.0)], ids=str)
+@pytest.mark.parametrize("name", ["mini", "bundled"])
+def test_each_pass_has_its_own_strength(
+    request: pytest.FixtureRequest, name: str, strengths: tuple[float, float]
+) -> None:
+    """As if each pass were run by itself; the bar is one, and comes to its end."""
+    model, image, report = request.getfixturevalue(name), picture(9, 7), Report()
+    given = {"steps": 2, "sampler": "heun", "sigma_max": 0.1} if name == "mini" else {}
+    bar: list[tuple[int, int]] = []
+    result = upscale(
+        model, image, 16.0, denoise=strengths, report=report, progress=lambda *moves: bar.append(moves[:2]), **given
+    )
+    by_hand = upscale(model, upscale(model, image, denoise=strengths[0], **given), denoise=strengths[1], **given)
+    assert torch.equal(result, by_hand)
+    assert bar[-1][0] == bar[-1][1]
+    steps = sum(strength > 0 for strength in strengths) * (2 if given else 1)
+    assert (len(report.seconds), report.evaluations) == (steps, steps // 2 * 3 if given else steps)
+
+
+def test_one_strength_is_that_of_every_pass(mini: InfDiT, tmp_path: Path) -> None:
+    """Bit by bit, and a state of the one is a state of the other."""
+    image, given = picture(3, 5), {"scale": 16.0, **FAST}
+    for strength in (1.0, 0.3):
+        plain, told = Report(), Report()
+        expected = upscale(mini, image, denoise=strength, report=plain, **given)
+        assert torch.equal(upscale(mini, image, denoise=[strength, strength], report=told, **given), expected)
+        assert told.settings == plain.settings
+    saved, report = infdit.SavedRun(tmp_path / "run"), Report()
+    for strengths in ((1, 0.3), (1, 0.4)):
+        upscale(mini, image, denoise=strengths, resume=saved, report=report, **given)
+    assert "another sigmas" in report.resumed[0]
 
 
 def test_one_bar_goes_over_all_passes_and_a_stop_in_any_ends_the_run(mini: InfDiT) -> None:
@@ -396,6 +430,9 @@ def test_a_large_picture_can_be_stopped_at_any_time(mini: InfDiT) -> None:
         ({"steps": 0}, "at least 1"),
         ({"sigma_max": -1.0}, "sigma_max"),
         ({"denoise": 1.5}, "between 0"),
+        ({"denoise": [1, 1.5], "scale": 5}, "denoise 1.5 must be between 0"),
+        ({"denoise": [1, 0.5]}, "denoise has 2 values, and this size takes 1 pass: give one, or one a pass"),
+        ({"denoise": []}, "denoise has 0 values"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"image": torch.zeros(8, 8, 3)}, "must be"),

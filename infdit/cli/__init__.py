@@ -29,6 +29,14 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the network (default auto)")
 
 
+def strengths_of(text: str) -> list[float]:
+    """1,0.5 → [1.0, 0.5]."""
+    try:
+        return [float(strength) for strength in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1, or one a pass like 1,0.5") from None
+
+
 def size_of(text: str) -> tuple[int, int]:
     """WxH → (height, width)."""
     width, _, height = text.lower().partition("x")

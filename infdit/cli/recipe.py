@@ -18,7 +18,7 @@ from ..memory.plan import CPU, MemoryPlan, Workload
 from ..memory.planner import free_bytes
 from ..model import InfDiT
 from ..picture import PictureError, read_picture
-from ..presets import sampling
+from ..presets import samplings, strengths_told
 from ..receipt import Receipt, ReceiptError
 from ..resume import difference, model_digest
 from . import DTYPES
@@ -41,7 +41,7 @@ class Recipe:
     model: InfDiT
     devices: list[torch.device]
     sampler: str
-    sigmas: torch.Tensor
+    sigmas: list[torch.Tensor]
     seed: int
     fidelity: float
     colour_match: bool
@@ -79,10 +79,11 @@ def recipe_of(
     model.digest = model_digest(model)
     if receipt is None:
         asked = options.preset, options.steps, options.sampler
-        chosen = sampling(model.defaults, *asked, denoise=options.denoise)
+        chosen = samplings(model.defaults, *asked, denoise=options.denoise)
         finish = options.fidelity, options.colour_match
-        how = str(chosen.sampler), chosen.sigmas, options.seed
-        return Recipe(model, devices, *how, *finish, chosen.words, None, peers)
+        how = str(chosen[0].sampler), [one.sigmas for one in chosen], options.seed
+        words = ", ".join(filter(None, (chosen[0].words, strengths_told(options.denoise))))
+        return Recipe(model, devices, *how, *finish, words, None, peers)
     settings = receipt.settings
     if receipt.sha256 != model.digest:
         raise ReceiptError(
@@ -94,7 +95,7 @@ def recipe_of(
         log.warning("the receipt is of a run on %s, not on %s: pixels may differ in rounding", receipt.device, here)
     if receipt.batch > 1 and settings["noise"]:
         log.warning("the receipt is of %d pictures made in one run: the noise is that of the first", receipt.batch)
-    sigmas = torch.tensor(settings["sigmas"], dtype=torch.float32, device="cpu")
+    sigmas = [torch.tensor(levels, dtype=torch.float32, device="cpu") for levels in receipt.levels]
     finish = settings["fidelity"], settings["colour_match"]
     return Recipe(model, devices, settings["sampler"], sigmas, settings["seed"] or 0, *finish, "", receipt, peers)
 

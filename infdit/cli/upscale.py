@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -26,7 +26,9 @@ from ..checkpoint import load_model
 from ..clip import NEGATIVE, POSITIVE, STRENGTH
 from ..device import WrongNumbers, default_dtype, devices_of, one_memory, out_of_memory
 from ..draft import sweep
-from ..memory.planner import OutOfMemory, format_bytes
+from ..memory.cost import seconds_of_run
+from ..memory.plan import Workload
+from ..memory.planner import OutOfMemory, format_bytes, format_seconds
 from ..model import InfDiT
 from ..picture import (
     DEPTHS,
@@ -40,7 +42,7 @@ from ..picture import (
     read_picture,
     write_picture,
 )
-from ..presets import PRESETS
+from ..presets import PRESETS, of_passes
 from ..progress import Preview
 from ..receipt import receipt_of
 from ..resume import SavedRun, settings_of
@@ -48,7 +50,7 @@ from ..run import Report
 from ..samplers import SAMPLERS, get_sampler
 from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
 from ..upscale import upscale, workload_of
-from . import BAR, DTYPES, FAILED, add_memory, size_of
+from . import BAR, DTYPES, FAILED, add_memory, size_of, strengths_of
 from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, receipts_at
 from .recipe import (
     IN_RECEIPT,
@@ -86,7 +88,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     p.add_argument("--preset", choices=list(PRESETS), help="39, 13 or 8 evaluations, at most "
                    "0.8, 0.1 or 0.2 of a grey level off on known pictures; default: the model's own")
-    p.add_argument("--denoise", type=float, default=1.0, metavar="X", help="0 (bicubic) to 1 (default)")
+    strength = "0 (bicubic) to 1 (default); above ×4 also one of each pass like 1,0.5"
+    p.add_argument("--denoise", type=strengths_of, default=[1.0], metavar="X", help=strength)
     faithful = "0 (default) to 1: how far the result, made small again, is what the input is"
     p.add_argument("--fidelity", type=float, default=0.0, metavar="X", help=faithful)
     p.add_argument("--colour-match", action="store_true", help="give the result the input's mean and spread of colours")
@@ -201,7 +204,8 @@ def _upscale_one(
     workload = workload_of(model, image.shape, size, recipe.sampler, devices[0], fitted=fitted, folder=folder)
     vectors, finish = None if vector is None else [vector], (recipe.fidelity, recipe.colour_match)
     sampler, digest = get_sampler(recipe.sampler), digest_of(source)
-    settings = settings_of(workload, model.defaults, sampler, recipe.sigmas, recipe.seed, vectors, *finish)
+    levels = of_passes(recipe.sigmas, len(workload.passes))
+    settings = settings_of(workload, model.defaults, sampler, levels, recipe.seed, vectors, *finish)
     picture = replace(picture, bits=options.bits or (taken.bits if taken else None) or picture.bits)
     check_target(target, replace(picture, pixels=picture.pixels[:1, :1].expand(*size, -1)))
     bits = depth_of(target, picture.bits)
@@ -227,7 +231,7 @@ def _upscale_one(
             bar(total).update(done - bar(total).n)
 
         result = upscale(
-            model, image, size=size, sampler=recipe.sampler, sigmas=recipe.sigmas, seed=recipe.seed,
+            model, image, size=size, sampler=recipe.sampler, sigmas=levels, seed=recipe.seed,
             fidelity=recipe.fidelity, colour_match=recipe.colour_match, clip_embedding=vector,
             budget=None if plan else options.budget, plan=plan, progress=progress, device=devices, report=report,
             resume=resume, folder=folder,
@@ -238,10 +242,16 @@ def _upscale_one(
         _write(write, target, replace(picture, pixels=result[0], note=json.dumps(receipt)))
     if resume is not None:
         resume.remove()
-    alike = f"LR consistency {report.faithful[0]}"
-    peak = f"peak {format_bytes(report.peak_bytes)}" if report.peak_bytes is not None else ""
-    print("; ".join(filter(None, (f"{target}: {size[1]}×{size[0]}", alike, recipe.words, peak))))
+    told = f"{target}: {size[1]}×{size[0]}", f"LR consistency {report.faithful[0]}"
+    print("; ".join(filter(None, (*told, *_words(recipe, workload, levels, report)))))
     return receipt
+
+
+def _words(recipe: Recipe, workload: Workload, levels: Sequence[torch.Tensor], report: Report) -> tuple[str, str]:
+    """How it was sampled, where that was asked for, and the most that was held, where that is known."""
+    taken = format_seconds(seconds_of_run(workload, report.plan, levels)) if report.plan else "?"
+    peak = f"peak {format_bytes(report.peak_bytes)}" if report.peak_bytes is not None else ""
+    return f"{recipe.words}, about {taken} foretold" if recipe.words else "", peak
 
 
 def _about(

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..config import InfDiTConfig
 from ..grid import BlockGrid
+from ..samplers import evaluations
 from . import measure
 from .footprint import FLOAT32, Footprint, Weights, workspace
 
@@ -110,6 +112,15 @@ def seconds_per_evaluation(workload: Workload, plan: MemoryPlan, held: Footprint
         held = held or workload.footprint(plan)
         seconds += (held.host_weights + held.host_hidden) / costs.locking / (workload.batch * workload.evaluations)
     return seconds
+
+
+def seconds_of_run(workload: Workload, plan: MemoryPlan, levels: Sequence[Tensor]) -> float:
+    """Predicted time of a run over these noise levels of each pass."""
+    counts = [evaluations(workload.sampler, sigmas) for sigmas in levels]
+    if len(set(counts)) == 1:
+        return workload.batch * counts[0] * seconds_per_evaluation(workload, plan)
+    each = zip(counts, workload.passes, strict=True)
+    return workload.batch * sum(count * seconds_per_evaluation(part, plan) for count, part in each)
 
 
 def in_turn(seconds: Sequence[float], workload: Workload, plan: MemoryPlan) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
@@ -12,6 +13,7 @@ from cases_advanced import advanced
 from harness import (
     BASE,
     BUNDLED,
+    COMFYUI,
     NOISY,
     ODD,
     PACK_DIR,
@@ -21,6 +23,7 @@ from harness import (
     give,
     load_prompt,
     loader,
+    nodes,
     pack,
     patched,
     run,
@@ -231,6 +234,36 @@ def native_runs() -> dict:
         found["stop"] = run(ksampler(memory_budget=3.0))["end"]
     run(to_model("small") | {"take": take("MODEL", "native", 0)})
     found["bytes"] = TAKEN["value"].model_size()
+    return found
+
+
+@case
+def native_around() -> dict:
+    """Core's nodes that cache or choose a device, where this version has them: evaluations, how far apart."""
+    for name in ("nodes_easycache", "nodes_multigpu"):
+        file = COMFYUI / "comfy_extras" / f"{name}.py"
+        if file.exists():
+            asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    steps = EASY | {"sampler_name": "euler", "steps": 20}
+    found = {"plain": counted(ksampler(asked=steps))[1]}
+    plain = TAKEN["value"]
+    caching = {"start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    for name, kind, inputs in (
+        ("never", "LazyCache", caching | {"reuse_threshold": 0.0}),
+        ("lazy", "LazyCache", caching | {"reuse_threshold": 0.2}),
+        ("easy", "EasyCache", caching | {"reuse_threshold": 0.2}),
+        ("default", "SelectModelDevice", {"device": "default"}),
+        ("cpu", "SelectModelDevice", {"device": "cpu"}),
+        ("gpu", "SelectModelDevice", {"device": "gpu:7"}),
+    ):
+        if kind not in nodes.NODE_CLASS_MAPPINGS:
+            continue
+        asked = ksampler(asked=steps)
+        asked["between"] = {"class_type": kind, "inputs": {"model": ["native", 0]} | inputs}
+        asked["sampler"]["inputs"]["model"] = ["between", 0]
+        ended, evaluations = counted(asked)
+        image = TAKEN.get("value", torch.empty(0))
+        found[name] = {"message": ended["message"], "evaluations": evaluations, "apart": apart(image, plain)}
     return found
 
 

@@ -69,6 +69,28 @@ def test_weights_are_not_counted_twice(inside: dict) -> None:
     assert inside["native_runs"]["bytes"] < 10_000
 
 
+def test_lazy_cache_saves_evaluations_and_easy_cache_is_refused(inside: dict) -> None:
+    """EasyCache works inside a network, where it would silently do nothing."""
+    found = inside["native_around"]
+    assert found["plain"] == 20
+    assert found["never"] == {"message": "", "evaluations": 20, "apart": 0}
+    assert found["lazy"]["message"] == ""
+    assert found["lazy"]["evaluations"] < 20
+    assert 0 < found["lazy"]["apart"] < 0.2, "the same picture, roughly"
+    words = "EasyCache, or what else works inside a network (LazyCache works around it) cannot change an Inf-DiT model"
+    assert words in found["easy"]["message"]
+    assert found["easy"]["evaluations"] == 0
+
+
+def test_select_model_device_changes_no_picture(inside: dict) -> None:
+    """The loader says what computes; a card that is not there is passed over."""
+    found = inside["native_around"]
+    if "default" not in found:
+        pytest.skip("this version has no Select Model Device")
+    for name in ("default", "cpu", "gpu"):
+        assert found[name] == {"message": "", "evaluations": 20, "apart": 0}, name
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
