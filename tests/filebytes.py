@@ -1,6 +1,7 @@
 """Picture files put together by hand, by the rules of their formats, and what tests of them share."""
 
 import logging
+import random
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -157,3 +158,19 @@ def assert_one_sentence(error: pytest.ExceptionInfo[BaseException], *words: str)
     assert text.endswith(".") and "\n" not in text and ". " not in text and "; " in text, text
     for word in words:
         assert word in text, text
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Cut short, longer, or with bits turned: never the same."""
+    kind = rng.choice(["cut", "longer", "bit", "bits", "zeros"])
+    if kind == "cut":
+        return content[: rng.randrange(len(content))]
+    if kind == "longer":
+        return content + rng.randbytes(rng.randrange(1, 50))
+    changed = bytearray(content)
+    if kind == "zeros":
+        place = rng.randrange(len(content) - 200)
+        changed[place : place + 200] = bytes(200)
+    for _ in range({"bit": 1, "bits": 9}.get(kind, 0)):
+        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(changed)

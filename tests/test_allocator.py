@@ -6,8 +6,7 @@ import random
 
 import pytest
 import torch
-from test_dry_run import MUCH, least_of
-from test_stages import cards, shares
+from runs import MUCH, cards, least_of, shares
 
 from benchmarks.allocator import MIB, Allocator, Full, least_limit, works
 from benchmarks.dry_run import counted

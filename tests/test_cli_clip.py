@@ -24,7 +24,7 @@ from clipmath import (
     unit,
 )
 from PIL import Image
-from test_cli import PUBLISHED, make_picture, one_line, run
+from shell import PUBLISHED, make_picture, one_line, run
 
 from infdit.cli import recipe
 from infdit.cli import upscale as shell

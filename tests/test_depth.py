@@ -15,7 +15,7 @@ from filebytes import assert_one_sentence, complaints, png, stored, tiff
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
-from test_cli import one_line, run
+from shell import one_line, run
 
 from infdit.picture import Picture, PictureError, check_png, check_target, read_picture, write_picture
 from infdit.picture.tiff import has_bigtiff

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import make_picture, pixels_of, run
+from shell import make_picture, pixels_of, run
 
 import infdit
 from infdit import InfDiTConfig, MemoryPlan

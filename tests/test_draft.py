@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import fork
-from test_cli import make_picture, run
+from shell import make_picture, run
 
 import infdit
 from infdit.draft import draft, sweep

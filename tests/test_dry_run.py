@@ -6,17 +6,16 @@ import time
 
 import pytest
 import torch
-from test_memory import assert_within, random_case, random_model
+from runs import MUCH, assert_within, least_of, random_case, random_model
 
 import infdit
 from benchmarks.dry_run import counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.memory.plan import Workload
-from infdit.memory.planner import BudgetTooSmall, fastest_plan
+from infdit.memory.planner import fastest_plan
 
 PUBLISHED, CUDA, CPU = InfDiTConfig(), torch.device("cuda"), torch.device("cpu")
-MUCH = 2**50
 MOST_BLOCKS = 2**14  # of a case, 16384² of the published size: counting takes a millisecond for each, many times over
 
 
@@ -80,12 +79,6 @@ def random_workload(rng: random.Random, most: float = 14) -> Workload:
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
     sampler = rng.choice(list(infdit.samplers.SAMPLERS))
     return Workload(config, h, w, batch, dtype, rng.choice([CUDA, CUDA, CPU]), sampler)
-
-
-def least_of(workload: Workload) -> int:
-    with pytest.raises(BudgetTooSmall) as refusal:
-        fastest_plan(workload, 1, MUCH)
-    return refusal.value.least
 
 
 def assert_kept(seed: int, cases: int, most: float = 14) -> None:

@@ -40,7 +40,7 @@ from filebytes import chunk, interlaced, png, psd, stored, tiff
 from peaks import TELLS, growth
 from PIL import Image, features
 from safetensors.torch import save_file
-from test_cli import make_picture, run
+from shell import make_picture, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import infdit

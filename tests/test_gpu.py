@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_memory import random_model
+from runs import random_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import infdit

@@ -171,6 +171,13 @@ def test_nodes_have_no_import_cycles() -> None:
     assert cycle(graph(NODES, everywhere=True)) == []
 
 
+def test_nobody_imports_a_module_of_tests() -> None:
+    """What several of them need is in a module of its own."""
+    files = [path for folder in ("tests", "training", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
+    names = {(by_name(path), name) for path in files for name in imports(path.read_text(), "pack")}
+    assert sorted(pair for pair in names if any(part.startswith("test_") for part in pair[1].split("."))) == []
+
+
 def test_pack_only_registers() -> None:
     source = (ROOT / "__init__.py").read_text()
     assert absolute(source) <= {"sys"}

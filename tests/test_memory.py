@@ -7,60 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import SLACK, assert_within, random_case, random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infdit
 from benchmarks.dry_run import ACCELERATOR, FakeAccelerator, counted_peak
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.memory.footprint import Footprint, Weights
-from infdit.memory.plan import SEGMENTS, Workload
+from infdit.memory.footprint import Weights
+from infdit.memory.plan import Workload
 from infdit.model import InfDiT
 
 MIB = 2**20
-SLACK = 16 * 2**20 + SEGMENTS
-
-
-def random_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
-    with torch.device("meta"):
-        model = InfDiT(config).to(dtype)
-    model.to_empty(device="cpu").requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
-    return model
-
-
-def random_case(rng: random.Random) -> tuple[InfDiTConfig, int, int, MemoryPlan, torch.dtype, str, int]:
-    heads = rng.choice([1, 2, 4])
-    config = InfDiTConfig(
-        num_layers=rng.randint(1, 5),
-        hidden_size=heads * rng.choice([8, 16, 32]),
-        num_heads=heads,
-        block_size=rng.choice([16, 32]),
-        vector_dim=rng.choice([0, 8]),
-        position_period=rng.choice([16, 32, 1024]),
-    )
-    plan = MemoryPlan(
-        rng.randint(1, 6),
-        rng.choice([1, 2, 3, 8, 64, 999]),
-        rng.choice(["resident", "streamed"]),
-        rng.choice(["device", "host"]),
-        rng.choice(["device", "host"]),
-        rng.choice(["auto", "rows", "columns"]),
-    )
-    dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
-    h, w = rng.randint(8, 200), rng.randint(8, 200)
-    return config, h, w, plan, dtype, rng.choice(list(infdit.samplers.SAMPLERS)), rng.choice([1, 1, 2])
-
-
-def assert_within(counted: dict[str, int], held: Footprint, unified: bool = False) -> None:
-    """unified: the device is a CPU, where one memory holds both."""
-    predicted = {"device": held.device, "host": held.host}
-    if unified:
-        predicted = {"device": held.device + held.host, "host": 0}
-    for tier, most in predicted.items():
-        assert counted[tier] <= most
-        assert most <= 1.25 * counted[tier] + SLACK
 
 
 def assert_predicted(seed: int, cases: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cli import make_picture, run
+from shell import make_picture, run
 
 import infdit
 from infdit import Denoiser, MemoryPlan, SamplingDefaults, WrongNumbers, selfcheck, uniba, upscale

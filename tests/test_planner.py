@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_memory import assert_within, random_model
+from runs import assert_within, random_model
 
 import infdit
 from benchmarks.peak_meter import PeakMeter

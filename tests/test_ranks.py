@@ -22,7 +22,6 @@ import torch
 from conftest import MakeModel
 from PIL import Image
 from safetensors.torch import save_file
-from test_readme import ROOT
 
 from infdit import InfDiTConfig
 from infdit.__main__ import main
@@ -30,7 +29,7 @@ from infdit.memory.plan import Workload
 from infdit.memory.planner import Offer, offers, shared_plan
 from infdit.picture import read_note
 
-GIB = 2**30
+GIB, ROOT = 2**30, Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a PyTorch without torch.distributed")
 OPTIONS = ["--steps", "12", "--sampler", "dpmpp_2m", "--dtype", "fp32", "--device", "cpu"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filebytes import damaged
 from PIL import Image
-from test_cli import make_picture, one_line, pixels_of, run
-from test_resume import damaged
+from shell import make_picture, one_line, pixels_of, run
 
 import infdit
 from infdit.picture import Picture, read_note, read_picture, write_picture

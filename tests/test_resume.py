@@ -15,6 +15,7 @@ import forks
 import numpy as np
 import pytest
 import torch
+from filebytes import damaged
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -160,22 +161,6 @@ def test_another_models_state_is_told_and_not_used(pictures: torch.Tensor, tmp_p
     _, seen, told = run(other, pictures, tmp_path)
     assert len(seen) == 2 * STEPS
     assert "it has another model" in told[0]
-
-
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Cut short, longer, or with bits turned: never the same."""
-    kind = rng.choice(["cut", "longer", "bit", "bits", "zeros"])
-    if kind == "cut":
-        return content[: rng.randrange(len(content))]
-    if kind == "longer":
-        return content + rng.randbytes(rng.randrange(1, 50))
-    changed = bytearray(content)
-    if kind == "zeros":
-        place = rng.randrange(len(content) - 200)
-        changed[place : place + 200] = bytes(200)
-    for _ in range({"bit": 1, "bits": 9}.get(kind, 0)):
-        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
 
 
 def sample(folder: Path) -> tuple[torch.Tensor, list[float], list[str]]:

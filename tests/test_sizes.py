@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_memory import SLACK, random_model
+from runs import SLACK, random_model
 
 import infdit
 from benchmarks.dry_run import counted_peak

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import MakeModel
 from PIL import Image
-from test_uniba import EXACT, PERIOD, SIZES, random_inputs, reference
+from runs import cards, shares
+from sweeps import EXACT, PERIOD, SIZES, random_inputs, reference
 
 import infdit
 from benchmarks.dry_run import counted
@@ -34,12 +35,6 @@ GIB = 2**30
 def _no_thread_stays() -> Iterator[None]:
     yield
     assert not any(thread.name.startswith("infdit") for thread in threading.enumerate())
-
-
-def shares(rng: random.Random, depth: int, count: int) -> tuple[int, ...]:
-    """So many layers over so many devices; some may have none."""
-    ends = sorted(rng.randint(0, depth) for _ in range(count - 1))
-    return tuple(b - a for a, b in zip([0, *ends], [*ends, depth], strict=True))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 5])
@@ -180,10 +175,6 @@ def test_layers_that_do_not_fit_the_model_are_refused(noisy_mini: InfDiT) -> Non
 
 
 # foretold
-
-
-def cards(count: int) -> tuple[torch.device, ...]:
-    return tuple(torch.device("cuda", number) for number in range(count))
 
 
 MORE = (2, 2), (1, 1, 1, 1), (2, 0, 2)
