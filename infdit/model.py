@@ -2,7 +2,7 @@
 
 A picture is cut into blocks; tokens of a block attend to those of its own block and of its upper-left, left and
 upper neighbour (Unidirectional Block Attention). Nothing here knows how many blocks there are, in which order they
-come or where their neighbours' keys and values are kept: `uniba` hands that in as `gather_neighbours`.
+come or where their neighbours' keys and values are kept: `uniba` hands that in as `keep_neighbours`.
 
 B batch, N blocks, T tokens of a block, W low-resolution tokens that it sees, H heads, D width, d head width.
 """
@@ -205,7 +205,7 @@ class LRCrossAttention(nn.Module):
         self.out = nn.Linear(D, D)
 
     def forward(self, h: Tensor, window: MakeWindow) -> Tensor:
-        """Tokens (B, N, T, D) and low-resolution tokens (B, N, W, D) → what to add to the tokens, (B, N, T, D)."""
+        """What the low-resolution tokens of `window` add to tokens (B, N, T, D), of the same shape."""
         q = rearrange(self.query(_norm(h)), "b n t (h d) -> b n t h d", h=self.heads)
         q = self.query_norm(q).add_(self.query_position)
         k, v = rearrange(self.key_value(window()), "b n w (two h d) -> two b n w h d", two=2, h=self.heads)

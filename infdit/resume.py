@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import SamplingDefaults
-from .draft import draft, sweep
+from .draft import draft, put, sweep
 from .memory.plan import Workload
 from .model import InfDiT
 from .samplers import SAMPLER_INFO, Callback, Denoise, SamplerInfo, State
@@ -137,10 +137,7 @@ class SavedRun:
             metadata = {"state": header, "sha256": _stamp(header, tensors)}
             with draft(file) as part:
                 save_file(tensors, str(part), metadata)
-                with part.open("rb+") as written:
-                    os.fsync(written.fileno())
-                part.replace(file)
-            _sync_folder(file.parent)
+                put(part, file)
         except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
             if not self._broken:
                 self._note(f"{file}: the state cannot be written ({why(error)}); the run goes on", logging.WARNING)
@@ -243,13 +240,3 @@ def difference(stated: Mapping[str, object], run: Mapping[str, object]) -> str:
 
 def _stamp(header: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{header}\0{tensor_digest(tensors)}".encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a rename reach the disk, where folders can be opened for that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -192,11 +192,11 @@ SAMPLER_INFO = {
     "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 1, 4, 4, 1, by_rows=True),
     "dpmpp_3m": SamplerInfo(sample_dpmpp_3m, 1, 5, 5, 2, by_rows=True),
 }
-SAMPLERS: dict[str, Sampler] = {name: method.sample for name, method in SAMPLER_INFO.items()}
+SAMPLERS: dict[str, Sampler] = {name: info.sample for name, info in SAMPLER_INFO.items()}
 
 
 def get_sampler(sampler: str | SamplerInfo) -> SamplerInfo:
-    """The method of this name; one that is given itself is taken.
+    """The sampler of this name; one that is given itself is taken.
 
     Raises:
         ValueError: a name that is none of SAMPLERS.

@@ -45,14 +45,11 @@ class Fitting:
         denoise: D(x, σ) of a batch of pictures; start: where they start, (B, 3, h, w).
         goal: see `reference`.
         defaults: the model's.
-        sampler: a name of SAMPLERS of one evaluation a step.
     """
 
-    def __init__(
-        self, denoise: Denoise, start: Tensor, goal: Tensor, defaults: SamplingDefaults, sampler: str = SAMPLER
-    ) -> None:
+    def __init__(self, denoise: Denoise, start: Tensor, goal: Tensor, defaults: SamplingDefaults) -> None:
         self._denoise, self._start, self._goal = denoise, start, goal
-        self._defaults, self._sample = defaults, get_sampler(sampler).sample
+        self._defaults, self._sample = defaults, get_sampler(SAMPLER).sample
 
     def begin(self, count: int, others: Sequence[Levels] = ()) -> Fit:
         """The best of Karras's levels, those of presets, and those found for other counts.

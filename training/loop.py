@@ -64,6 +64,7 @@ class Trainer:
             ahead = 0 if model.device.type == "cpu" else workers
             self.gradients = Gradients(*job, compiled=compiled, threads=ahead)
         self.optimizer = Optimizer(names, self.parameters, recipe.optimizer)
+        # not torch.optim.swa_utils: it copies the whole model, and a weight that grows at first is ours to write anyway
         self.ema = [p.detach().clone() for p in self.parameters]
         self.names, self.step = list(names), 0
         self.decay: Decay | None = None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory, left to allocators and to other programs
+SLOWER = 0.1  # share of the time that the thriftiest plan may take more than the fastest
 MOST_TOKENS = 2**16  # of a chunk: far more than any device needs to run at full speed
 
 
@@ -202,10 +203,8 @@ def _fastest(workload: Workload, plans: list[Candidate], budget: int, host_budge
     return chosen.explained(reason)
 
 
-def thrifty_plan(
-    workload: Workload, host_budget: int | None = None, slower: float = 0.1, in_place: bool = False
-) -> MemoryPlan:
-    """The smallest plan that is at most `slower` behind the fastest that there is at any budget.
+def thrifty_plan(workload: Workload, host_budget: int | None = None, in_place: bool = False) -> MemoryPlan:
+    """The smallest plan that is at most SLOWER behind the fastest that there is at any budget.
 
     in_place: of those that keep weights and hidden states on the device, if the workload lets it.
 
@@ -216,9 +215,9 @@ def thrifty_plan(
     if in_place:
         plans = [c for c in plans if (c.plan.weights, c.plan.hidden) == ("resident", "device")] or plans
     affordable = _affordable(workload, plans, None, host_budget)
-    limit = (1 + slower) * min(affordable).seconds
+    limit = (1 + SLOWER) * min(affordable).seconds
     chosen = min((c for c in affordable if c.seconds <= limit), key=lambda candidate: candidate.peak)
-    return chosen.explained(f"more memory would save less than {slower:.0%} of the time")
+    return chosen.explained(f"more memory would save less than {SLOWER:.0%} of the time")
 
 
 class Offer(NamedTuple):

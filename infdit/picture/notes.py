@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from .png import SIGNATURE
+
 LARGEST = 2**20  # bytes of a profile that Pillow reads, and with it many programs
 _MOST = 2**24  # bytes of a profile that we do
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 KEYWORD = "inf-dit"  # of our own text
 _XMP = b"XML:com.adobe.xmp\0\0"  # text that may say which side is up
@@ -26,7 +27,7 @@ def read_note(path: Path) -> str:
     if not path.is_file():  # a pipe would be waited for without end
         return ""
     with path.open("rb") as file:
-        if file.read(8) == _SIGNATURE:
+        if file.read(8) == SIGNATURE:
             while len(head := file.read(8)) == 8:
                 length, kind = struct.unpack(">I4s", head)
                 if kind != b"tEXt" or length >= LARGEST:
@@ -63,7 +64,7 @@ def strip_notes(file: BinaryIO) -> Stripped:
     """
     result, kept, place, end = Stripped(file), [], 8, file.seek(0, io.SEEK_END)
     file.seek(0)
-    if file.read(8) == _SIGNATURE:
+    if file.read(8) == SIGNATURE:
         while place + 12 <= end:
             file.seek(place)
             length, kind = struct.unpack(">I4s", file.read(8))
