@@ -35,7 +35,6 @@ from .perceptual import st_lpips
 from .scores import Bytes, over
 
 MULTIPLE = 32  # that pictures with an original are cut to, in pixels: a whole number of LR tokens and of most blocks
-BORDER = 4  # pixels that PSNR and SSIM leave out
 ORIGINAL, BICUBIC, LANCZOS, NOISE = "original", "bicubic", "Lanczos", "bicubic + noise"
 EXACT = f"heun, {REFERENCE} steps"  # beside presets: where the ODE leads
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
@@ -338,8 +337,8 @@ def _score(case: _Case, contender: tuple[Bytes, float], bicubic: Bytes, config: 
     truth = scores.luma(case.original)
     flat = scores.flattest(truth)
     return Scores(
-        psnr=scores.psnr(y, truth, BORDER),
-        ssim=scores.ssim(y, truth, BORDER),
+        psnr=scores.psnr(y, truth, scores.BORDER),
+        ssim=scores.ssim(y, truth, scores.BORDER),
         energy=scores.energy_ratio(y, truth),
         flat_energy=scores.energy_ratio(scores.tiles(y)[flat], scores.tiles(truth)[flat]),
         correlation=scores.correlation(y, truth),

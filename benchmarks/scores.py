@@ -24,6 +24,7 @@ Bytes = NDArray[np.uint8]
 
 _RGB_TO_LUMA = np.array([65.481, 128.553, 24.966]) / 255
 LUMA_OF_GREY = float(_RGB_TO_LUMA.sum())  # how far luma rises where R, G and B rise by 1
+BORDER = 4  # pixels on each side that PSNR and SSIM leave out
 HALF_NYQUIST = 0.25  # cycles a pixel
 INPUT_NYQUIST = 0.125  # the same of a picture of a quarter of the size: above it, all is invented or guessed
 # What rounding R, G and B to 8 bits leaves above half Nyquist: white noise of variance 1/12 a channel. A picture with

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 import infdit
+from benchmarks import scores
 
 PICTURES = Path(os.environ.get("INFDIT_TEST_PICTURES", Path(__file__).parents[2] / "shared" / "data"))
 DATA = Path(__file__).parent / "data"
@@ -25,9 +26,7 @@ def pictures(folder: str, pattern: str) -> list[Image.Image]:
 
 
 def luma_psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB of ITU-R BT.601 luma, 16..235, without a border of 4 pixels; a and b (h, w, 3) uint8."""
-    a, b = ((x.astype(np.float64) @ [65.481, 128.553, 24.966] / 255 + 16)[4:-4, 4:-4] for x in (a, b))
-    return float(10 * np.log10(255**2 / ((a - b) ** 2).mean()))
+    return scores.psnr(scores.luma(a), scores.luma(b), scores.BORDER)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -359,5 +359,5 @@ def test_bicubic_on_known_pictures(folder: str, expected: float) -> None:
         assert case.original is not None
         height, width = case.original.shape[:2]
         enlarged = quality._resized(case.low, height, width)
-        found.append(scores.psnr(scores.luma(enlarged), scores.luma(case.original), quality.BORDER))
+        found.append(scores.psnr(scores.luma(enlarged), scores.luma(case.original), scores.BORDER))
     assert np.mean(found) == pytest.approx(expected, abs=0.005)
