@@ -86,7 +86,7 @@ def test_runs_without_fused_kernels_hold_what_is_foretold() -> None:
 @pytest.mark.parametrize("chunk", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_published_size_on_a_device_without_fused_kernels(chunk: int) -> None:
     """Two heads of scores of one block and their softmax are 64 MiB; those of all of a chunk would be gigabytes."""
-    workload = Workload(InfDiTConfig(num_layers=2), 256, 256, device=MPS, sampler="euler")
+    workload = Workload(InfDiTConfig(num_layers=2), 128, 256, device=MPS, sampler="euler")
     plan = MemoryPlan(1, chunk)
     peak, held = counted_peak(workload, plan)["device"], workload.footprint(plan)
     assert peak <= held.device <= 1.1 * peak + 16 * 2**20

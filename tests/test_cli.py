@@ -25,13 +25,12 @@ from infdit.cli import bytes_of
 from infdit.memory.planner import format_bytes
 
 
-def test_one_picture(tmp_path: Path) -> None:
+def test_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = make_picture(tmp_path / "in.png"), tmp_path / "out.png"
-    command = [sys.executable, "-m", "infdit", "upscale", source, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert "100%" in done.stderr
-    assert str(target) in done.stdout
+    assert run("upscale", source, "-o", target) == 0
+    said = capsys.readouterr()
+    assert "100%" in said.err
+    assert str(target) in said.out
     with Image.open(target) as image:
         assert (image.size, image.mode) == ((48, 36), "RGB")
 

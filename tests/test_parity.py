@@ -16,7 +16,6 @@ PUBLISHED = DATA / "tiny.mp_rank_00_model_states.pt"
 STORED = load_file(DATA / "tiny.safetensors")
 CASES = sorted({name.split(".")[0] for name in STORED})
 PLANS = [
-    None,
     infdit.MemoryPlan(1, 1),
     infdit.MemoryPlan(2, 3, sweep="rows"),
     infdit.MemoryPlan(28, 2, sweep="columns"),
@@ -37,8 +36,15 @@ def test_the_conversion_is_the_published_model(model: infdit.model.InfDiT, tmp_p
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        *((case, None) for case in CASES),
+        *((CASES[i], plan) for i, plan in enumerate(PLANS)),  # each equals all others, see test_uniba
+        *(pytest.param(case, plan, marks=pytest.mark.slow) for case in CASES for plan in PLANS),
+    ],
+    ids=str,
+)
 def test_stored_outputs(model: infdit.model.InfDiT, case: str, plan: infdit.MemoryPlan | None) -> None:
     stored = {name.removeprefix(case + "."): t for name, t in STORED.items() if name.startswith(case + ".")}
     conditioning = infdit.Conditioning(stored["lr"], stored["lr_upscaled"], stored["clip_embedding"])

@@ -18,20 +18,20 @@ from infdit.memory.plan import MemoryPlan, Workload
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[str]:
-    return list(scaling.report())
+def test_the_table_is_what_its_command_prints_and_what_it_says_makes_sense() -> None:
+    """Four equal devices are at work nine tenths of the time: chunks that fill and empty the line of them are in it.
 
-
-def test_the_table_is_what_its_command_prints(rows: list[str]) -> None:
+    Each device that is added takes time away.
+    """
+    rows = list(scaling.report())
     assert "\n".join(rows) in PAGE.read_text(encoding="utf-8")
-
-
-def test_four_equal_devices_are_at_work_nine_tenths_of_the_time(rows: list[str]) -> None:
-    """Chunks that fill and empty the line of devices in each evaluation are in it."""
     shares = [int(row.split("|")[-2].strip(" %")) for row in rows[2:] if row.split("|")[2].strip() == "4"]
     assert len(shares) == len(scaling.SIDES)
     assert min(shares) >= 90
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
+    for size in dict.fromkeys(cell[0] for cell in cells):
+        times = [seconds(cell[5]) for cell in cells if cell[0] == size]
+        assert times == sorted(times, reverse=True)
 
 
 def test_events_by_hand() -> None:
@@ -51,13 +51,6 @@ def test_the_planner_foretells_what_the_events_take(seed: int) -> None:
     foretold = in_turn([seconds] * count, workload, MemoryPlan(28, 1))
     events = scaling.makespan([seconds / chunks] * count, chunks, 0.01 * seconds / chunks)
     assert foretold == pytest.approx(events, rel=0.02)
-
-
-def test_each_device_that_is_added_takes_time_away(rows: list[str]) -> None:
-    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
-    for size in dict.fromkeys(cell[0] for cell in cells):
-        times = [seconds(cell[5]) for cell in cells if cell[0] == size]
-        assert times == sorted(times, reverse=True)
 
 
 def seconds(text: str) -> float:

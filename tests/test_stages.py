@@ -241,7 +241,7 @@ def test_where_there_is_no_room_for_all_layers_the_first_device_does_it_alone() 
         fastest_plan(published(2), GIB // 10, 64 * GIB)
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "dpmpp_2m"])  # of which every bit is compared above
 def test_any_sampler(sampler: str, noisy_mini: InfDiT) -> None:
     options: dict[str, object] = {"sampler": sampler, "steps": 3, "height": 15}
     assert torch.equal(run(noisy_mini, **options), run(noisy_mini, **options, plan=MemoryPlan(6, 2), device="cpu"))

@@ -466,27 +466,14 @@ def test_memory_that_is_given_back_while_it_is_copied_is_found(agents: Agents, m
         watch(agents, monkeypatch, AWAY)
 
 
-def test_after_a_pin_that_fails_no_copy_runs_beside_the_arithmetic(
-    agents: Agents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Amid the first evaluation, as CUDA says it, and the order is right all the same."""
-    copies: list[int] = []  # so far, at each call that pins
-
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        copies.append(agents.clocks[COPY][COPY])
-        if len(copies) == 20:
-            raise RuntimeError("CUDA error: out of memory")
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    assert watch(agents, monkeypatch, AWAY).copies == copies[-1] > 0
-    assert len(copies) == 20, "pinning is not tried again in this run"
-
-
-@pytest.mark.parametrize("fails", [1, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 60, 3))])
+@pytest.mark.parametrize("fails", [1, 19, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 60, 3))])
 def test_a_pin_that_fails_at_any_call(fails: int, agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of weights and states, of numbers and pictures on their way to the card, of room for those that come back."""
+    """Of weights and states, of numbers and pictures on their way to the card, of room for those that come back.
+
+    No copy runs beside the arithmetic from then on, and the order is right all the same.
+    """
     original, begun, calls = offload.pinning, list[Run](), list[int]()
+    copies = 0  # on the stream for copies, so far
     monkeypatch.setattr(Run, "begin", lambda run, *doing, begin=Run.begin: (begun.append(run), begin(run, *doing)))
 
     @contextmanager
@@ -494,11 +481,13 @@ def test_a_pin_that_fails_at_any_call(fails: int, agents: Agents, monkeypatch: p
         calls.extend([fails] if begun else [])  # of weights before that, see tests/test_run.py
         with original():
             if len(calls) == fails:
+                nonlocal copies
+                copies = agents.clocks[COPY][COPY]
                 raise RuntimeError("CUDA error: out of memory")
             yield
 
     monkeypatch.setattr(offload, "pinning", pinning)
-    watch(agents, monkeypatch, AWAY)
+    assert watch(agents, monkeypatch, AWAY).copies == copies
     assert len(calls) == fails, "pinning is not tried again in this run"
 
 
@@ -585,7 +574,7 @@ def test_a_landing_that_is_used_again_too_early_is_found(agents: Agents, monkeyp
     monkeypatch.setattr("infdit.uniba.LANDINGS", 2)
     plan = MemoryPlan(4, 1, layers=(1, 1, 2))
     with pytest.raises(RaceError, match="written on copy lazy:0 while copy lazy:1 may still use it"):
-        for seed in range(6):  # in some order of the devices
+        for seed in (1, 0, 2, 3, 4, 5):  # in some order of the devices, and that is the first as a rule
             watch(agents, monkeypatch, plan, shared(plan), seed=seed)
 
 

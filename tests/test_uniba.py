@@ -101,7 +101,7 @@ def test_where_things_are_kept_changes_nothing(weights: str, hidden: str, images
     model, published = make_model(period=PERIOD, **SIZES)
     x, conditioning, sigma = random_inputs(3, 2)
     expected = reference(published, x, sigma, conditioning, positions="continuous")
-    for group, chunk in itertools.product((1, 2, 3), (1, 4, 6)):
+    for group, chunk in ((1, 1), (1, 4), (2, 4), (2, 6), (3, 1)):
         denoise = Denoiser(model, conditioning, MemoryPlan(group, chunk, weights, hidden, images))
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)
         torch.testing.assert_close(denoise(x, sigma), expected, **EXACT)  # nothing of the first is left behind
@@ -218,7 +218,7 @@ def test_gradients_with_one_chunk(make_model: MakeModel) -> None:
 
 
 def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
-    model, _ = make_model(period=1024, dtype=torch.float32, layers=2, hidden=1280, heads=16, block=BLOCK, vector_dim=0)
+    model, _ = make_model(period=1024, dtype=torch.float32, layers=1, hidden=1280, heads=16, block=BLOCK, vector_dim=0)
     generator = torch.Generator().manual_seed(0)
     lr, up, x = (torch.randn((1, 3, s, 2 * s), generator=generator).clamp(-1, 1) for s in (4, 16, 16))
     for dtype, sigma in ((torch.bfloat16, 40.0), (torch.float16, 1.0)):
@@ -233,7 +233,7 @@ def test_low_precision_at_real_width(make_model: MakeModel, capsys: pytest.Captu
         assert torch.isfinite(low).all()
         assert low.dtype == torch.float32
         # c_out is at most 0.5 and F about 1; roundings of relative size 2^-9 add up over some 30 operations a layer
-        assert deviation.mean() < 0.5 * 2**-9 * 60**0.5
+        assert deviation.mean() < 0.5 * 2**-9 * 30**0.5
 
 
 def _copy(model: InfDiT, dtype: torch.dtype) -> InfDiT:
