@@ -254,6 +254,7 @@ def _defaults(path: Path, file: TensorFile, beside: Mapping[str, Any]) -> Sampli
     known = {field.name for field in fields(SamplingDefaults)}
     try:
         stated["tuned"] = tuple(map(checked_levels, stated.get("tuned", ())))
+        stated["scales"] = tuple((scale, share) for scale, share in stated.get("scales", ()))
         defaults = SamplingDefaults(**{name: value for name, value in stated.items() if name in known})
         if defaults.sampler not in SAMPLERS:
             raise ValueError(f"sampler {defaults.sampler!r} is none of {', '.join(SAMPLERS)}")

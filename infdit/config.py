@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 LR_FACTOR = 4  # pixels of the output per pixel of the low-resolution input: the network always sees 1:4
+MAX_SCALE = 4  # of a pass: what the published model was made for
 LR_PATCH = 2  # side of a low-resolution token in low-resolution pixels
 
 
@@ -78,6 +79,8 @@ class SamplingDefaults:
     sigma_max · ε. At 0 the model is a bridge: it starts from the enlarged picture itself, σ tells it how far it still
     has to go, and the seed changes nothing. most_steps: steps beyond which nothing is gained; more are not taken.
     tuned: falling noise levels without the 0 at the end, each of as many evaluations, that were fitted to this model.
+    scales: the only whole scales of a pass that it is asked for, see `sizes`, each with the share of the noise levels
+    that it takes, for less is missing; none: any. A bridge learned what it was shown: one that does not say, 4.
     """
 
     steps: int = 20
@@ -87,12 +90,17 @@ class SamplingDefaults:
     start_noise: float = 1.0
     most_steps: int | None = None
     tuned: tuple[tuple[float, ...], ...] = ()
+    scales: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_noise <= 1:
             raise ValueError(f"start_noise {self.start_noise} must be a share of sigma_max, 0 to 1")
         if self.most_steps is not None and self.most_steps < self.steps:
             raise ValueError(f"most_steps {self.most_steps} must not be fewer than the {self.steps} that are taken")
+        if not all(type(scale) is int and 1 < scale <= MAX_SCALE and 0 < share <= 1 for scale, share in self.scales):
+            raise ValueError(f"scales {self.scales} must be whole, 2 to {MAX_SCALE}, with shares above 0, at most 1")
+        if self.start_noise == 0 and not self.scales:
+            object.__setattr__(self, "scales", ((MAX_SCALE, 1.0),))
 
     @property
     def start(self) -> str:
@@ -100,11 +108,6 @@ class SamplingDefaults:
         if self.start_noise == 0:
             return "starts without noise: the seed changes nothing"
         return "" if self.start_noise == 1 else f"starts with {self.start_noise:.3g} of the noise"
-
-    @property
-    def by_four(self) -> bool:
-        """Whether it is asked for nothing but pictures four times as large, see `sizes`: bridges learned no other."""
-        return self.start_noise == 0
 
     @property
     def few_steps(self) -> str:
@@ -115,5 +118,5 @@ class SamplingDefaults:
         return "" if self.start_noise else "for this model starts without noise"
 
     def stated(self) -> dict[str, object]:
-        """As a file states it: `tuned` only where there is anything."""
-        return {name: value for name, value in asdict(self).items() if name != "tuned" or value}
+        """As a file states it: `tuned` and `scales` only where there is anything."""
+        return {name: value for name, value in asdict(self).items() if name not in ("tuned", "scales") or value}

@@ -181,7 +181,7 @@ class Peers:
             raise ValueError("its --model is another file than that of process 0: give all the same")
         size, source = (order["height"], order["width"]), tuple(order["source"])
         workload = Workload(model.config, *size, dtype=model.dtype, device=device, source=source)
-        workload = replace(workload, by_four=model.defaults.by_four)
+        workload = replace(workload, scales=model.defaults.scales)
         check_device(workload)
         offered = offers(workload, device, _room(device, budget))
         self._store.set(f"offer {self._orders} {self.rank}", json.dumps(offered))

@@ -3,17 +3,19 @@
 A pass enlarges each side by at most 4, which is what the network was made for. More takes several passes, one run all
 the same: the first ones grow by 4, for there the network invents most, and the last one by what is left.
 
-A model that was asked for nothing but 4 makes what grows by less too sharp. It is asked for 4 all the same, and what it
-made is made smaller.
+A model that was asked for nothing but 4, or 2 and 4, makes what grows by less too sharp. It is asked for the next of
+them all the same, and what it made is made smaller.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from itertools import pairwise
 
-MAX_SCALE = 4  # of a pass
+from .config import MAX_SCALE
+
 MOST_SCALE = 16  # of a run
 MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI's own nodes
 
@@ -58,16 +60,21 @@ def passes(source: Size, target: Size) -> list[Size]:
     return sizes
 
 
-def passes_by_four(source: Size, target: Size) -> list[tuple[Size, Size]]:
-    """The same for a model of nothing but 4: sizes that are computed, and what is made of each.
+def passes_by(scales: Collection[int], source: Size, target: Size) -> list[tuple[Size, Size, int]]:
+    """The same for a model that was asked for these scales alone: sizes that are computed, made of each, the scale.
 
-    Here the first pass grows by what is left beside factors of 4: that is as good, and less to compute.
+    Here the first pass grows by what is left beside factors of the greatest: that is as good, and less to compute.
     """
-    sizes = [target]
-    while any(first > MAX_SCALE * side for first, side in zip(sizes[0], source, strict=True)):
-        height, width = (max(side, -(-first // MAX_SCALE)) for side, first in zip(source, sizes[0], strict=True))
+    most, sizes = max(scales), [target]
+
+    def fits(scale: int, side: Size, size: Size) -> bool:
+        return all(after <= scale * before for before, after in zip(side, size, strict=True))
+
+    while not fits(most, source, sizes[0]):
+        height, width = (max(side, -(-first // most)) for side, first in zip(source, sizes[0], strict=True))
         sizes.insert(0, (height, width))
-    found = list[tuple[Size, Size]]()
+    found = list[tuple[Size, Size, int]]()
     for before, size in pairwise([source, *sizes]):  # what stays as large adds detail, and is computed as it is
-        found.append((size if size == before else (MAX_SCALE * before[0], MAX_SCALE * before[1]), size))
+        scale = min(scale for scale in scales if fits(scale, before, size))
+        found.append((size if size == before else (scale * before[0], scale * before[1]), size, scale))
     return found

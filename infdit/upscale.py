@@ -109,12 +109,18 @@ def upscale(
     draw = partial(_noise_per_image, seed, noise, model.defaults.start_noise, told=partial(run.advance, 0))
     noises = [draw(run.empty, (len(image), 3, part.grid.height, part.grid.width)) for part in work.passes]
     with run.at_work():
-        return upscale_batch(run, image, vectors, sampler, levels, noises, shown.step, finish, resume)
+        return upscale_batch(run, image, vectors, sampler, _weakened(levels, work), noises, shown.step, finish, resume)
 
 
 def _work(planned: Workload, fitted: bool, levels: Sequence[Tensor]) -> Workload:
     """What is computed, as the settings say; without a step nothing can be too sharp, see `sizes`."""
-    return replace(planned, fitted=fitted, by_four=planned.by_four and any(len(one) > 1 for one in levels))
+    stepping = any(len(one) > 1 for one in levels)
+    return replace(planned, fitted=fitted, scales=planned.scales if stepping else ())
+
+
+def _weakened(levels: Sequence[Tensor], work: Workload) -> list[Tensor]:
+    """Noise levels as each pass takes them: where less grows, less is missing."""
+    return [sigmas * part.strength for sigmas, part in zip(levels, work.passes, strict=True)]
 
 
 def begin_run(
@@ -177,7 +183,7 @@ def workload_of(
         fitted=fitted,
         evaluations=model.defaults.steps * get_sampler(sampler).evaluations,
         folder=None if folder is None else str(folder),
-        by_four=model.defaults.by_four,
+        scales=model.defaults.scales,
     )
 
 

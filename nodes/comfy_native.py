@@ -79,10 +79,13 @@ class Pictures:
 class _Sampling:
     """D of a batch, one picture at a time, for as long as a sampler runs."""
 
-    def __init__(self, run: Run, pictures: Pictures, sigmas: Tensor, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self, run: Run, pictures: Pictures, sigmas: Tensor, defaults: SamplingDefaults, strength: float
+    ) -> None:
         self._run, self._pictures = run, pictures
         self._levels = [level for level in sigmas.tolist() if level > 0]
-        self._bridged = defaults.sigma_max if (defaults.start_noise, defaults.most_steps) == (0, 1) else None
+        bridged = (defaults.start_noise, defaults.most_steps) == (0, 1)
+        self._bridged = strength * defaults.sigma_max if bridged else None
         self._kept: dict[object, Tensor] = {}
         self._of: object = None
 
@@ -154,7 +157,8 @@ class NativeModel(BaseModel):
             getattr(executor, "class_obj", None), len(noise), max(1, len(conds)), max(1, len(different))
         )
         shape = len(noise), *pictures.given.shape[1:]
-        workload = replace(managed.workload(shape, pictures.size, method, noise_given=True), by_four=False)
+        asked = managed.workload(shape, pictures.size, method, noise_given=True)
+        workload, strength = replace(asked, scales=()), asked.passes[-1].strength
         check_device(workload)
         planned, report, bar = plan_run(workload, self.budget), Report(), Bar()
 
@@ -162,7 +166,7 @@ class NativeModel(BaseModel):
             run, _ = begin_run(network, planned, method, [sigmas], partial(bar.show, report), None, report, None)
             run.begin("sampling", pictures.size)
             run.advance(workload.grid.height * workload.batch)  # rows that were prepared before
-            self.sampling = _Sampling(run, pictures, sigmas, managed.defaults)
+            self.sampling = _Sampling(run, pictures, sigmas, managed.defaults, strength)
             moved = (None if part is None else part.to(run.images) for part in (noise, latent, mask))
             try:
                 with run.at_work():

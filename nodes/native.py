@@ -64,7 +64,7 @@ class InfDiTToModel(schema.BudgetedNode):
         given = with_transparency(from_image(image), transparency)
         target, budget = result_size(size, *given.shape[1:3]), budget_bytes(memory_budget)
         workload = model.workload(given.shape, target, noise_given=True)
-        workload = replace(workload, by_four=False)  # what a latent holds is what comes out
+        workload = replace(workload, scales=())  # what a latent holds is what comes out
         if workload.way:
             raise ValueError(
                 f"a KSampler enlarges by {MAX_SCALE} at most, and this takes {workload.way}: connect another Inf-DiT "

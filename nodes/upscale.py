@@ -89,7 +89,7 @@ class InfDiTUpscale(schema.BudgetedNode):
         sampler, sigmas = str(chosen.sampler), chosen.sigmas
         masks = None if mask is None else enlarged_mask(mask, target)
         workload = model.workload(pictures.shape, target, sampler)
-        workload = replace(workload, fitted=fidelity > 0, by_four=workload.by_four and len(sigmas) > 1)
+        workload = replace(workload, fitted=fidelity > 0, scales=workload.scales if len(sigmas) > 1 else ())
         planned = plan_run(workload, budget_bytes(memory_budget))
         result, report = run_upscale(
             model,

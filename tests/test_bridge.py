@@ -80,6 +80,21 @@ def test_strength_is_the_share_of_the_way_from_the_enlarged_picture(bridge: InfD
         torch.testing.assert_close(upscale(bridge, image, denoise=strength), expected, rtol=0, atol=2e-6)
 
 
+def test_of_a_smaller_scale_less_is_missing(tmp_path: Path, bridge: InfDiT, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice as large takes its share of the noise levels, at once and as the first of two passes."""
+    path = made(tmp_path, {**BRIDGE.stated(), "scales": [[2, 0.5], [4, 1.0]]})
+    taught, image = infdit.load_model(path, dtype=torch.float32, device="cpu"), picture()
+    bridge.defaults = replace(bridge.defaults, scales=((2, 1.0), (4, 1.0)), sigma_max=0.05)
+    twice = upscale(bridge, image, 2)
+    torch.testing.assert_close(upscale(taught, image, 2), twice, rtol=0, atol=2e-6)
+    bridge.defaults = BRIDGE
+    torch.testing.assert_close(upscale(taught, image), upscale(bridge, image), rtol=0, atol=2e-6)
+    torch.testing.assert_close(upscale(taught, image, 8), upscale(bridge, twice), rtol=0, atol=2e-5)
+    assert (upscale(bridge, image, 2) - twice).abs().max() > 1e-3, "which was asked for 4"
+    assert main(["info", str(path)]) == 0
+    assert "asked for ×2 and ×4" in capsys.readouterr().out
+
+
 def test_schedule_of_a_bridge() -> None:
     torch.testing.assert_close(schedule(BRIDGE), torch.tensor([0.1, 0.0]))
     torch.testing.assert_close(schedule(BRIDGE, denoise=0.75), torch.tensor([0.1, 0.025]))
@@ -120,6 +135,9 @@ def test_a_file_without_the_entry_starts_with_all_the_noise(
         ({"start_noise": "none"}, "defaults that cannot be used"),
         ({"steps": 4, "most_steps": 2}, "most_steps 2 must not be fewer than the 4"),
         ({"steps": 1, "most_steps": 1.5}, "whole number"),
+        ({"scales": [[8, 1.0]]}, "must be whole, 2 to 4"),
+        ({"scales": [[2, 0]]}, "with shares above 0"),
+        ({"scales": 2}, "defaults that cannot be used"),
     ],
 )
 def test_defaults_that_cannot_be(tmp_path: Path, wrong: dict[str, object], said: str) -> None:

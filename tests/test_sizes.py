@@ -17,7 +17,7 @@ from infdit.memory.cost import seconds_per_evaluation
 from infdit.memory.plan import Workload
 from infdit.memory.planner import fastest_plan
 from infdit.samplers import SAMPLERS
-from infdit.sizes import passes, passes_by_four, target_size
+from infdit.sizes import passes, passes_by, target_size
 
 TINY = InfDiTConfig(2, 16, 1, block_size=16, vector_dim=0)
 
@@ -41,29 +41,39 @@ def test_scales_up_to_4_are_one_pass() -> None:
             assert passes((side, 1), target) == [target]
 
 
-def test_what_grows_by_less_than_four_is_made_from_what_grows_by_four() -> None:
-    """Of models that were asked for nothing else; not what stays as large, or grows by nearly that."""
-    assert passes_by_four((50, 40), (100, 80)) == [((200, 160), (100, 80))]
-    assert passes_by_four((50, 40), (199, 80)) == [((200, 160), (199, 80))]
-    assert passes_by_four((50, 40), (200, 160)) == [((200, 160), (200, 160))]
-    assert passes_by_four((50, 40), (50, 40)) == [((50, 40), (50, 40))]
-    assert passes_by_four((50, 40), (400, 320)) == [((200, 160), (100, 80)), ((400, 320), (400, 320))]
-    assert passes_by_four((50, 40), (50, 600)) == [((200, 160), (50, 150)), ((200, 600), (50, 600))]
+def test_what_grows_by_less_than_it_was_taught_is_made_from_the_next_that_it_was() -> None:
+    """Not what stays as large, or grows by nearly that."""
+    for scales, target, computed in (
+        ((4,), (100, 80), [((200, 160), (100, 80))]),
+        ((4,), (199, 80), [((200, 160), (199, 80))]),
+        ((4,), (200, 160), [((200, 160), (200, 160))]),
+        ((4,), (50, 40), [((50, 40), (50, 40))]),
+        ((4,), (400, 320), [((200, 160), (100, 80)), ((400, 320), (400, 320))]),
+        ((4,), (50, 600), [((200, 160), (50, 150)), ((200, 600), (50, 600))]),
+        ((2, 4), (100, 80), [((100, 80), (100, 80))]),
+        ((2, 4), (75, 60), [((100, 80), (75, 60))]),
+        ((2, 4), (101, 80), [((200, 160), (101, 80))]),
+        ((2, 4), (400, 320), [((100, 80), (100, 80)), ((400, 320), (400, 320))]),
+        ((2,), (200, 160), [((100, 80), (100, 80)), ((200, 160), (200, 160))]),
+    ):
+        assert [(size, made) for size, made, _ in passes_by(scales, (50, 40), target)] == computed
     rng = random.Random(0)
     for _ in range(2000):
         source = rng.randint(1, 300), rng.randint(1, 300)
         target = tuple(rng.randint(side, 16 * side) for side in source)
-        sizes = passes_by_four(source, target)
-        assert sizes[-1][1] == target
-        assert len(sizes) == len(passes(source, target))
-        for before, (computed, made) in zip([source, *(made for _, made in sizes[:-1])], sizes, strict=True):
-            assert computed in (made, (4 * before[0], 4 * before[1]))
-            assert all(a <= b <= c for a, b, c in zip(before, made, computed, strict=True))
+        for scales in ((4,), (2, 4), (3, 4, 2)):
+            found = passes_by(scales, source, target)
+            assert found[-1][1] == target
+            assert len(found) == len(passes(source, target))
+            for before, (computed, made, scale) in zip([source, *(made for _, made, _ in found)], found, strict=False):
+                assert scale in scales and computed in (made, (scale * before[0], scale * before[1]))
+                assert all(a <= b <= c for a, b, c in zip(before, made, computed, strict=True))
     asked = Workload(TINY, 100, 80, source=(50, 40, 3))
-    assert (asked.way, replace(asked, by_four=True).way) == ("", "by way of 160×200")
+    assert (asked.way, replace(asked, scales=((4, 1.0),)).way) == ("", "by way of 160×200")
     asked = replace(asked, height=300, width=240)
     assert asked.way == "2 passes, by way of 160×200"
-    assert replace(asked, by_four=True).way == "2 passes, by way of 160×200, 60×75"
+    assert replace(asked, scales=((4, 1.0),)).way == "2 passes, by way of 160×200, 60×75"
+    assert [part.strength for part in replace(asked, scales=((2, 0.5), (4, 1.0))).passes] == [0.5, 1]
 
 
 def test_plans_foretell_all_passes() -> None:
@@ -80,12 +90,14 @@ def test_plans_foretell_all_passes() -> None:
     assert whole.way == "2 passes, by way of 2048×2048"
 
 
-@pytest.mark.parametrize("by_four", [False, True])
+@pytest.mark.parametrize("scales", [(), ((4, 1.0),), ((2, 0.5), (4, 1.0))], ids=str)
 @pytest.mark.parametrize("source", [(6, 12, 4), (63, 48, 3), (96, 47, 3)], ids=str)
-def test_what_an_accelerator_and_its_host_hold_is_foretold(source: tuple[int, int, int], by_four: bool) -> None:
+def test_what_an_accelerator_and_its_host_hold_is_foretold(
+    source: tuple[int, int, int], scales: tuple[tuple[int, float], ...]
+) -> None:
     """In two passes, in one, and where only detail is added; made faithful."""
     workload = Workload(TINY, 96, 48, source=source, device=torch.device("cuda"), sampler="euler", fitted=True)
-    workload = replace(workload, by_four=by_four)
+    workload = replace(workload, scales=scales)
     plan = fastest_plan(workload, 2**30, 2**40)
     counted, held = counted_peak(workload, plan), workload.footprint(plan)
     assert counted["device"] <= held.device <= 1.25 * counted["device"] + SLACK

@@ -109,6 +109,19 @@ def test_what_is_learned(answers: tiles.Answers) -> None:
     assert not torch.equal(crops.up, other.up)
 
 
+def test_some_crops_are_to_become_twice_as_large(answers: tiles.Answers) -> None:
+    crops = tiles.Tiles(PICTURES, answers, 9, doubled=0.5).draw(40, 64, (0, 100, 0))
+    twice = crops.scale == 2
+    assert 8 < twice.sum() < 32
+    assert (crops.scale[~twice] == 4).all()
+    assert crops.hr.shape == crops.up.shape == (40, 3, 64, 64)
+    for cell, which in ((2, twice), (4, ~twice)):
+        off = F.avg_pool2d(crops.hr, cell) - F.avg_pool2d(crops.up, cell)
+        assert off[which].abs().mean() < 0.02, "goal and conditioning show the same place"
+    missing = (crops.hr - crops.up).square().mean((1, 2, 3))
+    assert missing[twice].mean() < 0.7 * missing[~twice].mean()
+
+
 def test_the_first_steps_use_few_tiles(answers: tiles.Answers, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[int] = set()
     original = tiles.tile

@@ -436,7 +436,7 @@ def test_exported_weights_come_back(tmp_path: Path) -> None:
 def test_validation_is_by_the_scores_of_the_bench() -> None:
     """Of a new bridge, which is the enlarged picture but for c_skip: by hand, from the crops."""
     crops = data.centres([picture(i, 128) for i in range(2)], 64)
-    found = validate.validate(from_nothing(CONFIG, 0), crops, bridge=0.03)
+    found = validate.validate(from_nothing(CONFIG, 0), {4: crops}, bridge=0.03)
     skip = 0.25 / (0.03**2 + 0.25)
 
     def luma(x: torch.Tensor) -> np.ndarray:

@@ -92,7 +92,8 @@ class Session:
         least = max(recipe.crop + 2 * MARGIN, tiles.SCALE * tiles.SIDE if args.teacher else 0)
         source = self.source(data.read(train, least), recipe)
         self.trainer = Trainer(model.to(device), recipe, source, args.workers, args.compile)
-        self.validation = data.centres(data.read(spread(held), least), recipe.crop)
+        held_out = data.read(spread(held), least)
+        self.validation = {scale: data.centres(held_out, recipe.crop, scale) for scale in recipe.scales}
         self.elapsed, self.pace, self.best = 0.0, 0.0, -1e9  # seconds, seconds a step lately, dB
         self.length = (args.steps, args.minutes)
         if saved:
@@ -110,7 +111,9 @@ class Session:
         if not self.args.teacher:
             return data.Photographs(pictures)
         answers = tiles.Answers(self.args.teacher, self.args.answers or self.folder / "answers")
-        return tiles.Tiles(pictures, answers, recipe.tiles, recipe.original, recipe.damaged, recipe.perceptual > 0)
+        return tiles.Tiles(
+            pictures, answers, recipe.tiles, recipe.original, recipe.damaged, recipe.perceptual > 0, recipe.doubled
+        )
 
     def run(self) -> None:
         """Train to the end of the run or of the session."""
@@ -212,7 +215,7 @@ class Session:
         state = dict(zip(trainer.names, trainer.ema, strict=True))
         facts = f"{trainer.step} steps, {self.elapsed / 60:.0f} minutes, {json.dumps(asdict(trainer.recipe))}."
         told = f"{self.provenance} {facts}{remark}".strip()
-        defaults = bridge_defaults(trainer.recipe.bridge) if trainer.recipe.bridge else DEFAULTS
+        defaults = bridge_defaults(trainer.recipe.bridge, trainer.recipe.scales) if trainer.recipe.bridge else DEFAULTS
         export(self.folder / f"{name}.safetensors", state, trainer.config, told, defaults)
 
 

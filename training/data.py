@@ -28,11 +28,12 @@ SHRINK = 0.25  # share of crops that are taken from the picture made smaller: sh
 
 @dataclass(frozen=True)
 class Crops:
-    """A batch. hr (B, 3, h, w) to be learned, up (B, 3, h, w) and lr (B, 3, h/4, w/4) in [-1, 1]."""
+    """A batch. hr (B, 3, h, w) to be learned, up (B, 3, h, w), lr (B, 3, h/4, w/4) in [-1, 1]; scale (B,) of each."""
 
     hr: Tensor
     up: Tensor
     lr: Tensor
+    scale: Tensor
 
 
 def photograph(path: Path) -> str:
@@ -113,20 +114,20 @@ class Photographs:
             tile = np.rot90(tile, int(rng.integers(4)))
             tiles.append(np.ascontiguousarray(tile[:, ::-1] if rng.random() < 0.5 else tile))
             small.append(degrade(tiles[-1], rng))
-        return _crops(tiles, small)
+        return _crops(tiles, small, SCALE)
 
 
-def centres(pictures: Sequence[np.ndarray], size: int) -> Crops:
-    """The middle of each picture, `size` pixels, with a clean low-resolution picture."""
+def centres(pictures: Sequence[np.ndarray], size: int, scale: int = SCALE) -> Crops:
+    """The middle of each picture, `size` pixels, with a clean picture of a `scale`-th of its sides."""
     whole = size + 2 * MARGIN
     tiles: list[np.ndarray] = []
     for picture in pictures:
         top, left = ((length - whole) // 2 for length in picture.shape[:2])
         tiles.append(np.ascontiguousarray(picture[top : top + whole, left : left + whole]))
-    return _crops(tiles, [clean(tile) for tile in tiles])
+    return _crops(tiles, [clean(tile, scale=scale) for tile in tiles], scale)
 
 
-def _crops(tiles: list[np.ndarray], small: list[np.ndarray]) -> Crops:
+def _crops(tiles: list[np.ndarray], small: list[np.ndarray], scale: int) -> Crops:
     """What the network sees, made by the library's resampler with the margin in place, which is then cut off."""
     hr, low = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (tiles, small))
     size = (hr.shape[-2], hr.shape[-1])
@@ -135,4 +136,4 @@ def _crops(tiles: list[np.ndarray], small: list[np.ndarray]) -> Crops:
     def inner(x: Tensor, margin: int) -> Tensor:
         return x[..., margin:-margin, margin:-margin].contiguous()
 
-    return Crops(inner(hr, MARGIN), inner(up, MARGIN), inner(lr, MARGIN // SCALE))
+    return Crops(inner(hr, MARGIN), inner(up, MARGIN), inner(lr, MARGIN // SCALE), torch.full((len(hr),), scale))

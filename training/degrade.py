@@ -18,10 +18,12 @@ _FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BOX, Image.Resampling.LAN
 _SHARES = (0.7, 0.2, 0.1)
 
 
-def clean(tile: np.ndarray, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
-    """(h, w, 3) uint8 → (h/4, w/4, 3) uint8 by an antialiased filter."""
+def clean(
+    tile: np.ndarray, resampling: Image.Resampling = Image.Resampling.BICUBIC, scale: int = SCALE
+) -> np.ndarray:
+    """(h, w, 3) uint8 → (h/scale, w/scale, 3) uint8 by an antialiased filter."""
     h, w = tile.shape[:2]
-    return np.asarray(Image.fromarray(tile).resize((w // SCALE, h // SCALE), resampling))
+    return np.asarray(Image.fromarray(tile).resize((w // scale, h // scale), resampling))
 
 
 def degrade(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:

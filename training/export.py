@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -55,15 +55,16 @@ def export(
 
 
 def restate(source: Path, target: Path, defaults: SamplingDefaults, provenance: str | None = None) -> None:
-    """Write a model again with other defaults, and with another provenance if one is given."""
+    """Write a model again with other defaults, for the scales that it knows, and another provenance if one is given."""
     checkpoint = infdit.checkpoint.read_checkpoint(source)
     told = {} if provenance is None else {"provenance": provenance}
-    _write(target, checkpoint.tensors, checkpoint.metadata | told, defaults)
+    _write(target, checkpoint.tensors, checkpoint.metadata | told, replace(defaults, scales=checkpoint.defaults.scales))
 
 
-def bridge_defaults(sigma_max: float) -> SamplingDefaults:
+def bridge_defaults(sigma_max: float, scales: Mapping[int, float]) -> SamplingDefaults:
     """How a bridge is sampled: one step from the enlarged picture; its goal is certain, so a second adds nothing."""
-    return SamplingDefaults(1, "euler", sigma_max, sigma_max / 10, start_noise=0.0, most_steps=1)
+    taught = tuple(sorted(scales.items()))
+    return SamplingDefaults(1, "euler", sigma_max, sigma_max / 10, start_noise=0.0, most_steps=1, scales=taught)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], defaults: SamplingDefaults) -> None:

@@ -43,6 +43,7 @@ from infdit.model import InfDiT
 
 from . import data
 from .attention import PlainAttention
+from .degrade import SCALE
 
 LOSSES = ("squares", "charbonnier", "roots")
 EPSILON = 0.01  # pixels in [-1, 1], a grey level and a quarter: errors below it count as squares under every loss
@@ -55,9 +56,9 @@ BLOCK_SEAM = 0.5  # weight of the lines between blocks beside that of all lines 
 class Recipe:
     """What makes a run what it is; kept in its state.
 
-    seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of
-    ln σ; bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean:
-    share with k = 0; loss: see `of_crops`; tiles, original, damaged: see `tiles.Tiles`; perceptual: weight of ST-LPIPS
+    seed: of everything; crop: side in pixels; crops: of a step, in `parts` equal parts; sigma_mean, sigma_std: of ln σ;
+    bridge: sigma_max of the bridge in place of those, 0: EDM's loss; ends: share of crops with t = 1; clean: share with
+    k = 0; loss: see `of_crops`; tiles, original, damaged, doubled: see `tiles.Tiles`; perceptual: weight of ST-LPIPS
     beside it; seam, grid, even: weights of `across`, `periodic` and `unevenness`; rate: learning rate after `warmup`
     steps; decay: share of the run, its last, in which the rate falls to 0; ema: of the averaged weights, less at first;
     clip: norm of the gradient at most; optimizer: "muon" or "adamw"; precision: "bfloat16" (autocast) or "float32".
@@ -76,6 +77,7 @@ class Recipe:
     tiles: int = 4096
     original: float = 0.0
     damaged: float = 0.0
+    doubled: float = 0.0
     perceptual: float = 0.0
     seam: float = 0.0
     grid: float = 0.0
@@ -97,6 +99,11 @@ class Recipe:
             raise ValueError(f"loss {self.loss!r} must be one of {', '.join(LOSSES)}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay {self.decay} must be a share of the run, above 0 and at most 1")
+
+    @property
+    def scales(self) -> dict[int, float]:
+        """What pictures are enlarged by, each with the share of sigma_max that says how much is missing then."""
+        return {scale: float(share(torch.tensor(scale))) for scale in ((SCALE, 2) if self.doubled else (SCALE,))}
 
 
 class Gradients:
@@ -153,7 +160,7 @@ class Gradients:
         hr, up, lr = (x.to(device) for x in (crops.hr, crops.up, crops.lr))
         if recipe.bridge:
             t, k = (torch.from_numpy(value).to(device) for value in _bridge(recipe, len(noise), rng))
-            sigma = t * recipe.bridge
+            sigma = t * share(crops.scale).to(t) * recipe.bridge
             x = torch.lerp(hr, up, t[:, None, None, None]) + (k * sigma)[:, None, None, None] * noise
         else:
             sigma = _sigmas(recipe, len(noise), part, np.random.default_rng([recipe.seed, step])).to(device)
@@ -251,6 +258,11 @@ def _sigmas(recipe: Recipe, count: int, part: int, rng: np.random.Generator) -> 
     places = torch.from_numpy((ranges + rng.random(recipe.crops)) / recipe.crops)
     normal = math.sqrt(2) * torch.erfinv(2 * places.clamp(1e-6, 1 - 1e-6) - 1)
     return (recipe.sigma_mean + recipe.sigma_std * normal).exp().float()[part * count : (part + 1) * count]
+
+
+def share(scale: Tensor) -> Tensor:
+    """Share of sigma_max that says how much is missing of pictures enlarged by `scale`: 1 at 4, a half at 2."""
+    return scale.float().log2() / math.log2(SCALE)
 
 
 def _bridge(recipe: Recipe, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

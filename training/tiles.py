@@ -130,8 +130,9 @@ class Tiles:
 
     pictures: (h, w, 3) uint8; answers: of the teacher; count: tiles in all, of which the first steps use few, so that
     training need not wait for answers; original: weight of the original beside the answer where there is one, of which
-    nobody is asked at 1; damaged: see `tile`; consistent: answers are made to be, when small again, what was asked.
-    Of drawn tiles the original alone is learned: it has no noise.
+    nobody is asked at 1; damaged: see `tile`; consistent: answers are made to be, when small again, what was asked;
+    doubled: share of crops that are to become twice as large and not four times. Of drawn tiles the original alone is
+    learned: it has no noise.
     """
 
     pictures: Sequence[np.ndarray]
@@ -140,6 +141,7 @@ class Tiles:
     original: float = 0.0
     damaged: float = 0.0
     consistent: bool = False
+    doubled: float = 0.0
 
     def draw(self, count: int, size: int, seed: tuple[int, int, int]) -> Crops:
         """`count` crops of `size` pixels, turned and mirrored, for (seed, step, part)."""
@@ -150,19 +152,28 @@ class Tiles:
         return Crops(*(torch.cat(x) for x in zip(*pieces, strict=True)))
 
     def _crop(self, tile: Tile, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-        """(1, 3, size, size) of what is to be learned and of `up`, and (1, 3, size/4, size/4) of `lr`."""
-        goal, low = _signed(self._goal(tile)), _signed(tile.low)
+        """(1, 3, size, size) of what is to be learned and of `up`, (1, 3, size/4, size/4) of `lr`, (1,) of scales."""
+        twice = self.doubled > 0 and rng.random() < self.doubled
+        goal, low = map(_signed, self._twice(tile, rng) if twice else (self._goal(tile), tile.low))
         turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
         goal, low = (_turned(x, turns, mirrored) for x in (goal, low))
         whole = (goal.shape[-2], goal.shape[-1])
         lr, up = conditioning_pictures(low, whole, whole)
-        top, left = (int(rng.integers(EDGE, SIDE - EDGE - size // SCALE + 1)) for _ in range(2))
+        room = (whole[0] - size) // SCALE
+        edge = min(EDGE, room // 2)
+        top, left = (int(rng.integers(edge, room - edge + 1)) for _ in range(2))
 
         def cut(x: torch.Tensor, scale: int) -> torch.Tensor:
             side = size // SCALE * scale
             return x[..., top * scale : top * scale + side, left * scale : left * scale + side]
 
-        return cut(goal, SCALE), cut(up, SCALE), cut(lr, 1)
+        return cut(goal, SCALE), cut(up, SCALE), cut(lr, 1), torch.tensor([2 if twice else SCALE])
+
+    def _twice(self, tile: Tile, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be learned of a picture half as large, and that picture: an original's half, or half an answer."""
+        if tile.original is None:
+            return _resized(self.answers(tile), 2 * SIDE, Image.Resampling.BICUBIC), tile.low
+        return tile.original, _resized(tile.original, 2 * SIDE, _KERNELS[rng.choice(len(_KERNELS), p=_SHARES)])
 
     def _goal(self, tile: Tile) -> np.ndarray:
         if tile.original is not None and (tile.drawn or self.original == 1):

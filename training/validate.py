@@ -17,13 +17,22 @@ from infdit.denoiser import Denoiser
 from infdit.model import InfDiT
 
 from .data import Crops
+from .gradients import share
 
 SIGMAS = (1.0, 2.0, 5.0)
 BORDER = 4  # pixels that no score looks at
 NOISE_SEED = 1234
 
 
-def validate(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, float]:
+def validate(model: InfDiT, crops: dict[int, Crops], bridge: float = 0.0) -> dict[str, float]:
+    """What `of_scale` says of the first scale; of more, "gain" is the mean over all, and each is told too."""
+    found = {scale: of_scale(model, each, bridge) for scale, each in crops.items()}
+    gains = {f"gain_x{scale}": scores["gain"] for scale, scores in found.items()} if len(found) > 1 else {}
+    every = [scores["gain"] for scores in found.values()]
+    return {**next(iter(found.values())), "gain": sum(every) / len(every), **gains}
+
+
+def of_scale(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, float]:
     """`gain`, the mean over noise levels of gains in dB, and each; `patch_seam` and `block_seam` at the middle one.
 
     bridge: sigma_max of a bridge, the only level then; 0: the levels SIGMAS.
@@ -33,7 +42,8 @@ def validate(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, floa
     sigmas = (bridge,) if bridge else SIGMAS
     found: dict[str, float] = {}
     for sigma in sigmas:
-        results = [_one_step(model, crops, noise, i, sigma) for i in range(len(noise))]
+        levels = (share(crops.scale) * sigma).tolist() if bridge else [sigma] * len(noise)
+        results = [_one_step(model, crops, noise, i, level) for i, level in enumerate(levels)]
         triples = [tuple(map(luma, each)) for each in zip(results, crops.hr, crops.up, strict=True)]
         gains = [scores.psnr(y, hr, BORDER) - scores.psnr(up, hr, BORDER) for y, hr, up in triples]
         found[f"gain_{sigma:g}"] = sum(gains) / len(gains)

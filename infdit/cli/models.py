@@ -63,4 +63,5 @@ def _defaults(defaults: SamplingDefaults) -> str:
     """How a model is sampled, in words."""
     most = f" (at most {defaults.most_steps})" if defaults.most_steps else ""
     words = f"{defaults.steps} steps{most} of {defaults.sampler}, σ {defaults.sigma_max:g} to {defaults.sigma_min:g}"
-    return f"{words}; {defaults.start}" if defaults.start else words
+    asked = f"asked for {' and '.join(f'×{scale}' for scale, _ in defaults.scales)}" if defaults.scales else ""
+    return "; ".join(filter(None, (words, defaults.start, asked)))

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     most = max(evaluations(sampler, one.sigmas) for one in chosen)
     workload = Workload(
         config, height, width, 1, dtype, device, sampler, source=source, evaluations=most,
-        beside=tuple(beside), folder=".", by_four=defaults.by_four,
+        beside=tuple(beside), folder=".", scales=defaults.scales,
     )  # fmt: skip
     levels = of_passes([one.sigmas for one in chosen], len(workload.passes))
     elsewhere = options.budget is None and options.device is not None  # what is free on a device that need not be here?

@@ -20,7 +20,7 @@ from ..device import one_memory, slab_bytes
 from ..disk import PIECE
 from ..grid import BlockGrid, Sweep
 from ..samplers import SamplerInfo, get_sampler
-from ..sizes import passes, passes_by_four
+from ..sizes import passes, passes_by
 from .footprint import CPU, FLOAT32, Footprint, Weights, pixel_bytes, staged_bytes, workspace
 
 Tier = Literal["device", "host"]
@@ -116,8 +116,9 @@ class Workload:
         noise_given: whether the noise of all pictures is given, in place of a generator.
         pinnable: bytes of the host that may be pinned; None: as many as the driver lets.
         folder: where pictures may lie that memory does not hold; None: nowhere.
-        by_four: whether all that is computed is four times as large as what it is made of, see `sizes`.
+        scales: the only scales that the model is asked for, and the share of the noise levels of each; none: any.
         shrunk: of a pass: (height, width) of what is made of its result, if that is made smaller.
+        strength: of a pass: share of the noise levels.
     """
 
     config: InfDiTConfig
@@ -135,8 +136,9 @@ class Workload:
     beside: tuple[torch.device, ...] = ()
     evaluations: int = 40
     folder: str | None = None
-    by_four: bool = False
+    scales: tuple[tuple[int, float], ...] = ()
     shrunk: tuple[int, int] | None = None
+    strength: float = 1.0
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -155,11 +157,11 @@ class Workload:
             return (self,)
         *given, channels = self.source
         found, before, target = list[Workload](), (given[0], given[1]), (self.height, self.width)
-        plain = [(size, size) for size in passes(before, target)]
-        for (height, width), size in passes_by_four(before, target) if self.by_four else plain:
+        shares, plain = dict(self.scales), [(size, size, 0) for size in passes(before, target)]
+        for (height, width), size, scale in passes_by(shares, before, target) if shares else plain:
+            part = replace(self, height=height, width=width, source=(*before, channels), scales=())
             shrunk = None if (height, width) == size else size
-            part = replace(self, height=height, width=width, source=(*before, channels), by_four=False, shrunk=shrunk)
-            found.append(part)
+            found.append(replace(part, shrunk=shrunk, strength=shares.get(scale, 1.0)))
             before = size
         return tuple(found)
 
