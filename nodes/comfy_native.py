@@ -33,7 +33,7 @@ from ..infdit.run import Run
 from ..infdit.selfcheck import check_device
 from ..infdit.upscale import begin_run, finish_pixels
 from .comfy_memory import ManagedModel, plan_run, with_weights
-from .comfy_page import Bar, to_image
+from .comfy_page import Bar, to_image, told
 from .comfy_samplers import Levels, counted_sampler
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ class Pictures:
         """Whether a latent is one of these pictures', or of some repeats of all of them."""
         if latent.shape[1:] != self.up.shape[1:] or len(latent) % len(self.up):
             raise ValueError(
-                f"latent of shape {tuple(latent.shape)} must be {tuple(self.up.shape)}, the one that Inf-DiT to Model "
-                "gives: areas and latents that are cut, scaled or taken out of a batch do not fit the picture"
+                f"latent of shape {tuple(latent.shape)} must be {tuple(self.up.shape)}: connect the one that Inf-DiT "
+                "to Model gives; areas and latents that are cut, scaled or taken out of a batch do not fit the picture"
             )
 
 
@@ -137,6 +137,7 @@ class NativeModel(BaseModel):
         """Of the latent; the network has its own."""
         return torch.float32
 
+    @told
     def sample(
         self, executor: Callable[..., Tensor], guider: Any, sigmas: Tensor, extra_args: dict, callback: object,  # noqa: ANN401
         noise: Tensor, latent: Tensor, mask: Tensor | None = None, *silent: bool,
@@ -220,6 +221,7 @@ def _refuse_unfit(conds: Mapping[str, list[dict]], options: Mapping[str, Any]) -
 class NativePatcher(ModelPatcher):
     """A patcher that says what cannot be patched."""
 
+    @told
     def add_patches(self, *_: object, **__: object) -> list:
         """Refuses LoRA and whatever else changes weights: none of it was made for these."""
         raise ValueError(UNFIT % "LoRA")
@@ -240,6 +242,7 @@ class PixelVAE(VAE):
         super().__init__(sd={"pixel_space_vae": torch.ones((), dtype=torch.float32, device="cpu")})
         self.pictures = pictures
 
+    @told
     def decode(self, samples: Tensor, *_: object, **__: object) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → IMAGE (B, height, width, 3 or 4)."""
         pictures = self.pictures

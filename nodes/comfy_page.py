@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import comfy.model_management as mm
 import folder_paths
@@ -30,6 +31,8 @@ TEXT_INTERVAL = 0.5  # likewise, of the text under it
 SURE = 0.01  # share of a run after which its pace tells when it ends: the first blocks are slow
 BLANK = " "  # a line that says nothing: pages ignore empty ones
 MOST_PAGES = 1000  # whose language is remembered
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 _lines: set[str] = set()  # nodes on which a line of text stands
 _failed: set[str] = set()  # those of them on which it says why they failed
@@ -72,19 +75,25 @@ def tell(text: str, node_id: str | None) -> None:
 
 
 def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """A node that says on its own line of text why it fails: the page hides it elsewhere.
+    """A node that says on its own line of text why it fails; see `told`."""
+    node.execute = classmethod(told(node.execute.__func__))  # pyright: ignore
+    return node
 
-    When a run begins, the line of the last one goes; `listen_to_pages` sees to nodes that do not run then.
+
+def told(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that says on the line of the node that runs, which may be one of core's, why it fails.
+
+    The page hides it elsewhere. When a run begins, the line of the last one goes; `listen_to_pages` sees to nodes that
+    do not run then.
     """
-    execute: Any = node.execute.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
-    @wraps(execute)
-    def told(cls: type[io.ComfyNode], **inputs: object) -> io.NodeOutput:
+    @wraps(function)
+    def telling_why(*given: P.args, **named: P.kwargs) -> R:
         context = get_executing_context()
         node_id = None if context is None else context.node_id
         tell(BLANK, node_id)
         try:
-            return execute(cls, **inputs)
+            return function(*given, **named)
         except BaseException as error:
             if not out_of_memory(error) or isinstance(error, OutOfMemory):
                 _tell_failure(_reason(error), node_id)
@@ -93,8 +102,7 @@ def telling(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         _tell_failure(failure, node_id)
         raise OutOfMemory(failure)  # out here nothing refers to the error any more, which kept all that was held
 
-    node.execute = classmethod(told)
-    return node
+    return telling_why
 
 
 def refusal(text: str, node: type[io.ComfyNode]) -> str:

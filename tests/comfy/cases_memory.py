@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from unittest import mock
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
-from harness import PICTURES, TAKEN, case, pack, patched, prompt, run
+from harness import PACK_DIR, PICTURES, TAKEN, case, pack, patched, prompt, run, take
 
 MIB = 2**20
+PLANS = "What Inf-DiT would hold in memory"
 CARD = torch.device("cuda:0")  # which is not there: what would move to it is a stand-in
 
 
@@ -323,6 +325,22 @@ def host_that_is_full() -> dict:
     ):
         plan = memory.plan_run(workload, gib // 2).plan
     return {"asked": asked, "host": plan.host_bytes}
+
+
+@case
+def template_of_plans() -> dict:
+    """The Memory Plan's template as it is, where so many GiB of main memory are free and there is no card."""
+    asked = json.loads((PACK_DIR / "workflows" / "api" / f"{PLANS}.json").read_text(encoding="utf-8"))
+    asked = {key: node for key, node in asked.items() if node["class_type"].startswith("InfDiT")}
+    plans = [key for key, node in asked.items() if node["class_type"] == "InfDiTMemoryPlan"]
+    asked |= {f"take {key}": take("STRING", key, 0, key) for key in plans}
+    planner, memory, found = pack("infdit.memory.planner"), pack("nodes.comfy_memory"), {}
+    for gib in (12, 3):
+        free: Any = lambda device, size=gib * 2**30: size  # noqa: E731
+        with patched(planner, free_bytes=free), patched(memory, free_bytes=free):
+            ended = run(asked)
+        found[gib] = {"end": ended["end"], "verdicts": [TAKEN[key].splitlines()[2] for key in plans]}
+    return found
 
 
 @case

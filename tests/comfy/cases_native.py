@@ -10,6 +10,7 @@ import comfy.controlnet
 import comfy.model_management as mm
 import torch
 from cases_advanced import advanced
+from cases_upscale import told_on_nodes
 from harness import (
     BASE,
     BUNDLED,
@@ -269,7 +270,7 @@ def native_around() -> dict:
 
 @case
 def native_refusals() -> dict:
-    """What each of these says."""
+    """What each of these says, and what is written on which node of a page."""
     save_file({"lora_up.weight": torch.zeros(1)}, _folder("loras") / "any.safetensors")
     ODD["control"] = [[torch.zeros(1, 1, 1), {"control": comfy.controlnet.ControlBase()}]]
     ODD["text"] = [[torch.zeros(1, 77, 768), {}]]
@@ -282,9 +283,12 @@ def native_refusals() -> dict:
     latent = ksampler()  # too small, also where empty latents are brought to the scale of the model
     latent["empty"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 256, "height": 256, "batch_size": 1}}
     latent["sampler"]["inputs"]["latent_image"] = ["empty", 0]
+    vae = ksampler()
+    vae["empty"], vae["decode"]["inputs"]["samples"] = latent["empty"], ["empty", 0]
     prompts = {
         "lora": lora,
         "latent": latent,
+        "vae": vae,
         "passes": ksampler(**{"size.scale": 6.0}),
         "budget": ksampler(memory_budget=0.001),
     }
@@ -292,7 +296,11 @@ def native_refusals() -> dict:
         prompts[name] = asked = ksampler()
         asked["odd"] = {"class_type": "GiveAny", "inputs": {"name": name}}
         asked["sampler"]["inputs"]["positive"] = ["odd", 0]
-    return {name: run(asked)["message"] for name, asked in prompts.items()}
+    found = {}
+    for name, asked in prompts.items():
+        with told_on_nodes() as told:
+            found[name] = {"message": run(asked)["message"], "told": [list(line) for line in told]}
+    return found
 
 
 def _folder(name: str) -> Any:

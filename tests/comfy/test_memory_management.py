@@ -57,6 +57,14 @@ def test_more_than_the_host_has_is_refused_at_once(inside: dict) -> None:
     assert found["after"] == "success"
 
 
+def test_template_of_plans_fits_a_machine_without_a_card(inside: dict) -> None:
+    """Of 24 GB, half of which the system and a browser may have; and it would say so if it did not."""
+    found = inside["template_of_plans"]
+    assert found["12"] == {"end": "success", "verdicts": ["fits", "fits"]}
+    assert found["3"]["end"] == "success"
+    assert all(verdict.startswith("does not fit: 8192×8192 takes ") for verdict in found["3"]["verdicts"])
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("always", "out of memory on cpu, and no smaller plan works"), ("outside", "set memory GiB below ")],
