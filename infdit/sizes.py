@@ -51,6 +51,15 @@ def growth(way: str, value: float, height: int, width: int) -> float:
     return value / {"longest": max, "shortest": min}[way](height, width)
 
 
+def bounds(way: str, height: int, width: int, digits: int) -> tuple[float, float]:
+    """The least and the most that `growth` may be given as its value; of megapixels so many digits behind the point."""
+    if way == "megapixels":
+        unit, area = 10**digits, height * width / MEGAPIXEL
+        return math.ceil(area * unit) / unit, math.floor(MOST_SCALE**2 * area * unit) / unit
+    side = {"longest": max, "shortest": min}[way](height, width)
+    return side, MOST_SCALE * side
+
+
 def passes(source: Size, target: Size) -> list[Size]:
     """The sizes that a picture takes one after another, `target` the last of them; one where that is enough."""
     sizes = [target]

@@ -404,7 +404,10 @@ def check_values(values: Tensor, name: str) -> None:
     """
     low, high = (bound.item() for bound in values.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} holds values that are not finite: an earlier step of the workflow made NaN or inf")
+        raise ValueError(
+            f"{name} holds values that are not finite, NaN or inf: look at the step before, often a VAE in fp16 (start "
+            "ComfyUI with --fp32-vae)"
+        )
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise ValueError(
             f"{name} holds values from {low:.3g} to {high:.3g} and must be of 0..1: divide values of 0..255 by 255, "

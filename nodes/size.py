@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..infdit.sizes import MAX_SCALE, MEGAPIXEL, MOST_SCALE, growth
+from ..infdit.sizes import MAX_SCALE, MEGAPIXEL, MOST_SCALE, bounds, growth
 from .schema import SLIDER, number
 
 MAX_SIDE = 65536  # pixels
@@ -124,12 +124,7 @@ def _limits(name: str, height: int, width: int) -> tuple[float, float]:
     if name == "scale":
         return 1, MOST_SCALE
     if name == "megapixels":
-        area = height * width / MEGAPIXEL
-        return _up(area), min(math.floor(MOST_SCALE**2 * area * 100) / 100, MAX_MEGAPIXELS)
+        least, most = bounds("megapixels", height, width, 2)
+        return least, min(most, MAX_MEGAPIXELS)
     side = {"width": width, "height": height, "longest_side": max(height, width)}[name]
     return side, min(MOST_SCALE * side, MAX_SIDE)
-
-
-def _up(value: float) -> float:
-    """Rounded up to hundredths."""
-    return math.ceil(value * 100) / 100

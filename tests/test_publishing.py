@@ -98,7 +98,7 @@ def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
     assert {path for path in files if "/" not in path} == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
-    pages = {"api", "memory", "migrating", "mini", "models", "sampling", "scaling"}
+    pages = {"api", "errors", "memory", "migrating", "mini", "models", "sampling", "scaling"}
     assert {path for path in files if path.startswith("docs/")} == {
         "docs/before_after.png", "docs/in_comfyui.jpg", *(f"docs/{page}.md" for page in pages),
     }  # fmt: skip

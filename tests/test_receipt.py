@@ -336,9 +336,13 @@ def test_sizes_that_cannot_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     source = make_picture(tmp_path / "in.png", (8, 6))
-    for option, value in [("longest", 200), ("shortest", 5), ("megapixels", -1), ("megapixels", "nan"), ("longest", 0)]:
+    sides, area = ("8 to 128", "6 to 96"), "4.6e-05 to 0.011718"  # 48 pixels and 256 times as many, of 1024×1024
+    for option, value, limits in [
+        ("longest", 200, sides[0]), ("longest", 0, sides[0]), ("shortest", 5, sides[1]),
+        ("megapixels", -1, area), ("megapixels", "nan", area),
+    ]:  # fmt: skip
         assert run("upscale", source, "-o", tmp_path / "out.png", f"--{option}", value) == 2
-        assert f"--{option} {value} must make the picture's 8×6 larger, by 16 at most" in one_line(capsys)
+        assert f"--{option} {value} must be from {limits}: a picture of 8×6 grows by 1 to 16" in one_line(capsys)
     assert run("upscale", source, "-o", tmp_path / "out.png", "--longest", 20, "--scale", 2) == 2
     capsys.readouterr()
     assert not (tmp_path / "out.png").exists()

@@ -1,6 +1,7 @@
 """upscale(): sizes, noise, batches, alpha, progress, refusals; its plumbing against the parts put together by hand."""
 
 import gc
+import io
 import math
 import time
 import weakref
@@ -393,6 +394,26 @@ def test_live_pictures_within_a_step_take_little_of_the_time(mini: InfDiT, monke
     upscale(mini, picture(100, 100), progress=progress, plan=MemoryPlan(6, 1), **FAST)
     within -= 1  # the whole one, after the step
     assert 0 < 10 * within <= 0.02 * now
+
+
+@pytest.mark.slow
+def test_live_pictures_take_a_fiftieth_of_the_time(bundled: InfDiT) -> None:
+    """In turns with runs that show none, of the same process; made into JPEG, as a node sends them."""
+    image, seconds, shown = picture(128, 128), {True: [], False: []}, []
+
+    def progress(done: int, total: int, preview: Preview | None) -> None:
+        if preview is not None:
+            Image.fromarray(preview().numpy()).save(io.BytesIO(), "JPEG")
+            shown.append(done)
+
+    for watched in (False, *(True, False) * 3):
+        began = time.process_time()
+        upscale(bundled, image, progress=progress if watched else lambda done, total, preview: None)
+        seconds[watched].append(time.process_time() - began)
+    ratio = min(seconds[True]) / min(seconds[False][1:])  # the first run of a process is slower
+    print(f"{len(shown) / 3:.0f} live pictures take {ratio - 1:.1%} of {min(seconds[True]):.1f} s")
+    assert len(shown) > 3 * 3
+    assert ratio < 1.03  # what clocks differ by
 
 
 def test_a_large_picture_can_be_stopped_at_any_time(mini: InfDiT) -> None:

@@ -48,7 +48,7 @@ from ..receipt import receipt_of
 from ..resume import SavedRun, settings_of
 from ..run import Report
 from ..samplers import SAMPLERS, get_sampler
-from ..sizes import MAX_SCALE, MOST_SCALE, growth, target_size
+from ..sizes import MAX_SCALE, MOST_SCALE, bounds, growth, target_size
 from ..upscale import upscale, workload_of
 from . import BAR, DTYPES, FAILED, add_memory, size_of, strengths_of
 from .jobs import LeftOut, WriteReceipts, check_existing, digest_of, jobs_of, receipts_at
@@ -284,9 +284,10 @@ def _result_size(options: argparse.Namespace, height: int, width: int) -> tuple[
             continue
         scale = growth(name, value, height, width)
         if not 1 <= scale <= MOST_SCALE:
+            least, most = bounds(name, height, width, 6)
             raise ValueError(
-                f"--{name} {value:g} must make the picture's {width}×{height} larger, by {MOST_SCALE} at most, and "
-                f"would by {scale:.3g}"
+                f"--{name} {value:g} must be from {least:.10g} to {most:.10g}: a picture of {width}×{height} grows by "
+                f"1 to {MOST_SCALE}"
             )
         return target_size(height, width, 1, (math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)))
     return target_size(height, width, options.scale)

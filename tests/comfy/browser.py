@@ -27,7 +27,9 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 PATIENCE = 240_000  # milliseconds for the page to come up, or for a run
 EVERYDAY, AFTER_SDXL = "Upscale a picture with Inf-DiT", "Upscale what SDXL made with Inf-DiT"
 SIXTEEN, BLUEPRINT = "Upscale up to 16 times with Inf-DiT", "Upscale with Inf-DiT"
-PLAN = "What Inf-DiT would hold in memory"
+PLAN, STEPS = "What Inf-DiT would hold in memory", "Upscale step by step with Inf-DiT"
+KSAMPLER, COMPARE = "Upscale with a KSampler and Inf-DiT", "ImageCompare"
+PHOTO = "photo.png"  # of a usual size
 LOOK_AGAIN = 500  # milliseconds after which nothing may have moved
 WINDOW: dict[str, Any] = {"viewport": {"width": 1500, "height": 900}}
 RENDERERS = {"canvas": False, "vue": True}
@@ -52,6 +54,14 @@ FOLLOW = """() => {
     for (const end of ['success', 'error', 'interrupted'])
         app.api.addEventListener('execution_' + end, () => { window.ended = end }, { once: true })
 }"""
+# what stands on nodes, as it changes; the page's own listener came first
+LINES = """() => {
+    window.lines = []
+    app.api.addEventListener('progress_text', ({ detail }) => {
+        const widgets = app.graph.getNodeById(detail.nodeId)?.widgets ?? []
+        window.lines.push(...widgets.filter(w => /text-preview|preview_text/.test(w.name)).map(w => w.value))
+    })
+}"""
 EXPORT = "async () => JSON.stringify((await app.graphToPrompt()).output, null, 2)"  # as "Export (API)" writes it
 SET = """([type, name, value]) => {
     app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
@@ -62,8 +72,27 @@ TYPE = """([type, name, value]) => {
     widget.value = value
     widget.callback?.(value)
 }"""
+MUTE = "type => { app.graph.nodes.find(node => node.type === type).mode = LiteGraph.NEVER }"
 CHOICES = """([type, name]) => {
     return app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).options.values
+}"""
+# a node in front of an input of another, fed by what fed that input before if it has an input for it
+INSERT = """([type, values, target, name]) => {
+    const node = LiteGraph.createNode(type), to = app.graph.nodes.find(node => node.type === target)
+    app.graph.add(node)
+    node.widgets.forEach((widget, i) => { widget.value = values[i] ?? widget.value })
+    const slot = to.findInputSlot(name), link = to.getInputLink(slot)
+    if (node.inputs.some(input => !input.widget)) to.getInputNode(slot).connect(link.origin_slot, node, 0)
+    node.connect(0, to, slot)
+}"""
+# core's slider over two pictures, if there is one
+COMPARED = """type => {
+    if (!(type in LiteGraph.registered_node_types)) return false
+    const node = LiteGraph.createNode(type)
+    app.graph.add(node)
+    for (const [name, of] of [['image_a', 'LoadImage'], ['image_b', 'InfDiTUpscale']])
+        app.graph.nodes.find(node => node.type === of).connect(0, node, node.findInputSlot(name))
+    return true
 }"""
 SAVED = """() => {
     const node = app.graph.nodes.find(node => node.type === 'SaveImage')
@@ -242,6 +271,69 @@ def generous(frontend: Frontend, path: Path) -> dict:
     return {**frontend.seen(), "exported": frontend.page.evaluate(EXPORT)}
 
 
+def sizes(frontend: Frontend, path: Path) -> dict:
+    """The node at every way to say a size, with the numbers that come with it, for a usual picture.
+
+    As quick as can be: denoise 0 computes nothing, and before and after are not saved for the page.
+    """
+    opened(frontend, path)
+    frontend.page.evaluate(MUTE, "PreviewImage")
+    frontend.page.evaluate(SET, ["LoadImage", "image", PHOTO])
+    frontend.page.evaluate(SET, ["InfDiTUpscale", "denoise", 0])
+    found = {}
+    for way in frontend.page.evaluate(CHOICES, ["InfDiTUpscale", "size"]):
+        frontend.page.evaluate(TYPE, ["InfDiTUpscale", "size", way])
+        found[way] = {"end": frontend.run(afresh=False), **frontend.seen()}
+    return found
+
+
+def lines(frontend: Frontend, path: Path) -> dict:
+    """What stands on the node, line after line: in a first run, a second of five pictures, and a third that fails."""
+    opened(frontend, path)
+    ends, told = [], []
+    frontend.page.evaluate(LINES)
+    for how, asked in (
+        (SET, ["InfDiTUpscale", "seed", 1]),
+        (INSERT, ["RepeatImageBatch", [5], "InfDiTUpscale", "image"]),
+        (SET, ["InfDiTUpscale", "memory_budget", 0.001]),
+    ):
+        frontend.page.evaluate(how, asked)
+        ends.append(frontend.run(afresh=False))
+        told.append(frontend.page.evaluate("window.lines.splice(0)"))
+    return {"ends": ends, "lines": told}
+
+
+def unfit(frontend: Frontend, path: Path) -> dict:
+    """A KSampler with a latent that is not the picture's, and then with the picture's again."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    frontend.open(drawn, "unfit")
+    frontend.page.evaluate(INSERT, ["EmptyLatentImage", [512, 512, 1], "KSampler", "latent_image"])
+    found = [{"end": frontend.run(), **frontend.seen()}]
+    frontend.page.evaluate("""() => {
+        const [from, to] = ['InfDiTToModel', 'KSampler'].map(type => app.graph.nodes.find(node => node.type === type))
+        from.connect(from.findOutputSlot('latent'), to, to.findInputSlot('latent_image'))
+    }""")
+    found.append({"end": frontend.run(), **frontend.seen()})
+    return {"runs": found}
+
+
+def unlike(frontend: Frontend, path: Path) -> dict:
+    """Noise levels far from what the model was made for, and a sampler that it cannot have."""
+    opened(frontend, path)
+    frontend.page.evaluate(SET, ["InfDiTScheduler", "sigma_max", 40])
+    found = [{"end": frontend.run(), **frontend.seen()}]
+    frontend.page.evaluate(SET, ["KSamplerSelect", "sampler_name", "euler_ancestral"])
+    found.append({"end": frontend.run(), **frontend.seen()})
+    return {"runs": found}
+
+
+def compared(frontend: Frontend, path: Path) -> dict:
+    """The workflow with core's Compare Images beside it."""
+    opened(frontend, path)
+    known = frontend.page.evaluate(COMPARED, COMPARE)
+    return {"known": known, "end": frontend.run(), **frontend.seen()}
+
+
 def within(frontend: Frontend, path: Path) -> dict:
     """A blueprint between Load Image and Save Image."""
     drawn = json.loads(path.read_text(encoding="utf-8"))
@@ -330,7 +422,9 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
             yield run, path
     yield within, pack / "subgraphs" / f"{BLUEPRINT}.json"
     yield ways, pack / "workflows" / f"{PLAN}.json"
-    for case in (failed, small, generous, dropped, core, broken, rejected):
+    yield unfit, pack / "workflows" / f"{KSAMPLER}.json"
+    yield unlike, pack / "workflows" / f"{STEPS}.json"
+    for case in (failed, small, generous, sizes, lines, compared, dropped, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

@@ -136,7 +136,7 @@ def _run(python: Path, script: str, *arguments: str | Path) -> Findings:
     """A script of this folder, with the path of the JSON to write as its last argument."""
     out = Path(arguments[-1])
     command = [python, HERE / script, *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode or not out.is_file():
         pytest.fail(f"{script} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}", pytrace=False)
     return Findings(json.loads(out.read_text()))

@@ -22,6 +22,7 @@ RUN = [name for name in SHIPPED if "SDXL" not in name and "16" not in name]  # a
 MODELS = ("checkpoints/sd_xl_base_1.0.safetensors", "clip_vision/open_clip_pytorch_model.bin")
 PAGE_ONLY = ("ImageStitch", "PreviewImage")  # what a script has no use for
 EVERYDAY, STEPS = "Upscale a picture with Inf-DiT", "Upscale step by step with Inf-DiT"
+PHOTO = (512, 384)
 PICTURE, RESULT, PREVIEW = [64, 48], [256, 192], [512, 384]
 
 renderers = pytest.mark.parametrize("renderer", ["canvas", "vue"])
@@ -36,6 +37,7 @@ def seen(server: tuple[str, Path], run_script: Callable[..., dict]) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     Image.linear_gradient("L").resize(PICTURE).convert("RGB").save(base / "input" / "example.png")
+    Image.linear_gradient("L").resize(PHOTO).convert("RGB").save(base / "input" / "photo.png")
     try:
         found = run_script("browser.py", address, ROOT, base / "browser.json")
     finally:
@@ -209,6 +211,63 @@ def test_every_way_to_say_a_size_works_at_the_numbers_that_come_with_it(seen: di
         assert run["end"] == "success", way
         (plan, _) = (node for node in run["nodes"] if node["type"] == "InfDiTMemoryPlan")
         assert way in plan["values"]
+
+
+@renderers
+def test_the_node_takes_a_usual_picture_at_every_way_to_say_a_size(seen: dict, renderer: str) -> None:
+    """2048 pixels and 4 megapixels are 4 and 4.6 times 512×384."""
+    made = {}
+    for way, run in seen[f"{renderer} sizes {EVERYDAY}"].items():
+        assert run["end"] == "success", way
+        ((made[way],),) = (node["pictures"] for node in run["nodes"] if node["type"] == "SaveImage")
+    four = [2048, 1536]
+    assert made == {"scale by": four, "width and height": four, "longest side": four, "megapixels": [2365, 1774]}
+
+
+@renderers
+def test_the_line_of_the_last_run_goes_when_a_run_begins(seen: dict, renderer: str) -> None:
+    """Then comes the time foretold, then which picture of how many; of a run that fails nothing but why."""
+    found = seen[f"{renderer} lines {EVERYDAY}"]
+    assert found["ends"] == ["success", "success", "error"]
+    first, second, failed = found["lines"]
+    assert re.fullmatch(r"256×192 in [\d.]+ s", first[-1])
+    assert second[0] == " "
+    assert re.fullmatch(r"about .+", second[1])
+    assert any(re.match(r"picture [2-5] of 5, \d+%", line) for line in second)
+    assert re.fullmatch(r"256×192 in [\d.]+ s", second[-1])
+    assert failed[0] == " "
+    assert {line.partition(":")[0] for line in failed[1:]} == {"memory 0.001 GiB is too little"}
+
+
+@renderers
+def test_why_core_s_ksampler_failed_stands_on_it_until_it_has_not(seen: dict, renderer: str) -> None:
+    failed, mended = seen[f"{renderer} unfit Upscale with a KSampler and Inf-DiT"]["runs"]
+    ((line,),) = (node["texts"] for node in failed["nodes"] if node["type"] == "KSampler")
+    assert (failed["end"], mended["end"]) == ("error", "success")
+    assert line.startswith("latent of shape (1, 3, 512, 512) must be (1, 3, 192, 256): connect the one that Inf-DiT to")
+    (gone,) = (node["texts"] for node in mended["nodes"] if node["type"] == "KSampler")
+    assert not "".join(gone).strip()
+
+
+@renderers
+def test_what_does_not_fit_the_model_is_told(seen: dict, renderer: str) -> None:
+    noisy, refused = seen[f"{renderer} unlike {STEPS}"]["runs"]
+    report = "".join(text for node in noisy["nodes"] if node["type"] == "PreviewAny" for text in node["texts"])
+    assert "noise begins at 40, and this model was made for 0.03: the picture is lost under it" in report
+    ((line,),) = (node["texts"] for node in refused["nodes"] if node["type"] == "InfDiTUpscaleAdvanced")
+    assert refused["end"] == "error"
+    assert line.startswith("sampler euler_ancestral adds noise while it runs")
+
+
+@renderers
+def test_core_s_compare_images_shows_nothing_on_the_canvas(seen: dict, renderer: str) -> None:
+    """Which is how a page draws nodes unless told otherwise: so the templates put pictures side by side."""
+    found = seen[f"{renderer} compared {EVERYDAY}"]
+    if not found["known"]:
+        pytest.skip("this ComfyUI has no Compare Images")
+    assert found["end"] == "success"
+    (pictures,) = (node["pictures"] for node in found["nodes"] if node["type"] == "ImageCompare")
+    assert pictures == ([RESULT, PICTURE] if renderer == "vue" else [])
 
 
 @renderers

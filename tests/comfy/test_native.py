@@ -96,7 +96,7 @@ def test_select_model_device_changes_no_picture(inside: dict) -> None:
     [
         ("lora", "lora", "LoRA cannot change an Inf-DiT model: leave it out"),
         ("control", "sampler", "ControlNet cannot change an Inf-DiT model: leave it out"),
-        ("text", "sampler", "this conditioning is none of Inf-DiT's: connect positive and negative of Inf-DiT to Model"),
+        ("text", "sampler", "this conditioning is none of Inf-DiT's: connect positive and negative of Inf-DiT to"),
         ("latent", "sampler", "must be (1, 3, 64, 64): connect the one that Inf-DiT to Model gives"),
         ("vae", "decode", "must be (1, 3, 64, 64): connect the one that Inf-DiT to Model gives"),
         ("passes", "native", "a KSampler enlarges by 4 at most, and this takes 2 passes, by way of 40×48"),
