@@ -399,7 +399,7 @@ def test_live_pictures_within_a_step_take_little_of_the_time(mini: InfDiT, monke
 @pytest.mark.slow
 def test_live_pictures_take_a_fiftieth_of_the_time(bundled: InfDiT) -> None:
     """In turns with runs that show none, of the same process; made into JPEG, as a node sends them."""
-    image, seconds, shown = picture(128, 128), {True: [], False: []}, []
+    image, seconds, shown = picture(96, 96), {True: [], False: []}, []
 
     def progress(done: int, total: int, preview: Preview | None) -> None:
         if preview is not None:
