@@ -169,7 +169,7 @@ class Frontend:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         for name, value in (SETTINGS | settings).items():
             self._post(f"settings/{name}", value)
-        self.page.goto(address)
+        self.page.goto(address, timeout=PATIENCE)
         self.page.wait_for_function(READY, timeout=PATIENCE)
         self.nodes()
 

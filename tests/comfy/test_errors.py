@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from test_errors import rows
+from said import rows
 
 pytestmark = pytest.mark.comfy
 
