@@ -32,7 +32,8 @@ SURE = 0.01  # share of a run after which its pace tells when it ends: the first
 BLANK = " "  # a line that says nothing: pages ignore empty ones
 MOST_PAGES = 1000  # whose language is remembered
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _lines: set[str] = set()  # nodes on which a line of text stands
 _failed: set[str] = set()  # those of them on which it says why they failed
