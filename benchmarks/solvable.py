@@ -50,6 +50,13 @@ class Posterior:
         shares = log.softmax(0)[..., None]  # (K, B, 1)
         return (shares * self._across(along * self.values[:, None] / variance)).sum(0).reshape(x.shape)
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean, (n,), and the sum of the variances of all pixels."""
+        shares = self.log_weights.softmax(0)[:, None]
+        mean = (shares * self.means).sum(0)
+        return mean, (shares * (self.values + (self.means - mean) ** 2)).sum()
+
     def path(self, x: Tensor, start: float, end: float, steps: int = 300) -> Tensor:
         """Where the ODE takes x from one noise level to another.
 

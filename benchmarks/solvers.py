@@ -6,6 +6,7 @@ ends mean nothing. Distances are RMS, of values in [-1, 1] where a grey level is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,17 @@ from infdit.memory.cost import seconds_per_evaluation
 from infdit.memory.plan import MemoryPlan, Workload
 from infdit.memory.planner import format_seconds
 from infdit.presets import PRESETS, Sampling, sampling
-from infdit.samplers import SAMPLERS, evaluations, get_sampler, karras_sigmas
+from infdit.samplers import SAMPLERS, SamplerInfo, evaluations, get_sampler, karras_sigmas
 from infdit.tune import Fit, Fitting, Levels, fit_levels
 
 from . import solvable
+from .tried import TRIED
 
 PAPER = SamplingDefaults()
 ON_A_CARD = Workload(InfDiTConfig(), 2048, 2048, device=torch.device("cuda"))  # what times are foretold of
 END = 1e-4  # where paths that are stepped end: nothing is left to happen below
 COUNTS = (8, 13, 20, 39)  # evaluations with Karras's levels, a row for each sampler
+STARTS = (40, 20, 10, 4, 2, 1, 0.5, 0.2)  # noise levels to start from
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Bench:
 
     def distance(self, sampler: str, sigmas: Tensor) -> float:
         """From the goal."""
-        found = get_sampler(sampler).sample(self.problem.posterior.denoise, self.start, sigmas)
+        found = _method(sampler).sample(self.problem.posterior.denoise, self.start, sigmas)
         return (found - self.goal).square().mean().sqrt().item()
 
 
@@ -103,10 +106,31 @@ def report() -> Iterator[str]:
     for name in PRESETS:
         chosen = sampling(PAPER, name)
         yield _row(f"**{name}**", str(chosen.sampler), chosen.sigmas, benches)
-    for sampler in SAMPLERS:
-        each = get_sampler(sampler).evaluations
+    for name in TRIED:
+        yield _row("levels of balanced", name, sampling(PAPER, "balanced").sigmas, benches)
+    for sampler in (*SAMPLERS, *TRIED):
+        each = _method(sampler).evaluations
         for count in COUNTS:
             yield _row("Karras", sampler, karras_sigmas((count + each - 1) // each, PAPER.sigma_min, 40), benches)
+    yield from ("", *starts({name: bench.problem for name, bench in benches.items()}))
+
+
+def starts(problems: Mapping[str, solvable.Problem]) -> Iterator[str]:
+    """What comes of Heun's method, 20 steps, from less noise: LR consistency in dB, and how much detail there is.
+
+    Detail is the variance of results about the posterior's mean, over what the posterior has: 1 is right. The distance
+    of ends means nothing here, for another start leads to another picture.
+    """
+    yield f"| sigma_max | {' | '.join(problems)} |"
+    yield f"|---|{'---|' * len(problems)}"
+    for top in STARTS:
+        sigmas, cells = karras_sigmas(20, PAPER.sigma_min, top), list[str]()
+        for problem in problems.values():
+            found = get_sampler("heun").sample(problem.posterior.denoise, problem.start(top, 1, 8), sigmas)
+            mean, variance = problem.posterior.moments
+            detail = (found.reshape(len(found), -1) - mean).square().sum(-1).mean() / variance
+            cells.append(f"{20 * math.log10(2 / problem.consistency(found)):.1f} dB, {detail:.2f}")
+        yield f"| {top:g} | {' | '.join(cells)} |"
 
 
 def misreadings(seeds: Sequence[int] = range(6)) -> Iterator[str]:
@@ -143,8 +167,12 @@ def _misreading(
     return [(x - goal).square().mean().sqrt().item() for x in ends]
 
 
+def _method(sampler: str) -> SamplerInfo:
+    return TRIED.get(sampler) or get_sampler(sampler)
+
+
 def _row(name: str, sampler: str, sigmas: Tensor, benches: Mapping[str, Bench]) -> str:
     distances = " | ".join(f"{bench.distance(sampler, sigmas):.1e}" for bench in benches.values())
-    count = evaluations(sampler, sigmas)
+    count = evaluations(_method(sampler), sigmas)
     seconds = count * seconds_per_evaluation(ON_A_CARD, MemoryPlan.default(ON_A_CARD.config))
     return f"| {name} | `{sampler}` | {count} | {format_seconds(seconds)} | {distances} |"
