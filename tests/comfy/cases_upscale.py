@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import random
@@ -47,6 +48,7 @@ from harness import (
     valid,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 @case
@@ -288,6 +290,26 @@ def reports() -> dict:
         file = BUNDLED if name.startswith("bundled") else NOISY
         ended = run(prompt(picture, {"model_name": file}, **asked))
         found[name] = {"end": ended["end"], "report": TAKEN.get("report", ended["message"])}
+    return found
+
+
+@case
+def presets() -> dict:
+    """A model of many steps, with levels that were tuned to it, under each preset: beside the library, and reports."""
+    defaults = {"steps": 4, "sampler": "heun", "sigma_max": 0.1, "sigma_min": 0.01}
+    defaults |= {"tuned": [[0.1 * 0.75**i for i in range(8)]]}
+    metadata = {"config": json.dumps({"position_period": 1024}), "defaults": json.dumps(defaults)}
+    path = BASE / "models" / "infdit" / "tuned.safetensors"
+    save_file(load_file(PACK_DIR / "infdit" / "weights" / "mini.safetensors"), path, metadata)
+    infdit, found = library(), {}
+    model = infdit.load_model(path, dtype=torch.float32, device="cpu")
+    for preset in ("paper", "balanced", "draft"):
+        asked = {"steps": 0, "sampler_name": "auto", "preset": preset}
+        ended = run(prompt("small", {"model_name": path.name}, **asked))
+        expected = infdit.upscale(model, PICTURES["small"], preset=preset, seed=7)
+        image = TAKEN.get("value", torch.zeros(()))
+        difference = (image - expected).abs().max().item()
+        found[preset] = {"message": ended["message"], "report": TAKEN.get("report", ""), "difference": difference}
     return found
 
 

@@ -185,6 +185,22 @@ def test_report_says_what_ran(inside: dict) -> None:
     assert max(map(len, lines)) < 100
 
 
+@pytest.mark.parametrize(
+    ("preset", "words", "steps"),
+    [
+        ("paper", "39 evaluations", "20 steps of heun"),
+        ("balanced", "noise levels tuned to this model, 13 evaluations", "13 steps of dpmpp_3m"),
+        ("draft", "noise levels tuned to this model, 8 evaluations", "8 steps of dpmpp_3m"),
+    ],
+)
+def test_preset_of_a_model_of_many_steps(inside: dict, preset: str, words: str, steps: str) -> None:
+    found = inside["presets"][preset]
+    assert found["message"] == ""
+    assert found["difference"] < 1e-5
+    assert f"sampling: {steps}, noise 0.1 to " in found["report"]
+    assert re.search(rf"\npreset: {preset}, {words}, about \d+ s foretold\n", found["report"])
+
+
 def test_report_of_the_bundled_model(inside: dict) -> None:
     """It starts without noise and gains nothing from a second step: both are said."""
     lines = inside["reports"]["bundled"]["report"].splitlines()
