@@ -77,7 +77,7 @@ def test_strengths_of_passes_are_foretold_told_and_made_again(
     source, out, again = make_picture(tmp_path / "in.png", (8, 6)), tmp_path / "out.png", tmp_path / "again.png"
     strengths = ("--scale", 8, "--denoise", "1,0.25")
     assert run("upscale", source, "-o", out, *noisy, *strengths) == 0
-    assert re.search(r"; denoise 1, 0\.25 of its passes, about \d+ s foretold; peak", capsys.readouterr().out)
+    assert re.search(r"; denoise 1, 0\.25 of its passes, about \d+ \w+ foretold; peak", capsys.readouterr().out)
     model = infdit.load_model(noisy[1], torch.float32, "cpu")
     made = infdit.upscale(model, read_picture(source).pixels[None], 8, denoise=[1, 0.25])[0]
     assert np.array_equal((made * 255 + 0.5).byte().numpy(), np.asarray(Image.open(out)))

@@ -65,7 +65,7 @@ def test_it_fits_writes_and_upscale_takes_it_up(
     assert sampling(defaults).sampler == "heun", "without a preset nothing changes"
     asked = ["upscale", str(picture), "-o", str(tmp_path / "out.png"), "--model", str(model), "--device", "cpu"]
     assert main([*asked, "--preset", "draft"]) == 0
-    told = r"preset: draft, noise levels tuned to this model, 8 evaluations, about \d+ s foretold; "
+    told = r"preset: draft, noise levels tuned to this model, 8 evaluations, about \d+ \w+ foretold; "
     assert re.search(told, capsys.readouterr().out)
     infdit.convert(model, tmp_path / "copy.safetensors")
     assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"

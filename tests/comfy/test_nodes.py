@@ -198,7 +198,7 @@ def test_preset_of_a_model_of_many_steps(inside: dict, preset: str, words: str, 
     assert found["message"] == ""
     assert found["difference"] < 1e-5
     assert f"sampling: {steps}, noise 0.1 to " in found["report"]
-    assert re.search(rf"\npreset: {preset}, {words}, about \d+ s foretold\n", found["report"])
+    assert re.search(rf"\npreset: {preset}, {words}, about \d+ \w+ foretold\n", found["report"])
 
 
 def test_report_of_the_bundled_model(inside: dict) -> None:
