@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--fit", type=_steps, metavar="N,…", help="fit noise levels of N evaluations to such posteriors")
     p.add_argument("--misreadings", action="store_true", help="fidelity after sampling and within it, on these")
     p.add_argument("--scaling", action="store_true", help="what one to eight cards would take, by the cost model")
+    p.add_argument("--stages", action="store_true", help="time two stages on two CPU threads against one, at --size")
     p.add_argument("--memory", type=size_of, metavar="WxH", help="count what a run holds, on tensors without memory")
     p.add_argument("--kernels", type=int, nargs="?", const=64, metavar="N", help="count the kernels of a layer; time "
                    "Python in an evaluation of --size, N blocks at a time (64)")
@@ -119,6 +120,8 @@ def _without_pictures(options: argparse.Namespace) -> Iterator[str] | None:
         return kernels.report(read_checkpoint(options.model or "mini").config, options.size, options.kernels)
     if options.scaling:
         return scaling.report()
+    if options.stages:
+        return scaling.measured(load_model(options.model or "mini", torch.float32, "cpu"), options.size)
     if options.fit:
         return solvers.fit(options.fit)
     if options.misreadings:

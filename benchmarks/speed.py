@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -71,7 +71,7 @@ def time_plans(
 
     Args:
         model: on the CPU; each plan places it.
-        plans: to be compared.
+        plans: to be compared; stages of one are all on the device.
         height, width: of the result in pixels.
     """
     grid = BlockGrid.covering(height, width, model.config.block_size)
@@ -83,7 +83,8 @@ def time_plans(
     for _ in range(rounds + 1):
         for i, plan in enumerate(plans):
             images = device if plan.images == "device" else torch.device("cpu")
-            denoise = Denoiser(model, Conditioning(lr.to(images), up.to(images)), plan, device=device)
+            stages = [device] * max(1, len(plan.layers))
+            denoise = Denoiser(model, Conditioning(lr.to(images), up.to(images)), plan, device=stages)
             start = x.to(images)
             _forget_peaks(device)
             seconds[i].append(_seconds(partial(denoise, start, SIGMA), device))
@@ -93,11 +94,12 @@ def time_plans(
         Timing(
             plan,
             statistics.median(times[1:]),
-            seconds_per_evaluation(workload, plan),
-            workload.footprint(plan).device,
+            seconds_per_evaluation(work, plan),
+            work.footprint(plan).device,
             *most,
         )
         for plan, times, most in zip(plans, seconds, held, strict=True)
+        for work in [replace(workload, beside=(device,) * (len(plan.layers) - 1))]
     ]
 
 

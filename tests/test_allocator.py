@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from runs import MUCH, cards, least_of, shares
+from runs import MUCH, assert_within, cards, least_of, shares
 
 from benchmarks.allocator import MIB, Allocator, Full, least_limit, works
 from benchmarks.dry_run import counted
+from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
-from infdit.memory.plan import SEGMENTS, Workload
+from infdit.memory.plan import SEGMENTS, WeightsKept, Workload
 from infdit.memory.planner import fastest_plan
 
 CUDA = torch.device("cuda")
@@ -55,7 +56,7 @@ def test_the_least_limit_is_found() -> None:
     assert least == 90 * MIB
 
 
-def assert_foretold(workload: Workload, plan: MemoryPlan, seed: int = 0) -> None:
+def assert_foretold(workload: Workload, plan: MemoryPlan, seed: int = 0) -> PeakMeter:
     """Each device gets along with little more than is foretold for it, which is little more than what it needs."""
     meter = counted(workload, plan, seed=seed)
     for number, (device, held) in enumerate(workload.footprints(plan)):
@@ -63,6 +64,7 @@ def assert_foretold(workload: Workload, plan: MemoryPlan, seed: int = 0) -> None
         told = f"{number} of {workload} {plan}: {least} {held.device}"
         assert least <= 1.1 * held.device, told
         assert held.device <= 1.25 * least + SEGMENTS, told
+    return meter
 
 
 def fastest(workload: Workload, more: float) -> MemoryPlan:
@@ -84,6 +86,29 @@ def fastest(workload: Workload, more: float) -> MemoryPlan:
 def test_the_memory_foretold_is_enough_for_a_real_allocator(side: int, more: float, sampler: str) -> None:
     workload = Workload(InfDiTConfig(num_layers=3), side, side, device=CUDA, sampler=sampler)
     assert_foretold(workload, fastest(workload, more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("side", "gib", "weights", "layers"),
+    [
+        (1024, 0.3, "streamed", 3),
+        (2048, 0.4, "streamed", 3),
+        (4096, 0.4, "streamed", 3),
+        (4096, 4.0, "resident", 3),
+        (8192, 0.6, "streamed", 3),
+        (16384, 1.0, "streamed", 3),
+        (2048, 5.0, "resident", 28),
+        (4096, 8.0, "resident", 28),
+    ],
+)
+def test_it_is_for_the_promised_sizes(side: int, gib: float, weights: WeightsKept, layers: int) -> None:
+    """Streamed: of first, middle and last layer; more only add weights on the host, of which closed forms tell."""
+    workload = Workload(InfDiTConfig(num_layers=layers), side, side, device=CUDA, weights=weights)
+    plan = fastest_plan(workload, int(gib * 2**30), MUCH)
+    peak = assert_foretold(workload, plan).peak
+    assert peak["device"] <= gib * 2**30
+    assert_within(peak, workload.footprint(plan))
 
 
 @pytest.mark.parametrize("layers", [(2, 2), pytest.param((1, 1, 1, 1), marks=pytest.mark.slow)], ids=str)
