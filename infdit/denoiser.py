@@ -114,7 +114,9 @@ class Denoiser:
             raise ValueError(f"sigma {sigma} must be above 0: a picture without noise needs no denoising")
         on_the_host = not isinstance(sigma, Tensor) or (sigma.dim() == 0 and sigma.device.type == "cpu")
         level = float(sigma) if on_the_host else None
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        # a number stays one: to bring it to the device would be to wait for that
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device="cpu" if on_the_host else x.device)
+        sigma = sigma if on_the_host else sigma.expand(len(x))
         if self._elsewhere is not None:
             self._elsewhere.evaluate(sigma, level)
         modulations, head_modulation = self._modulations(sigma, level)
@@ -192,7 +194,7 @@ class Denoiser:
             return self._modulate(sigma)
         if level in self._modulated:
             return self._modulated[level]
-        batch, levels, foreseen = len(sigma), [level], level in self._levels
+        batch, levels, foreseen = len(self.conditioning.lr), [level], level in self._levels
         if foreseen:
             first = self._levels.index(level) // LEVELS * LEVELS  # wherever a run begins: the same ones at once
             levels, self._modulated = self._levels[first : first + LEVELS], {}
@@ -240,14 +242,14 @@ class _Pictures:
     """
 
     def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, head_modulation: Tensor) -> None:
-        """x: (B, 3, h, w); sigma: (B,); head_modulation: see `InfDiT.modulations_for`."""
+        """x: (B, 3, h, w); sigma: (B,), or 0-d on the CPU; head_modulation: see `InfDiT.modulations_for`."""
         self._model, self._grid, self._given = denoiser.model, denoiser.geometry.grid, denoiser.conditioning
         self._painted, self._modulation, self._x = denoiser.painted, head_modulation, x
         self._from, self._to = (denoiser.benches[i].offload.transfer for i in (-1, 0))
         self._away = denoiser.plan.images != "device"
         self._coming: dict[range, PendingCopy] = {}
         self._leaving: deque[tuple[list[Area], PendingCopy]] = deque()
-        s = sigma[:, None, None, None, None]  # (B, 1, 1, 1, 1): beside blocks of pixels (B, n, 3, h, w)
+        s = sigma[:, None, None, None, None] if sigma.dim() else sigma  # beside blocks of pixels (B, n, 3, h, w)
         norm = (s**2 + SIGMA_DATA**2).sqrt()
         self._c_skip, self._c_out, self._c_in = SIGMA_DATA**2 / norm**2, s * SIGMA_DATA / norm, 1 / norm
         self._canvas = Canvas(self._grid, x)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -31,6 +31,7 @@ from benchmarks import dry_run
 from benchmarks.peak_meter import PeakMeter
 from infdit import InfDiTConfig, MemoryPlan
 from infdit.blocks import Canvas
+from infdit.denoiser import Denoiser
 from infdit.memory import offload
 from infdit.memory.offload import Transfer
 from infdit.memory.plan import Workload
@@ -57,6 +58,7 @@ class Agents:
         self.clocks: dict[str, Clock] = defaultdict(lambda: defaultdict(int))
         self.things: WeakKeyDictionary[object, Clock] = WeakKeyDictionary()  # what was done before they were told of
         self.streams: dict[tuple[int, str], str] = {}  # of a thread and a device, unless it is the one that computes
+        self.waits = Counter[str]()  # of the host for a device, by what for
 
     @property
     def host(self) -> str:
@@ -121,6 +123,7 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.stream is not None, "an event is recorded before anybody waits for it"
+        self.stream.agents.waits["event"] += 1
         self.stream.agents.join(self.stream.agents.host, self.seen)
 
 
@@ -193,8 +196,10 @@ class Watch(TorchDispatchMode):
                 self._new(storage, now, HOST if x.device.type == "cpu" else self.agents.current(x.device))
         for other in others:
             self.agents.join(other, self.agents.clocks[agent])
-        across = len({x.device.type for x in (*inputs, *results) if x.dim()}) == 2
+        copied = "copy" in func.__name__  # else a number on the host is read at once
+        across = len({x.device.type for x in (*inputs, *results) if copied or x.dim()}) == 2
         if across and blocking:
+            self.agents.waits["copy"] += 1
             self.agents.join(self.agents.host, self.agents.clocks[agent])
         return result
 
@@ -408,6 +413,51 @@ def test_the_card_has_work_while_pictures_on_the_host_are_cut_and_pasted(
         moments = queued[name]
         assert len(moments) % chunks == 0
         assert all(moment > 0 for i, moment in enumerate(moments) if i % chunks != idle), name
+
+
+@pytest.mark.parametrize(
+    ("plan", "pixels"),
+    [(MemoryPlan(3, 2), 0), (MemoryPlan(3, 2, images="host"), 3), (AWAY, 3)],
+    ids=["in place", "pictures on the host", "away"],
+)
+def test_the_host_waits_for_layers_pixels_and_the_sum_and_for_nothing_else(
+    plan: MemoryPlan, pixels: int, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within an evaluation for each layer of a chunk and for what leaves the card; after it for one number at most."""
+    within, evaluate = list[Counter[str]](), Denoiser.__call__
+
+    def noting(self: Denoiser, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        agents.waits.clear()
+        result = evaluate(self, x, sigma)
+        within.append(agents.waits.copy())
+        agents.waits.clear()
+        return result
+
+    def item(x: torch.Tensor) -> float:
+        agents.waits["number"] += x.device.type != "cpu"
+        return 0.0
+
+    monkeypatch.setattr(Denoiser, "__call__", noting)
+    monkeypatch.setattr(torch.Tensor, "item", item)
+    between = list[Counter[str]]()
+    original = Run.denoiser
+
+    def denoiser(self: Run, *given: object) -> Callable[..., torch.Tensor]:
+        denoise = original(self, *given)
+
+        def told(*at: torch.Tensor) -> torch.Tensor:
+            result = denoise(*at)
+            between.append(+agents.waits)
+            return result
+
+        return told
+
+    monkeypatch.setattr(Run, "denoiser", denoiser)
+    watch(agents, monkeypatch, plan)
+    layers = 3 * 3  # of three chunks
+    assert within[1] == {"event": layers + pixels}
+    assert within[0] == {"event": layers - 1 + pixels, "copy": 1}, "levels are brought there once"
+    assert between == [{} if pixels else {"number": 1}] * 2
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
