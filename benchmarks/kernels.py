@@ -3,8 +3,7 @@
 Kernels are counted from the operations that are really executed, on fake tensors on a fake accelerator: one for each
 that touches data. Attention is one, a product with its bias is one, a view is none; a norm of what is not contiguous is
 two, for it is copied first. Python's seconds are all that PyTorch's profiler does not find within an operation, what
-itself takes with them. They do not depend on the width of the model, so a narrow one stands in for it, whose arithmetic
-does not keep the CPU busy; what a card takes is foretold by the cost model.
+itself takes with them; what a card takes is foretold by the cost model.
 """
 
 from __future__ import annotations
@@ -112,18 +111,20 @@ def of_a_layer(
 
 
 @torch.no_grad()
-def in_python(config: InfDiTConfig, size: tuple[int, int], plan: MemoryPlan) -> float:
-    """Seconds of an evaluation of so many blocks outside calls of PyTorch; size: (height, width) in pixels."""
-    narrow = replace(config, hidden_size=4 * config.num_heads)
+def in_python(config: InfDiTConfig, size: tuple[int, int], plan: MemoryPlan) -> tuple[float, float]:
+    """Seconds of an evaluation of so many blocks outside calls of PyTorch, and of all of it.
+
+    size: (height, width) in pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     x, up = (torch.randn((1, 3, *size), generator=generator) for _ in range(2))
     lr = torch.randn((1, 3, *(side // LR_FACTOR for side in size)), generator=generator)
-    denoise = Denoiser(random_model(narrow, torch.float32), Conditioning(lr, up), plan)
+    denoise = Denoiser(random_model(config, torch.float32), Conditioning(lr, up), plan)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         began = time.perf_counter()
         denoise(x, 1.0)
         seconds = time.perf_counter() - began
-    return seconds - 1e-6 * sum(event.self_cpu_time_total for event in seen.key_averages())
+    return seconds - 1e-6 * sum(event.self_cpu_time_total for event in seen.key_averages()), seconds
 
 
 def report(config: InfDiTConfig, size: tuple[int, int], chunk: int) -> Iterator[str]:
@@ -142,9 +143,10 @@ def report(config: InfDiTConfig, size: tuple[int, int], chunk: int) -> Iterator[
     kernels, moved = counted.names.total() / chunks, counted.moved.total() / chunks
     yield f"{kernels:7.2f} {moved / 1e6:8.1f} MB   with {fuse.SWITCH}=1"
     grid, plan = BlockGrid.covering(*size, config.block_size), MemoryPlan(config.num_layers, chunk)
-    seconds, chunks = in_python(config, (grid.height, grid.width), plan), -(-grid.blocks // chunk)
+    (python, whole), chunks = in_python(config, (grid.height, grid.width), plan), -(-grid.blocks // chunk)
     card = CostModel.family(CUDA, torch.bfloat16).evaluation(config, grid, plan, torch.bfloat16)
     yield (
         f"{size[1]}×{size[0]}, {config.num_layers} layers of width {config.hidden_size}, {chunk} blocks at a time: "
-        f"{1e3 * seconds / chunks:.1f} ms in Python, {1e3 * card / chunks:.1f} ms on a card by the cost model"
+        f"{1e3 * python / chunks:.1f} ms in Python, {python / whole:.1%} of the time on this CPU, "
+        f"{1e3 * card / chunks:.1f} ms on a card by the cost model"
     )

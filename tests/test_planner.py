@@ -239,6 +239,8 @@ def test_the_thrifty_plan_in_place_moves_nothing(side: int) -> None:
     times = [seconds_per_evaluation(workload, plan) for plan in (fastest_plan(workload, MUCH, MUCH), here, away)]
     assert times[0] <= times[1] <= 1.1 * times[0]
     assert (away.peak_bytes or 0) <= (here.peak_bytes or 0)
+    chosen = fastest_plan(workload, 2 * (here.peak_bytes or 0), MUCH)
+    assert (chosen.weights, chosen.hidden) == ("resident", "device"), "library and shell too, if half is enough"
     streamed = thrifty_plan(replace(workload, weights="streamed"), MUCH, in_place=True)
     assert streamed.weights == "streamed", "where nothing else may be"
 
