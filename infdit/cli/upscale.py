@@ -249,9 +249,11 @@ def _upscale_one(
 
 def _words(recipe: Recipe, workload: Workload, levels: Sequence[torch.Tensor], report: Report) -> tuple[str, str]:
     """How it was sampled, where that was asked for, and the most that was held, where that is known."""
-    taken = format_seconds(seconds_of_run(workload, report.plan, levels)) if report.plan else "?"
     peak = f"peak {format_bytes(report.peak_bytes)}" if report.peak_bytes is not None else ""
-    return f"{recipe.words}, about {taken} foretold" if recipe.words else "", peak
+    if not recipe.words or report.plan is None or recipe.peers is not None:  # how fast others are is not known here
+        return recipe.words, peak
+    workload = replace(workload, beside=tuple(recipe.devices[1:]))
+    return f"{recipe.words}, about {format_seconds(seconds_of_run(workload, report.plan, levels))} foretold", peak
 
 
 def _about(
