@@ -3,8 +3,8 @@
 The whole of `upscale` runs on fake tensors, which have shapes and no memory, on a fake accelerator beside a fake host.
 Of each evaluation layers are computed only where the peak can lie: of the first and of the last group of layers the
 first two chunks, for the ring of keys and values is made whole by the first and what comes next is copied ahead, those
-where most keys are turned into another frame, and the last two, when all hidden states are there. All other chunks
-come and go as they do, and their layers give tokens of the right shape at once.
+where most keys are turned into another frame, and the last two, when all hidden states are there. Of all other chunks
+only the hidden states come and go.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from infdit import attention, stages
 from infdit.config import LR_FACTOR, InfDiTConfig
+from infdit.denoiser import _Pictures
 from infdit.grid import BlockGrid, Geometry
 from infdit.memory import footprint
 from infdit.memory.offload import Transfer, distribute_weights
@@ -37,6 +38,7 @@ from infdit.memory.planner import PlannedRun
 from infdit.model import InfDiT, KeepNeighbours, Layer, MakeWindow
 from infdit.run import Report, Run
 from infdit.samplers import get_sampler, karras_sigmas
+from infdit.uniba import Chunk
 from infdit.upscale import finish_result, upscale_batch
 
 from .peak_meter import PeakMeter
@@ -222,7 +224,7 @@ def counted(workload: Workload, plan: MemoryPlan, whole: bool = False, seed: int
         entered.enter_context(streams)
         model = distribute_weights(fake_model(workload.config, workload.dtype), plan, devices)
         if not whole:
-            _thin_out(model, workload, plan)
+            entered.enter_context(_thinned(model, workload, plan))
         image = torch.empty(workload.batch, *(-(-side // LR_FACTOR) for side in target), 3)
         meter = PeakMeter(model.parameters(), device, workload.unified_memory)
         accelerator.turns = turns = Turns(seed, fake, accelerator, meter)
@@ -246,25 +248,62 @@ def fake_model(config: InfDiTConfig, dtype: torch.dtype) -> InfDiT:
 
 
 class _ThinLayer(Layer):
-    """A layer that computes some chunks and passes the others on."""
+    """A layer that computes some chunks, in a group between the first and the last none, and passes the others on."""
 
-    wanted: frozenset[range]
+    between: bool
 
     def forward(
-        self, h: Tensor, modulation: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours,
+        self, h: Tensor, modulation: Tensor, turns: Tensor | None, keep_neighbours: KeepNeighbours,
         window: MakeWindow | None = None,
     ) -> Tensor:
         """As the layer it was, or tokens of the same shape."""
-        assert isinstance(keep_neighbours, partial)
-        if keep_neighbours.args[0].blocks not in self.wanted:
+        if self.between or turns is None:
             return torch.empty_like(h)
         return super().forward(h, modulation, turns, keep_neighbours, window)
 
 
-def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
-    """Leave out what cannot hold more than what is computed."""
-    config = workload.config
-    grid = BlockGrid.covering(workload.height, workload.width, config.block_size, plan.sweep)
+@contextmanager
+def _thinned(model: InfDiT, workload: Workload, plan: MemoryPlan) -> Iterator[None]:
+    """Leave out what cannot hold more than what is computed: of most chunks all but their hidden states."""
+    for _, layers in plan.stages(workload.devices, workload.config.num_layers):
+        for i in layers:
+            layer, group, last = model.layers[i], (i - layers.start) // plan.group, (len(layers) - 1) // plan.group
+            assert isinstance(layer, Layer)
+            layer.__class__ = _ThinLayer
+            layer.__dict__["between"] = group not in (0, last)
+    wanted = cache(partial(_wanted, workload.config, plan))
+    made, read, write, prepare = Chunk.__init__, _Pictures.read, _Pictures.write, _Pictures.prepare
+
+    def thin(self: Chunk, geometry: Geometry, blocks: range, *of: object) -> None:
+        if blocks in wanted(geometry.grid):
+            made(self, geometry, blocks, *of)  # type: ignore[arg-type]
+        else:
+            self.blocks, self.turns = blocks, None  # type: ignore[assignment]
+
+    def read_some(self: _Pictures, chunk: Chunk) -> tuple[Tensor, MakeWindow | None]:
+        if chunk.turns is not None:
+            return read(self, chunk)
+        config, device = workload.config, self._to.device
+        shape = len(self._x), len(chunk.blocks), config.block_tokens, config.hidden_size
+        return torch.empty(shape, dtype=self._model.dtype, device=device), None
+
+    def write_some(self: _Pictures, chunk: Chunk, h: Tensor) -> None:
+        if chunk.turns is not None:
+            write(self, chunk, h)
+
+    def prepare_some(self: _Pictures, blocks: range) -> None:
+        if blocks in wanted(self._grid):
+            prepare(self, blocks)
+
+    with (
+        mock.patch.object(Chunk, "__init__", thin),
+        mock.patch.multiple(_Pictures, read=read_some, write=write_some, prepare=prepare_some),
+    ):
+        yield
+
+
+def _wanted(config: InfDiTConfig, plan: MemoryPlan, grid: BlockGrid) -> set[range]:
+    """The chunks of a grid where the peak can lie."""
     geometry, chunks = Geometry(grid, config.block_side, config.position_period), list(grid.chunks(plan.chunk))
     wanted = {*chunks[:2], *chunks[-2:]}
 
@@ -278,9 +317,4 @@ def _thin_out(model: InfDiT, workload: Workload, plan: MemoryPlan) -> None:
             if keys[i] > most:
                 wanted.add(chunks[i])
                 most = keys[i]
-    for _, layers in plan.stages(workload.devices, config.num_layers):
-        for i in layers:
-            layer, group, last = model.layers[i], (i - layers.start) // plan.group, (len(layers) - 1) // plan.group
-            assert isinstance(layer, Layer)
-            layer.__class__ = _ThinLayer
-            layer.__dict__["wanted"] = frozenset(wanted if group in (0, last) else ())
+    return wanted
