@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from infdit.seams import LUMA
+
 Floats = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
-_RGB_TO_LUMA = np.array([65.481, 128.553, 24.966]) / 255
+_RGB_TO_LUMA = 219 * np.array(LUMA) / 255  # what is 0..255 becomes 16..235
 LUMA_OF_GREY = float(_RGB_TO_LUMA.sum())  # how far luma rises where R, G and B rise by 1
 BORDER = 4  # pixels on each side that PSNR and SSIM leave out
 HALF_NYQUIST = 0.25  # cycles a pixel

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.quality import Scores, Settings, Thresholds
 from infdit.model import InfDiT
 
+ROOT = Path(__file__).parents[1]
 SIDE = 64
 X = np.arange(SIDE)[None, :] + np.zeros((SIDE, 1))  # column of each pixel
 KEEPS = Scores(30, 0.8, 1, 1, 0.1, 0.3, 40, 1, 1, 1)  # passes everything beside BICUBIC
@@ -48,6 +50,14 @@ def test_luma_is_bt_601() -> None:
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128]]], np.uint8)
     expected = [16, 235, 81.481, 144.553, 40.966, 16 + 219 * 128 / 255]
     np.testing.assert_allclose(scores.luma(colours)[0], expected, atol=1e-3)
+
+
+def test_weights_of_luma_and_the_border_are_written_down_once() -> None:
+    """For training, benchmarks and reports alike."""
+    files = [path for room in ("infdit", "benchmarks", "training") for path in (ROOT / room).rglob("*.py")]
+    weights = [path.name for path in files if re.search(r"0?\.299\b|65\.481,", path.read_text("utf-8"))]
+    borders = [path.name for path in files if re.search(r"^_?BORDER =", path.read_text("utf-8"), re.MULTILINE)]
+    assert (weights, borders) == (["seams.py"], ["scores.py"])
 
 
 @pytest.mark.parametrize("offset", [1, 5, 255])

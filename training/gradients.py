@@ -40,6 +40,7 @@ from infdit import Conditioning, MemoryPlan
 from infdit.config import InfDiTConfig
 from infdit.denoiser import SIGMA_DATA, Denoiser
 from infdit.model import InfDiT
+from infdit.seams import LUMA
 
 from . import data
 from .attention import PlainAttention
@@ -47,7 +48,6 @@ from .degrade import SCALE
 
 LOSSES = ("squares", "charbonnier", "roots")
 EPSILON = 0.01  # pixels in [-1, 1], a grey level and a quarter: errors below it count as squares under every loss
-LUMA = (0.299, 0.587, 0.114)
 FLAT = 1e-4  # pixels in [-1, 1]: a mean step below which there is nothing to be uneven
 BLOCK_SEAM = 0.5  # weight of the lines between blocks beside that of all lines between patches
 

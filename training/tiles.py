@@ -23,6 +23,7 @@ from PIL import Image
 
 from infdit.conditioning import conditioning_pictures
 from infdit.draft import draft, sweep
+from infdit.seams import LUMA
 
 from . import drawings, teachers
 from .data import Crops
@@ -35,7 +36,6 @@ FIRST, EACH_STEP = 512, 1  # tiles that there are before the first step, and tha
 GREY = 0.15  # share of tiles without colour, as grey photographs and scans are
 _KERNELS = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BILINEAR)
 _SHARES = (0.6, 0.2, 0.1, 0.1)
-_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _resized(picture: np.ndarray, side: int, kernel: Image.Resampling) -> np.nda
 
 def _grey(picture: np.ndarray) -> np.ndarray:
     """R = G = B = luma, (h, w, 3) uint8."""
-    return np.repeat(np.rint(picture @ _LUMA)[..., None].astype(np.uint8), 3, -1)
+    return np.repeat(np.rint(picture @ LUMA)[..., None].astype(np.uint8), 3, -1)
 
 
 class Answers:

@@ -20,7 +20,6 @@ from .data import Crops
 from .gradients import share
 
 SIGMAS = (1.0, 2.0, 5.0)
-BORDER = 4  # pixels that no score looks at
 NOISE_SEED = 1234
 
 
@@ -45,7 +44,7 @@ def of_scale(model: InfDiT, crops: Crops, bridge: float = 0.0) -> dict[str, floa
         levels = (share(crops.scale) * sigma).tolist() if bridge else [sigma] * len(noise)
         results = [_one_step(model, crops, noise, i, level) for i, level in enumerate(levels)]
         triples = [tuple(map(luma, each)) for each in zip(results, crops.hr, crops.up, strict=True)]
-        gains = [scores.psnr(y, hr, BORDER) - scores.psnr(up, hr, BORDER) for y, hr, up in triples]
+        gains = [scores.psnr(y, hr, scores.BORDER) - scores.psnr(up, hr, scores.BORDER) for y, hr, up in triples]
         found[f"gain_{sigma:g}"] = sum(gains) / len(gains)
         if sigma == sigmas[len(sigmas) // 2]:
             for name, period in (("patch", model.config.patch_size), ("block", model.config.block_size)):
