@@ -280,9 +280,16 @@ def test_pack_describes_itself_for_the_registry() -> None:
     assert (ROOT / project["project"]["license"]["file"]).is_file()
 
 
-def test_icon_is_a_drawing_of_400_pixels() -> None:
-    icon = ET.parse(ROOT / "icon.svg").getroot()
-    assert (icon.get("width"), icon.get("height"), icon.get("viewBox")) == ("400", "400", "0 0 400 400")
+@pytest.mark.parametrize(("key", "width", "height"), [("Icon", 400, 400), ("Banner", 1260, 540)])
+def test_icon_and_banner_are_drawings_as_the_registry_wants_them(key: str, width: int, height: int) -> None:
+    """Square and at most 400 pixels; 21:9. Both are shown from the repository."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    repository, name = project["project"]["urls"]["Repository"], f"{key.lower()}.svg"
+    assert project["tool"]["comfy"][key] == f"{repository}/raw/main/{name}"
+    drawn = ET.parse(ROOT / name).getroot()
+    assert (drawn.get("width"), drawn.get("height")) == (str(width), str(height))
+    assert drawn.get("viewBox") == f"0 0 {width} {height}"
 
 
 def test_help_is_where_comfyui_is_told() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packing import packed
+from packing import packed, tracked
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
 
@@ -96,7 +96,7 @@ def test_pack_holds_what_a_user_needs_and_nothing_else() -> None:
         "api_client", "docs", "infdit", "locales", "nodes", "pictures", "subgraphs", "web", "workflows",
     }  # fmt: skip
     assert {path for path in files if "/" not in path} == {
-        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "icon.svg", "pyproject.toml", "requirements.txt",
+        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
     pages = {"api", "errors", "memory", "migrating", "mini", "models", "sampling", "scaling"}
     assert {path for path in files if path.startswith("docs/")} == {
@@ -185,13 +185,14 @@ def test_floors_are_those_of_the_project() -> None:
 
 
 TAG, HEADING = f"v{PROJECT['version']}", f"## {PROJECT['version']}\n"
+ADDRESS = "https://forge.test/us/inf-dit"
 
 
 def gate(folder: Path, tag: str = TAG, file: str = "", old: str = "", new: str = "") -> tuple[int, str]:
     """What the first command of publish.yml says of the project's description made ready, then changed in one place."""
-    for name in ("pyproject.toml", "CHANGELOG.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        text = text.replace("forge.example", "forge.test").replace("not yet published", "published")
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("not yet published", "published")
+        text = text.replace("https://forge.example/OWNER/inf-dit", ADDRESS).replace("<this repository>", ADDRESS)
         if name == file:
             assert old in text
             text = text.replace(old, new)
@@ -219,13 +220,32 @@ def test_gate_lets_a_version_pass_with_what_the_changelog_says_of_it(tmp_path: P
         ("CHANGELOG.md has nothing under", "CHANGELOG.md", HEADING, "## 0.0.1\n"),
         ("CHANGELOG.md has nothing under", "CHANGELOG.md", HEADING, f"{HEADING}\n## 0.0.1\n"),
         ("say what is true from now on", "CHANGELOG.md", HEADING, f"{HEADING}not yet published\n"),
-        ("write the repository's address", "pyproject.toml", "[project]\n", "# forge.example\n"),
+        *(
+            ("write the repository's address in these lines", file, ADDRESS, ours)
+            for file, ours in (
+                ("pyproject.toml", "https://forge.example/OWNER/inf-dit"),
+                ("README.md", "<this repository>"),
+                ("CONTRIBUTING.md", "<this repository>"),
+            )
+        ),
     ],
 )
 def test_gate_stops_what_is_not_ready(tmp_path: Path, says: str, file: str, old: str, new: str) -> None:
     status, said = gate(tmp_path, file=file, old=old, new=new)
     assert status != 0
     assert says in said
+
+
+def test_what_lacks_the_repositorys_address_is_what_the_gate_reads_and_contributing_names() -> None:
+    script = commands(jobs("publish.yml")["publish"])[0]
+    searched = re.search(r"grep -nE '(.+)' (.+); then stop \"write the repository's address", script)
+    assert searched is not None
+    files = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in tracked() if name[:6] != "tests/"}
+    found = {name for name, text in files.items() if re.search(searched[1], text)}
+    assert found == set(searched[2].split())
+    publishing = files["CONTRIBUTING.md"].partition("\n## Publishing\n")[2]
+    assert [name for name in found - {"CONTRIBUTING.md"} if f"`{name}`" not in publishing] == []
+    assert "on this page" in publishing
 
 
 def test_gate_stops_another_tag(tmp_path: Path) -> None:
