@@ -28,9 +28,14 @@ MakeModel = Callable[..., tuple[infdit.model.InfDiT, Weights]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """On tensors this small threads only wait for each other; the cores have a test process each."""
+def _one_thread() -> Iterator[None]:
+    """Here and in programs that tests start: on tensors this small threads only wait for each other.
+
+    The cores have a test process each.
+    """
     torch.set_num_threads(1)
+    with mock.patch.dict("os.environ", OMP_NUM_THREADS="1"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

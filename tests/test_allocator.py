@@ -78,7 +78,7 @@ def fastest(workload: Workload, more: float) -> MemoryPlan:
 @pytest.mark.parametrize(
     ("side", "more", "sampler"),
     [
-        (512, 3.0, "euler"),
+        (256, 3.0, "euler"),
         pytest.param(768, 3.0, "euler", marks=pytest.mark.slow),
         pytest.param(512, 1.0, "heun", marks=pytest.mark.slow),
     ],
@@ -115,7 +115,7 @@ def test_it_is_for_the_promised_sizes(side: int, gib: float, weights: WeightsKep
 def test_it_is_on_each_of_several_devices(layers: tuple[int, ...]) -> None:
     first, *beside = cards(len(layers))
     config = InfDiTConfig(4, 512, 8, 4, 128, 0)
-    workload = Workload(config, 384, 384, device=first, beside=tuple(beside), sampler="euler")
+    workload = Workload(config, 256, 384, device=first, beside=tuple(beside), sampler="euler")
     assert_foretold(workload, MemoryPlan(4, 2, images="host", layers=layers))
 
 

@@ -56,7 +56,7 @@ def test_counted_peaks_of_many_random_runs_are_predicted() -> None:
 @pytest.mark.parametrize(
     ("side", "plan"),
     [
-        (384, MemoryPlan(1, 1, "streamed", "host", "host")),
+        (256, MemoryPlan(1, 1, "streamed", "host", "host")),
         pytest.param(768, MemoryPlan(28, 2), marks=pytest.mark.slow),
         pytest.param(768, MemoryPlan(4, 4, "streamed"), marks=pytest.mark.slow),
         pytest.param(512, MemoryPlan(1, 1, "streamed", "host", "host", pinned=False), marks=pytest.mark.slow),

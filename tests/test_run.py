@@ -320,7 +320,7 @@ def test_a_pin_that_fails_at_any_time_leaves_nothing_behind(monkeypatch: pytest.
     with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator():
         model = InfDiT(config).requires_grad_(False)
         while number == tried:
-            number, report = number + 9, Report()  # of weights all are alike; the last are hidden states
+            number, report = number + 14, Report()  # of weights all are alike; the last are hidden states
             planned = PlannedRun(replace(workload, device=ACCELERATOR), plan, lambda device: 0)
             run = Run(model, planned, lambda done: None, report)
             with PeakMeter(device=ACCELERATOR) as meter, monkeypatch.context() as patch:

@@ -90,8 +90,17 @@ def test_plans_foretell_all_passes() -> None:
     assert whole.way == "2 passes, by way of 2048×2048"
 
 
-@pytest.mark.parametrize("scales", [(), ((4, 1.0),), ((2, 0.5), (4, 1.0))], ids=str)
-@pytest.mark.parametrize("source", [(6, 12, 4), (63, 48, 3), (96, 47, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("source", "scales"),
+    [
+        ((6, 12, 4), ()),
+        ((6, 12, 4), ((2, 0.5), (4, 1.0))),
+        ((63, 48, 3), ((4, 1.0),)),
+        ((96, 47, 3), ()),
+        ((96, 47, 3), ((2, 0.5), (4, 1.0))),
+    ],
+    ids=str,
+)
 def test_what_an_accelerator_and_its_host_hold_is_foretold(
     source: tuple[int, int, int], scales: tuple[tuple[int, float], ...]
 ) -> None:

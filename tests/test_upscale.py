@@ -98,7 +98,7 @@ def test_odd_sizes_are_not_shifted(bundled: InfDiT) -> None:
 
 
 def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT) -> None:
-    image, options = picture(20, 30), {"steps": 3, "sampler": "dpmpp_2m", "sigma_max": 5.0}
+    image, options = picture(20, 30), {"steps": 2, "sampler": "dpmpp_2m", "sigma_max": 5.0}
     expected = upscale(mini, image, **options)
     for plan in (
         MemoryPlan(1, 1, "streamed", "host", "host"),
@@ -107,7 +107,7 @@ def test_the_picture_does_not_depend_on_the_plan(mini: InfDiT) -> None:
         MemoryPlan(99, 1),
     ):
         difference = (upscale(mini, image, plan=plan, **options) - expected).abs().max()
-        assert difference < 1e-4, plan  # 1/255 is promised; float32 rounding through three steps
+        assert difference < 1e-4, plan  # 1/255 is promised; float32 rounding through two steps
 
 
 def test_noise_is_one_draw_for_the_batch_as_in_comfyui(mini: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
