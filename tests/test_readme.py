@@ -176,6 +176,16 @@ def test_contributors_type_what_the_readme_and_the_forge_run() -> None:
         assert (ROOT / pytest_on[1]).is_file() if pytest_on else command in known, command
 
 
+@pytest.mark.parametrize("path", [CONTRIBUTING, ROOT / "docs" / "architecture.md"], ids=by_name)
+def test_files_that_contributors_are_sent_to_are_there(path: Path) -> None:
+    """By their names from the root, or within one of three rooms."""
+    prose = re.sub(r"^```.*?^```", "", read(path), flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`([a-z_\d./-]+(?:\.(?:py|yml|toml|txt)|/))`", prose)
+    assert len(named) > 10
+    places = [ROOT, *(ROOT / room for room in ("infdit", "nodes", "tests"))]
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 def test_setting_up_is_two_commands_and_the_style_ten_lines() -> None:
     assert len(blocks(CONTRIBUTING, "sh")[0].splitlines()) == 2
     style = read(CONTRIBUTING).partition("\n## House style\n")[2].partition("\n## ")[0]
