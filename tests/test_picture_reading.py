@@ -1,6 +1,7 @@
 """Reading picture files: bytes put together here by the format's own rules, and colours computed by hand."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -564,7 +565,30 @@ def test_refuses_missing_and_folder(tmp_path: Path) -> None:
     assert_one_sentence(error)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about the damage
+@pytest.mark.parametrize("floats", [False, True], ids=["Pillow", "tifffile"])
+def test_remarks_about_a_file_are_told_once(
+    floats: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thousand tags of unknown types or with values that are not there: one sentence, not a line for each."""
+    pixels, kind = (bytes(64), (32, 3)) if floats else (bytes(16), (8, 1))
+    shape = [(256, 4), (257, 4), (258, kind[0]), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4), (279, len(pixels))]
+    tags = [(number, 4, 1, value) for number, value in (*shape, (339, kind[1]))]
+    tags += [(50000 + i, (2, 77)[i % 2], 9, 0xFFFFFF00) for i in range(1000)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
+    path = stored(tmp_path / "x.tif", head + entries + bytes(4))
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always")
+        assert find_pictures([path]) == [path]
+        picture = read_picture(path)
+    assert picture.pixels.shape == (4, 4, 3)
+    assert not picture.pixels.any()
+    assert left == []
+    assert "".join(capfd.readouterr()) == ""
+    (told,) = caplog.messages
+    assert re.fullmatch(rf"{re.escape(str(path))}: is read, though .+ \(and \d+ more\)", told)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".lzw.tif", ".bmp", ".gif", ".ppm"])
 def test_a_cut_file_is_refused_or_read_whole(suffix: str, tmp_path: Path) -> None:
     values = np.random.default_rng(2).integers(0, 256, (30, 40, 3), np.uint8)

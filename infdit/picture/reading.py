@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import re
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -82,7 +84,7 @@ def read_picture(path: Path) -> Picture:
         PictureError: if the file is missing, damaged, too large, or of a kind that cannot be shown faithfully.
     """
     path = Path(path)
-    with _opened(path) as (image, file):
+    with _remarks_told_once(path), _opened(path) as (image, file):
         if image is None or _for_tifffile(image):
             samples, bits, grey, icc, said = read_tiff(path, file)
             said = _said(path, partial(exif_of, file), *said)
@@ -116,7 +118,7 @@ def read_picture(path: Path) -> Picture:
 def _pictures_at(given: Path, recursive: bool, leave: Path | None) -> list[Path]:
     with damage_explained(given, "cannot be opened", "check the path and its permissions"):
         if not given.is_dir():
-            with _opened(given):
+            with _remarks(), _opened(given):
                 return [given]
         there = sorted(given.iterdir())
         named = [p for p in there if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
@@ -152,15 +154,45 @@ def _opened(path: Path) -> Iterator[tuple[ImageFile | None, BinaryIO]]:
         if not path.is_file():
             raise PictureError(f"{path}: there is no such file; check the path.")
         file = path.open("rb")
-    with (
-        file,
-        damage_explained(path, "is damaged or of a kind that cannot be read", "save it again as .png"),
-        warnings.catch_warnings(),
-    ):
-        # who upscales brings big pictures on purpose, and beyond twice the size warned of Pillow refuses them;
-        # filters are the process's before Python 3.14: at worst, threads leave this one warning silent
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with file, damage_explained(path, "is damaged or of a kind that cannot be read", "save it again as .png"):
         yield _identified(path, file), file
+
+
+@contextlib.contextmanager
+def _remarks() -> Iterator[list[str]]:
+    """What the packages that read files remark of one, which may be a line for each of its tags, printed nowhere."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        said.append(str(message))
+
+    logger = logging.getLogger("tifffile")
+    logger.addFilter(keep)
+    try:
+        # filters are the process's before Python 3.14: at worst, threads leave or lose a remark
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            # who upscales brings big pictures on purpose, and beyond twice the size warned of Pillow refuses them
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.showwarning = show
+            yield said
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _remarks_told_once(path: Path) -> Iterator[None]:
+    """Says in one sentence what is remarked of a file that is read all the same; what is refused has a reason."""
+    with _remarks() as said:
+        yield
+    if said:
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        first = textwrap.shorten(said[0], 160, placeholder=" …")
+        log.warning("%s: is read, though a part of it is not as it should be: %s%s", path, first, more)
 
 
 def _identified(path: Path, file: BinaryIO) -> ImageFile | None:
