@@ -3,7 +3,7 @@ are `nodes/`."""
 
 import sys
 
-WEB_DIRECTORY = "./web"  # docs/<node id>.md there is a node's help page; language.js tells the language of a page
+WEB_DIRECTORY = "./web"  # docs/<node id>.md there is a node's help page; what its scripts do their first lines say
 
 if "folder_paths" in sys.modules:  # inside ComfyUI; pytest, too, imports this file, as the package around tests/
     from .nodes.extension import comfy_entrypoint as comfy_entrypoint

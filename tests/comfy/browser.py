@@ -72,7 +72,9 @@ TYPE = """([type, name, value]) => {
     widget.value = value
     widget.callback?.(value)
 }"""
-MUTE = "type => { app.graph.nodes.find(node => node.type === type).mode = LiteGraph.NEVER }"
+MUTE = """types => {
+    for (const node of app.graph.nodes.filter(node => types.includes(node.type))) node.mode = LiteGraph.NEVER
+}"""
 CHOICES = """([type, name]) => {
     return app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).options.values
 }"""
@@ -277,7 +279,7 @@ def sizes(frontend: Frontend, path: Path) -> dict:
     As quick as can be: denoise 0 computes nothing, and before and after are not saved for the page.
     """
     opened(frontend, path)
-    frontend.page.evaluate(MUTE, "PreviewImage")
+    frontend.page.evaluate(MUTE, ["PreviewImage", COMPARE])
     frontend.page.evaluate(SET, ["LoadImage", "image", PHOTO])
     frontend.page.evaluate(SET, ["InfDiTUpscale", "denoise", 0])
     found = {}
@@ -332,6 +334,15 @@ def compared(frontend: Frontend, path: Path) -> dict:
     opened(frontend, path)
     known = frontend.page.evaluate(COMPARED, COMPARE)
     return {"known": known, "end": frontend.run(), **frontend.seen()}
+
+
+def kept(frontend: Frontend, path: Path) -> dict:
+    """The workflow, and what the page would save of it, opened again."""
+    before = opened(frontend, path)
+    known = frontend.page.evaluate("type => type in LiteGraph.registered_node_types", COMPARE)
+    saved = json.loads(frontend.page.evaluate("JSON.stringify(app.graph.serialize())"))
+    frontend.open(saved, "kept")
+    return {"known": known, "before": before, "saved": saved, **frontend.seen()}
 
 
 def within(frontend: Frontend, path: Path) -> dict:
@@ -424,7 +435,7 @@ def cases(pack: Path) -> Iterator[tuple[Callable[[Frontend, Path], dict], Path]]
     yield ways, pack / "workflows" / f"{PLAN}.json"
     yield unfit, pack / "workflows" / f"{KSAMPLER}.json"
     yield unlike, pack / "workflows" / f"{STEPS}.json"
-    for case in (failed, small, generous, sizes, lines, compared, dropped, core, broken, rejected):
+    for case in (failed, small, generous, sizes, lines, compared, kept, dropped, core, broken, rejected):
         yield case, pack / "workflows" / f"{EVERYDAY}.json"
 
 

@@ -126,7 +126,9 @@ def test_picture_on_each_node_after_a_run(seen: dict, renderer: str, name: str) 
     assert shown["LoadImage"]["pictures"] == [PICTURE]
     assert upscale["pictures"] == [PREVIEW]
     assert shown["SaveImage"]["pictures"] == [RESULT]
-    if name == EVERYDAY:
+    if name == EVERYDAY and "ImageCompare" in shown:
+        assert sorted(shown["ImageCompare"]["pictures"]) == [PICTURE, RESULT]  # after over before, as far as one wants
+    elif name == EVERYDAY:
         assert shown["PreviewImage"]["pictures"] == [[2 * RESULT[0] + 8, RESULT[1]]]  # before, a line, after
     assert re.fullmatch(r"256×192 in [\d.]+ s", *upscale["texts"])
 
@@ -261,13 +263,32 @@ def test_what_does_not_fit_the_model_is_told(seen: dict, renderer: str) -> None:
 
 @renderers
 def test_core_s_compare_images_shows_nothing_on_the_canvas(seen: dict, renderer: str) -> None:
-    """Which is how a page draws nodes unless told otherwise: so the templates put pictures side by side."""
+    """Which is how a page draws nodes unless told otherwise: so there the template puts pictures side by side."""
     found = seen[f"{renderer} compared {EVERYDAY}"]
     if not found["known"]:
         pytest.skip("this ComfyUI has no Compare Images")
     assert found["end"] == "success"
     (pictures,) = (node["pictures"] for node in found["nodes"] if node["type"] == "ImageCompare")
     assert sorted(pictures) == ([PICTURE, RESULT] if renderer == "vue" else [])
+
+
+@renderers
+def test_before_and_after_are_core_s_compare_images_where_that_shows_them(seen: dict, renderer: str) -> None:
+    """Of ComfyUI 0.8.0, which has none, and on a canvas: one picture of both. What is saved stays what it is."""
+    found = seen[f"{renderer} kept {EVERYDAY}"]
+    kinds, before = (sorted(node["type"] for node in one["nodes"]) for one in (found, found["before"]))
+    compared = found["known"] and renderer == "vue"
+    assert ("ImageCompare" in kinds, "ImageStitch" in kinds, "PreviewImage" in kinds) == (
+        compared, not compared, not compared
+    )  # fmt: skip
+    assert kinds == before
+    assert "inf-dit.compare" not in found["saved"]["extra"]
+    asked = json.loads(found["before"]["exported"])
+    if compared:
+        ((one, other),) = ((node["inputs"]["image_a"], node["inputs"]["image_b"]) for node in asked.values()
+                           if node["class_type"] == "ImageCompare")  # fmt: skip
+        assert [asked[key]["class_type"] for key, _ in (one, other)] == ["LoadImage", "InfDiTUpscale"]
+    assert complaints(seen, renderer, found) == []
 
 
 @renderers
