@@ -61,8 +61,9 @@ def holds(outer: Box, inner: Box) -> bool:
 
 
 def members(drawn: dict) -> list[list[int]]:
-    """Of each group of a workflow: the nodes that begin in it."""
-    corners = {node["id"]: box(*node["pos"]) for node in drawn["nodes"]}
+    """Of each group of a workflow: the nodes that begin in it, and those that may stand there instead."""
+    instead = [entry["node"] for entry in drawn["extra"].values() if "replaces" in entry]
+    corners = {node["id"]: box(*node["pos"]) for node in (*drawn["nodes"], *instead)}
     return [[key for key, at in corners.items() if holds(box(*group["bounding"]), at)] for group in drawn["groups"]]
 
 
@@ -74,7 +75,7 @@ def misplaced(name: str, found: dict) -> list[str]:
         f"{key} {boxes[key]} sticks out of {group}"
         for group, keys in zip(groups, members(read(SHIPPED[name])), strict=True)
         for key in keys
-        if not holds(group, boxes[key])
+        if key in boxes and not holds(group, boxes[key])
     ]
     touching = [
         f"{one} {a} touches {other} {b}"
