@@ -4,6 +4,9 @@ The levels of n evaluations are σ₀ = sigma_max, then σ₀·exp(−Σ h), the
 levels fall whatever these are. The distance of a sampler's picture from that of Heun's method in 100 steps, from the
 same noise, is a sum of squares, so Gauss and Newton find them (Levenberg's and Marquardt's form), with finite
 differences. A little of the sum asks for steps of even size, which keeps what is extrapolated from them small.
+
+Levels that differ from some place on only lead the same way up to there, and what the model said on it is not asked
+again: that is half of all evaluations.
 """
 
 from __future__ import annotations
@@ -35,7 +38,29 @@ def reference(denoise: Denoise, start: Tensor, defaults: SamplingDefaults) -> Te
 
 def most_evaluations(count: int, rounds: int = ROUNDS) -> int:
     """That so many rounds of the fit of `count` levels take at most."""
-    return rounds * count * (count + TRIES)
+    return rounds * count * (count // 2 + TRIES + 1)
+
+
+class _Remembering:
+    """D(x, σ) that answers as on the last way from the start, for as long as levels are those of that way."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self._denoise = denoise
+        self._known: list[tuple[float, Tensor]] = []
+        self._at = 0
+
+    def begin(self) -> Denoise:
+        """Back at the start."""
+        self._at = 0
+        return self
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.item()
+        if self._at == len(self._known) or self._known[self._at][0] != level:
+            del self._known[self._at :]
+            self._known.append((level, self._denoise(x, sigma)))
+        self._at += 1
+        return self._known[self._at - 1][1]
 
 
 class Fitting:
@@ -48,7 +73,7 @@ class Fitting:
     """
 
     def __init__(self, denoise: Denoise, start: Tensor, goal: Tensor, defaults: SamplingDefaults) -> None:
-        self._denoise, self._start, self._goal = denoise, start, goal
+        self._denoise, self._start, self._goal = _Remembering(denoise), start, goal
         self._defaults, self._sample = defaults, get_sampler(SAMPLER).sample
 
     def begin(self, count: int, others: Sequence[Levels] = ()) -> Fit:
@@ -68,11 +93,10 @@ class Fitting:
         steps = _steps(fit.levels)
         scale = fit.karras or 1.0
         here = self._residual(steps, scale)
-        columns = [
-            (self._residual(steps + NUDGE * one, scale) - here) / NUDGE
-            for one in torch.eye(len(steps), dtype=torch.float64, device="cpu")
-        ]
-        slopes = torch.stack(columns, 1)
+        nudges = NUDGE * torch.eye(len(steps), dtype=torch.float64, device="cpu")
+        # the last first: each leaves the way where the one after it still went along
+        columns = [(self._residual(steps + nudge, scale) - here) / NUDGE for nudge in nudges.flip(0)]
+        slopes = torch.stack(columns[::-1], 1)
         curvature, downhill = slopes.T @ slopes, -(slopes.T @ here)
         damping, best = fit.damping, here @ here
         for _ in range(TRIES):
@@ -87,13 +111,16 @@ class Fitting:
         return replace(fit, damping=damping, rounds=ROUNDS)  # nothing better is near
 
     def _distance(self, levels: Levels) -> float:
+        return self._off(levels).square().mean().sqrt().item()
+
+    def _off(self, levels: Levels) -> Tensor:
+        """From the goal, in float64."""
         sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device="cpu")
-        return (self._sample(self._denoise, self._start, sigmas) - self._goal).double().square().mean().sqrt().item()
+        return (self._sample(self._denoise.begin(), self._start, sigmas) - self._goal).double()
 
     def _residual(self, steps: Tensor, scale: float) -> Tensor:
         """Numbers whose squares are to be small: distances of pixels over `scale`, then how uneven steps are."""
-        sigmas = torch.tensor([*_levels(self._defaults.sigma_max, steps), 0.0], dtype=torch.float32, device="cpu")
-        off = (self._sample(self._denoise, self._start, sigmas) - self._goal).double().flatten().cpu()
+        off = self._off(_levels(self._defaults.sigma_max, steps)).flatten().cpu()
         uneven = steps[1:].diff() * EVEN  # the first may be as long as it likes
         return torch.cat((off / (scale * math.sqrt(len(off))), uneven))
 

@@ -11,10 +11,11 @@ from benchmarks.__main__ import main
 from benchmarks.solvable import ROUNDING, Problem, covariance, edges, natural, textures
 from benchmarks.solvers import Bench, judged_on, misreadings, starts
 from benchmarks.tried import TRIED
+from infdit import tune
 from infdit.config import SamplingDefaults
 from infdit.presets import FITTED, OFF, PRESETS, resampled, sampling, schedule
 from infdit.samplers import SAMPLER_INFO, SAMPLERS, evaluations, karras_sigmas
-from infdit.tune import Fit, Fitting, fit_levels, reference
+from infdit.tune import Fit, Fitting, fit_levels, most_evaluations, reference
 
 PAPER = SamplingDefaults()
 BRIDGE = SamplingDefaults(1, "euler", 0.1, 0.01, start_noise=0.0, most_steps=1)
@@ -172,6 +173,29 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_levels() -> None:
     rounds: list[Fit] = []
     whole = fit_levels(fitting, 7, told=rounds.append)
     assert fit_levels(fitting, 7, fit=rounds[1]) == whole
+
+
+def test_what_is_known_of_a_way_is_not_asked_again_and_the_same_levels_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, asked = GAUSSIAN.start(40, 2, 1), []
+    goal = reference(GAUSSIAN.posterior.denoise, x, PAPER)
+
+    def fit() -> tuple[Fit, int]:
+        asked.clear()
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            asked.append(sigma)
+            return GAUSSIAN.posterior.denoise(x, sigma)
+
+        return fit_levels(Fitting(denoise, x, goal, PAPER), 8), len(asked)
+
+    found, count = fit()
+    assert count <= most_evaluations(8)
+    monkeypatch.setattr(tune._Remembering, "begin", lambda self: self._denoise)
+    again, all_of_them = fit()
+    assert found == again
+    assert count < 0.6 * all_of_them
 
 
 def test_fidelity_within_the_sampler_brings_next_to_nothing_beyond_fidelity_after_it() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from infdit import tune
 from infdit.__main__ import main
 from infdit.checkpoint import read_checkpoint
 from infdit.presets import sampling
+from infdit.samplers import karras_sigmas
 from infdit.sidecar import schedules_path
+from training.export import restate
 
 PAPER = infdit.SamplingDefaults()
 
@@ -71,16 +74,54 @@ def test_it_fits_writes_and_upscale_takes_it_up(
     assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"
 
 
-@pytest.mark.slow
-def test_every_number_of_evaluations_is_as_good_as_karras(noisy_file: Path, picture: Path) -> None:
-    """Of the bundled model's weights, in several steps."""
-    model, counts = noisy_file, range(5, 21)
-    infdit.convert(model, model)
-    assert tuned(model, picture, "--evaluations", ",".join(map(str, counts))) == 0
+def fits_of(model: Path, picture: Path, counts: Sequence[int]) -> list[dict]:
+    """What is found for them, from nothing."""
+    schedules_path(model).unlink(missing_ok=True)
+    assert tuned(model, picture, "--evaluations", ",".join(map(str, counts)), "--dtype", "fp32") == 0
     (fits,) = json.loads(schedules_path(model).read_text())["fits"].values()
     assert [len(fit["levels"]) for fit in fits] == [*counts]
+    return fits
+
+
+@pytest.fixture
+def steps_file(tmp_path: Path) -> Path:
+    """The bundled model, told to take several steps from noise, as in docs/sampling.md."""
+    path = tmp_path / "steps.safetensors"
+    restate(infdit.checkpoint.BUNDLED["mini"], path, infdit.SamplingDefaults(4, "dpmpp_2m", 0.03, 0.01))
+    return path
+
+
+def test_the_bundled_weights_are_nearer_than_by_karras_and_the_same_twice(
+    steps_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as is said, by `upscale`, which knows nothing of fits."""
+    for module in ("infdit.tune", "infdit.cli.tune"):
+        monkeypatch.setattr(f"{module}.ROUNDS", 1)
+    pixels = (76 + 100 * torch.rand((1, 8, 8, 3), generator=torch.Generator().manual_seed(1))).round()  # never clipped
+    Image.fromarray(pixels[0].byte().numpy()).save(tmp_path / "texture.png")
+    fits = fits_of(steps_file, tmp_path / "texture.png", (5, 7))
+    assert fits == fits_of(steps_file, tmp_path / "texture.png", (5, 7))
+    model = infdit.load_model(steps_file, torch.float32, "cpu")
+
+    def ends(sampler: str, sigmas: torch.Tensor) -> torch.Tensor:
+        return 2 * infdit.upscale(model, pixels / 255, sampler=sampler, sigmas=sigmas)
+
+    low, top = model.defaults.sigma_min, model.defaults.sigma_max
+    goal = ends("heun", karras_sigmas(tune.REFERENCE, low, top))
+    for fit in fits:
+        count = len(fit["levels"])
+        for levels, said in (([*fit["levels"], 0.0], fit["distance"]), (karras_sigmas(count, low, top), fit["karras"])):
+            off = (ends("dpmpp_3m", torch.as_tensor(levels)) - goal).square().mean().sqrt().item()
+            assert off == pytest.approx(said, rel=0.02)
+        assert fit["distance"] < 0.9 * fit["karras"]
+
+
+@pytest.mark.slow
+def test_every_number_of_evaluations_is_as_good_as_karras(steps_file: Path, picture: Path) -> None:
+    fits = fits_of(steps_file, picture, range(5, 21))
     assert all(fit["distance"] <= fit["karras"] for fit in fits)
     assert sum(fit["distance"] < 0.9 * fit["karras"] for fit in fits) > 4
+    assert fits_of(steps_file, picture, range(5, 9)) == fits[:4]
 
 
 @pytest.mark.usefixtures("_two_rounds")
