@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import infdit
 from infdit import Report, upscale
-from infdit.fidelity import CLOSE, delta_e
+from infdit.fidelity import CLOSE, PASSES, _Downscale, delta_e
 from infdit.model import InfDiT
 
 FLOWERS = Path(__file__).parents[1] / "pictures" / "flowers.png"
@@ -74,6 +75,39 @@ def test_at_full_fidelity_the_result_made_small_is_the_input(
     assert report.faithful[0].colour < 0.2
     written = (result * 255 + 0.5).floor() / 255
     assert consistency(written, image) > 50
+
+
+def test_the_downscale_is_torchs_and_its_adjoint_exact() -> None:
+    """⟨A x, λ⟩ = ⟨x, Aᵀ λ⟩, over several strips and pieces and sizes that are no multiples."""
+    downscale, generator = _Downscale((150, 301), (41, 77)), torch.Generator().manual_seed(0)
+    x, dual = (torch.rand(3, *size, generator=generator) for size in ((150, 301), (41, 77)))
+    small, back = downscale(lambda strip: x[:, strip.large]), torch.zeros_like(x)
+    for strip in downscale.strips:
+        downscale.add_adjoint(dual, strip, back[:, strip.large])
+    expected = F.interpolate(x[None].double(), (41, 77), mode="bicubic", antialias=True)[0]
+    torch.testing.assert_close(small.double(), expected, atol=1e-6, rtol=0)
+    assert (small.double() * dual).sum().item() == pytest.approx((x.double() * back).sum().item(), rel=1e-6)
+
+
+def test_it_stops_where_the_residual_falls_no_more_and_the_best_is_kept(
+    bundled: InfDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Black and white pixels, which no larger picture with values in 0..1 has for its downscale."""
+    image = torch.rand((1, 12, 12, 3), generator=torch.Generator().manual_seed(0)).round()
+    call, seen = _Downscale.__call__, list[torch.Tensor]()
+
+    def watched(self: _Downscale, rows_of: Callable) -> torch.Tensor:
+        seen.append(call(self, rows_of))
+        return seen[-1].clone()
+
+    monkeypatch.setattr(_Downscale, "__call__", watched)
+    report = Report()
+    upscale(bundled, image, 2.0, fidelity=1, report=report)
+    reached = [-10 * math.log10((small.movedim(0, -1) - image[0]).square().mean().item()) for small in seen]
+    assert max(reached) < 60
+    assert len(reached) < PASSES
+    assert report.faithful[0].consistency == pytest.approx(max(reached), abs=1e-3)
+    assert max(reached) > reached[0] + 2
 
 
 def test_the_nearest_of_all_consistent_pictures(bundled: InfDiT, crop: torch.Tensor) -> None:

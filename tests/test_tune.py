@@ -69,7 +69,9 @@ def test_it_fits_writes_and_upscale_takes_it_up(
     asked = ["upscale", str(picture), "-o", str(tmp_path / "out.png"), "--model", str(model), "--device", "cpu"]
     assert main([*asked, "--preset", "draft"]) == 0
     told = r"preset: draft, noise levels tuned to this model, 8 evaluations, about \d+ \w+ foretold; "
-    assert re.search(told, capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.search(told, said.out)
+    assert re.search(r"5 evaluations: +100%", said.err), "a bar"
     infdit.convert(model, tmp_path / "copy.safetensors")
     assert read_checkpoint(tmp_path / "copy.safetensors").defaults == defaults, "a copy has them in its metadata"
 
