@@ -16,7 +16,7 @@ import infdit
 from infdit import tune
 from infdit.__main__ import main
 from infdit.checkpoint import read_checkpoint
-from infdit.presets import sampling
+from infdit.presets import PRESETS, sampling
 from infdit.samplers import karras_sigmas
 from infdit.sidecar import schedules_path
 from training.export import restate
@@ -187,7 +187,7 @@ def test_presets_of_the_bundled_model_change_not_one_bit() -> None:
     image = torch.rand((1, 9, 8, 3), generator=torch.Generator().manual_seed(0))
     mini = infdit.load_model("mini", torch.float32, "cpu")
     plain = infdit.upscale(mini, image)
-    assert all(torch.equal(infdit.upscale(mini, image, preset=name), plain) for name in infdit.presets.PRESETS)
+    assert all(torch.equal(infdit.upscale(mini, image, preset=name), plain) for name in PRESETS)
 
 
 def test_paper_is_the_published_default_to_the_bit(model: Path) -> None:
