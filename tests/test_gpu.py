@@ -222,15 +222,15 @@ def test_the_kernel_of_triton_computes_as_operations_do(dtype: torch.dtype, monk
     assert fuse._kernel(CUDA, dtype) is not None
     selfcheck.compare(CUDA, dtype)  # the toy network there with the kernel, on the CPU without
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn((2, 3, 64, 3 * 16, 80), generator=generator).to(CUDA, dtype)
+    qk = torch.randn((2, 3, 64, 2 * 16, 80), generator=generator).to(CUDA, dtype)
     norm, positions = torch.nn.LayerNorm(80, eps=1e-6, device=CUDA, dtype=dtype), torch.arange(24.0, device=CUDA)
     with torch.no_grad():
         turns = rotary_turns(positions.view(3, 8), positions.view(3, 8), 80, torch.float32)
-        found = fuse.queries_and_keys(qkv, 16, norm, turns)
+        found = fuse.queries_and_keys(qk, norm, turns)
         monkeypatch.delenv(fuse.SWITCH)
-        expected = fuse.queries_and_keys(qkv, 16, norm, turns)
+        expected = fuse.queries_and_keys(qk, norm, turns)
     for a, b in zip(found, expected, strict=True):
-        assert (a.float() - b.float()).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
+        assert (a.float() - b.float()).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()
 
 
 def test_without_pinned_memory_the_picture_is_the_same() -> None:
@@ -305,12 +305,12 @@ def test_a_card_that_is_really_full_is_gone_on_with() -> None:
     expected = infdit.upscale(model, picture(256), steps=1, plan=plan, device=CUDA)
     foretold = Workload(model.config, 1024, 1024, device=CUDA).footprint(plan).device
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info(CUDA)[1]
+    total = torch.cuda.mem_get_info()[1]
     report = Report()
-    torch.cuda.set_per_process_memory_fraction(foretold / 2 / total, CUDA)
+    torch.cuda.set_per_process_memory_fraction(foretold / 2 / total)
     try:
         result = infdit.upscale(model, picture(256), steps=1, plan=plan, device=CUDA, report=report)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert report.replanned
     assert (result - expected).abs().max() < 0.05  # bfloat16

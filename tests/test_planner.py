@@ -274,8 +274,12 @@ def test_where_there_is_one_memory_everything_stays_in_place_within_one_budget(k
 def test_no_more_is_free_in_one_memory_than_driver_and_system_say(
     by_driver: int, by_system: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def by_number(device: int | None) -> tuple[int, int]:
+        assert device is None or isinstance(device, int), "as an older PyTorch wants it"
+        return (by_driver - 1) * GIB, 16 * GIB
+
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=by_system * GIB))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((by_driver - 1) * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", by_number)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: (by_driver + 2) * GIB, raising=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .plan import MemoryPlan, Workload
 
 MAX_LAYER_SECONDS = 0.25  # between two moves of the bar, at which a run can be stopped; a block may take longer
-EFFICIENCY = 0.7  # of the speed of a bare product, what a whole evaluation reaches: the rest waits for memory
+EFFICIENCY = 0.7  # of the speed of a bare product, what a whole evaluation reaches, about: the rest waits for memory
 DISK = 5e8  # bytes a second to and from a disk
 PLAIN_BUS = 6e9  # bytes a second to and from memory that is not pinned, and no arithmetic hides them
 

@@ -360,7 +360,8 @@ def free_bytes(device: torch.device) -> int:
         card = torch.cuda if device.type == "cuda" else torch.xpu
         ours = card.memory_reserved(device)
         count = getattr(card, "mem_get_info", None)  # of xpu since 2.6
-        free = count(device)[0] if count else card.get_device_properties(device).total_memory - ours
+        # by number: some versions know no device without one
+        free = count(device.index)[0] if count else card.get_device_properties(device).total_memory - ours
         free += ours - card.memory_allocated(device)
     elif device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # since 2.5
         free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
