@@ -109,7 +109,8 @@ def test_through_the_shell_in_little_memory(tmp_path: Path, monkeypatch: pytest.
     assert run("upscale", source, "-o", tmp_path / "a.png") == 0
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert run("upscale", source, "-o", tmp_path / "b.png", "--budget", least(tmp_path)) == 0
-    assert pixels_of(tmp_path / "a.png") == pixels_of(tmp_path / "b.png")
+    a, b = (np.frombuffer(pixels_of(tmp_path / name), np.uint8).astype(int) for name in ("a.png", "b.png"))
+    assert abs(a - b).max() <= 1, "other products of bfloat16, which some processors round otherwise"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "in.png"]
 
 

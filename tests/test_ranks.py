@@ -151,8 +151,11 @@ def test_one_that_is_gone_ends_all_and_they_can_go_on(
 
 @pytest.mark.slow
 def test_one_without_room_is_left_out(tmp_path: Path, source: Path, make_model: MakeModel) -> None:
-    """Of a folder, whose second picture is planned anew; and the model listens to CLIP."""
-    _, weights = make_model(dtype=torch.float32, layers=4, hidden=32, heads=2, block=16, vector_dim=8)
+    """Of a folder, whose second picture is planned anew; and the model listens to CLIP.
+
+    It is so wide that a busy network is worth its while.
+    """
+    _, weights = make_model(dtype=torch.float32, layers=4, hidden=256, heads=2, block=16, vector_dim=8)
     model = tmp_path / "listens.safetensors"
     save_file({name: w.clone() for name, w in weights.items()}, model, {"config": json.dumps({"position_period": 64})})
     (tmp_path / "in").mkdir()
