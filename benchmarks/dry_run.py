@@ -4,7 +4,7 @@ The whole of `upscale` runs on fake tensors, which have shapes and no memory, on
 Of each evaluation layers are computed only where the peak can lie: of the first and of the last group of layers the
 first two chunks, for the ring of keys and values is made whole by the first and what comes next is copied ahead, those
 where most keys are turned into another frame, and the last two, when all hidden states are there. Of all other chunks
-only the hidden states come and go.
+only the hidden states come and go, in the first two groups and in the last two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from infdit.memory.planner import PlannedRun
 from infdit.model import InfDiT, KeepNeighbours, Layer, MakeWindow
 from infdit.run import Report, Run
 from infdit.samplers import get_sampler, karras_sigmas
-from infdit.uniba import Chunk
+from infdit.uniba import Chunk, Workbench
 from infdit.upscale import finish_result, upscale_batch
 
 from .peak_meter import PeakMeter
@@ -264,7 +264,7 @@ class _ThinLayer(Layer):
 
 @contextmanager
 def _thinned(model: InfDiT, workload: Workload, plan: MemoryPlan) -> Iterator[None]:
-    """Leave out what cannot hold more than what is computed: of most chunks all but their hidden states."""
+    """Leave out what cannot hold more than what is computed: most groups, and of most chunks all but hidden states."""
     for _, layers in plan.stages(workload.devices, workload.config.num_layers):
         for i in layers:
             layer, group, last = model.layers[i], (i - layers.start) // plan.group, (len(layers) - 1) // plan.group
@@ -273,6 +273,11 @@ def _thinned(model: InfDiT, workload: Workload, plan: MemoryPlan) -> Iterator[No
             layer.__dict__["between"] = group not in (0, last)
     wanted = cache(partial(_wanted, workload.config, plan))
     made, read, write, prepare = Chunk.__init__, _Pictures.read, _Pictures.write, _Pictures.prepare
+    made_bench = Workbench.__init__
+
+    def some_groups(self: Workbench, *of: object) -> None:
+        made_bench(self, *of)  # type: ignore[arg-type]
+        self.groups = [*self.groups[:2], *self.groups[2:][-2:]]
 
     def thin(self: Chunk, geometry: Geometry, blocks: range, *of: object) -> None:
         if blocks in wanted(geometry.grid):
@@ -296,6 +301,7 @@ def _thinned(model: InfDiT, workload: Workload, plan: MemoryPlan) -> Iterator[No
             prepare(self, blocks)
 
     with (
+        mock.patch.object(Workbench, "__init__", some_groups),
         mock.patch.object(Chunk, "__init__", thin),
         mock.patch.multiple(_Pictures, read=read_some, write=write_some, prepare=prepare_some),
     ):
