@@ -15,7 +15,7 @@ from infdit.memory.plan import Workload
 from infdit.memory.planner import fastest_plan
 
 PUBLISHED, CUDA, CPU = InfDiTConfig(), torch.device("cuda"), torch.device("cpu")
-MOST_BLOCKS = 2**14  # of a case, 16384² of the published size: counting takes a millisecond for each, many times over
+MOST_BLOCKS = 2**11  # of a case: counting takes a millisecond for each, many times over
 
 
 @pytest.mark.parametrize("seed", [41, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 3, 7, 48))])
@@ -101,8 +101,9 @@ def test_random_budgets_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_many_random_budgets_are_kept() -> None:
-    assert_kept(seed=1, cases=24)
+@pytest.mark.parametrize("seed", range(1, 25))
+def test_many_random_budgets_are_kept(seed: int) -> None:
+    assert_kept(seed, cases=1)
 
 
 @pytest.mark.parametrize("device", [pytest.param(CUDA, marks=pytest.mark.slow), CPU], ids=str)
