@@ -76,9 +76,10 @@ def runs_comfyui(python: Path) -> bool:
     return tried.returncode == 0
 
 
-def environment() -> dict[str, str]:
+def environment(card: bool = False) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    hidden = {} if card else {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | hidden | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _names(places: list[Path]) -> str:
@@ -170,15 +171,23 @@ def _wait(server: subprocess.Popen, url: str, log: Path) -> None:
 
 @contextmanager
 def _serving(
-    checkout: Checkout, python: Path, base: Path, *flags: str, port: int = 0, processes: dict | None = None
+    checkout: Checkout,
+    python: Path,
+    base: Path,
+    *flags: str,
+    port: int = 0,
+    processes: dict | None = None,
+    card: bool = False,
 ) -> Iterator[str]:
     """The address of a server over a base directory, for as long as it is needed; its process by the address."""
     port, log = port or _free_port(), base / "server.log"
-    own = f"--cpu --listen 127.0.0.1 --port {port} --disable-auto-launch --disable-api-nodes --log-stdout"
+    own = f"--listen 127.0.0.1 --port {port} --disable-auto-launch --disable-api-nodes --log-stdout"
     place = ["--database-url", "sqlite:///:memory:", "--base-directory", base]
-    command = [python, "main.py", *own.split(), *place, *flags]
+    command = [python, "main.py", *([] if card else ["--cpu"]), *own.split(), *place, *flags]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=checkout.path, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=checkout.path, env=environment(card), stdout=out, stderr=subprocess.STDOUT
+        )
     address = f"http://127.0.0.1:{port}"
     if processes is not None:
         processes[address] = process
