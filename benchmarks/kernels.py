@@ -73,9 +73,10 @@ class Kernels(TorchDispatchMode):
 
 
 def _bytes(x: Tensor) -> int:
-    """Of a tensor, each number once."""
-    shape = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
-    return torch.Size(shape).numel() * x.itemsize
+    """Of a tensor, each number once, also where parts of it are the same: in windows, or expanded."""
+    moved = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    span = 1 + sum((size - 1) * stride for size, stride in moved)
+    return min(torch.Size(size for size, _ in moved).numel(), span) * x.itemsize
 
 
 @torch.no_grad()
@@ -88,9 +89,10 @@ def of_a_layer(
     """
     config, kernels = replace(config, num_layers=2), Kernels()
 
-    def norm_and_turn(qkv: Tensor, heads: int, norm: torch.nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = (torch.empty_like(qkv[..., :heads, :]) for _ in range(2))
-        kernels.count("norm and turn", [qkv[..., : 2 * heads, :], turns, q, k] if kernels.on else [])
+    def norm_and_turn(qk: Tensor, norm: torch.nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (torch.empty_like(part) for part in qk.chunk(2, -2))
+        if kernels.on:
+            kernels.count("norm and turn", [qk, turns, q, k])
         return q, k
 
     height, width = lines * config.block_size, line * config.block_size

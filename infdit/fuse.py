@@ -20,25 +20,22 @@ from .rotary import rotate
 
 log = logging.getLogger(__name__)
 SWITCH = "INFDIT_TRITON"  # environment variable
-Kernel = Callable[[Tensor, int, nn.LayerNorm, Tensor], tuple[Tensor, Tensor]]
+Kernel = Callable[[Tensor, nn.LayerNorm, Tensor], tuple[Tensor, Tensor]]
 
 
-def queries_and_keys(qkv: Tensor, heads: int, norm: nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, normalised and turned, (B, N, T, H, d) each; keys maybe of a wider dtype.
+def queries_and_keys(qk: Tensor, norm: nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normalised and turned, (B, N, T, H, d) each; maybe of a wider dtype.
 
     Args:
-        qkv: (B, N, T, 3·H, d): heads of queries, then of keys, then of values.
+        qk: (B, N, T, 2·H, d): heads of queries, then of keys.
         norm: of both.
         turns: (N, T, d/2), see `rotary_turns`.
     """
-    kernel = None if qkv.requires_grad or not os.environ.get(SWITCH) else _kernel(qkv.device, qkv.dtype)
+    kernel = None if qk.requires_grad or not os.environ.get(SWITCH) else _kernel(qk.device, qk.dtype)
     if kernel is not None:
-        return kernel(qkv, heads, norm, turns)
-    # values are normalised too, and not used: keys and queries alone would be copied first, which moves more bytes
-    normed = norm(qkv)
-    q, k, _ = normed.split(heads, -2)
-    q, k = rotate(q, turns).to(normed.dtype), rotate(k, turns)
-    return q, k.to(normed.dtype) if k.requires_grad else k
+        return kernel(qk, norm, turns)
+    q, k = (rotate(part, turns) for part in norm(qk).chunk(2, -2))
+    return (q.to(qk.dtype), k.to(qk.dtype)) if qk.requires_grad else (q, k)
 
 
 @cache
@@ -50,8 +47,8 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
         if dtype.itemsize > 4:
             raise TypeError(f"it has none of {dtype}")
         norm = nn.LayerNorm(8, device=device, dtype=dtype)
-        qkv = torch.ones((1, 1, 2, 9, 8), device=device, dtype=dtype)
-        norm_and_turn(qkv, 3, norm, torch.ones((1, 2, 4), device=device, dtype=torch.complex64))
+        qk = torch.ones((1, 1, 2, 6, 8), device=device, dtype=dtype)
+        norm_and_turn(qk, norm, torch.ones((1, 2, 4), device=device, dtype=torch.complex64))
     except Exception as error:  # noqa: BLE001 - whatever a compiler says, or that there is none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("%s is set, and Triton has no kernel for %s (%s): the run does without", SWITCH, device, reason)

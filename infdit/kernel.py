@@ -13,27 +13,28 @@ import triton.language as tl
 from torch import Tensor, nn
 
 
-def norm_and_turn(qkv: Tensor, heads: int, norm: nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
+def norm_and_turn(qk: Tensor, norm: nn.LayerNorm, turns: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys, normalised and turned, (B, N, T, H, d) each.
 
     Args:
-        qkv: (B, N, T, 3·H, d), contiguous: heads of queries, of keys, of values.
+        qk: (B, N, T, 2·H, d), contiguous: heads of queries, of keys.
         norm: of both.
         turns: (N, T, d/2), complex64, see `rotary_turns`.
     """
-    *tokens, _, width = qkv.shape
-    q, k = (qkv.new_empty((*tokens, heads, width)) for _ in range(2))
+    *tokens, both, width = qk.shape
+    heads = both // 2
+    q, k = (qk.new_empty((*tokens, heads, width)) for _ in range(2))
     rows, pairs = (triton.next_power_of_2(n) for n in (heads, width // 2))
     parts = torch.view_as_real(turns)
-    with torch.cuda.device_of(qkv):
+    with torch.cuda.device_of(qk):
         launch: Any = _kernel[q.numel() // (heads * width), 2]
-        launch(qkv, parts, norm.weight, norm.bias, q, k, parts.numel() // width, norm.eps, heads, width, rows, pairs)
+        launch(qk, parts, norm.weight, norm.bias, q, k, parts.numel() // width, norm.eps, heads, width, rows, pairs)
     return q, k
 
 
 @triton.jit
 def _kernel(
-    qkv: tl.tensor, turns: tl.tensor, weight: tl.tensor, bias: tl.tensor, q: tl.tensor, k: tl.tensor,
+    qk: tl.tensor, turns: tl.tensor, weight: tl.tensor, bias: tl.tensor, q: tl.tensor, k: tl.tensor,
     period: tl.tensor, eps: tl.tensor,
     heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -42,11 +43,11 @@ def _kernel(
     row, pair, side = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PAIRS)[None, :, None], tl.arange(0, 2)[None, None]
     column = 2 * pair + side
     there = (row < heads) & (column < width)
-    x = tl.load(qkv + (3 * token + part) * heads * width + row * width + column, there, 0.0).to(tl.float32)
+    x = tl.load(qk + (2 * token + part) * heads * width + row * width + column, there, 0.0).to(tl.float32)
     x = tl.where(there, x - (tl.sum(tl.sum(x, 2), 1) / width)[:, None, None], 0.0)
     x *= tl.rsqrt(tl.sum(tl.sum(x * x, 2), 1) / width + eps)[:, None, None]
     x = x * tl.load(weight + column, column < width, 0.0) + tl.load(bias + column, column < width, 0.0)
-    dtype = qkv.dtype.element_ty  # pyright: ignore[reportAttributeAccessIssue] - which pointers have
+    dtype = qk.dtype.element_ty  # pyright: ignore[reportAttributeAccessIssue] - which pointers have
     real, imaginary = tl.split(x.to(dtype).to(tl.float32))
     cos, sin = tl.split(tl.load(turns + token % period * width + column, column < width, 0.0))
     turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos).to(dtype)

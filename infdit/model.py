@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 NOISE_CHANNELS = 192
-# takes keys, maybe of a wider dtype, and values (B, N, T, H, d) of the blocks at hand; gives what then gives those that
-# each attends to, of four blocks, (B, N, 4, T, H, d), with what is added to the keys in each slot, (4, H, d)
-KeepNeighbours = Callable[[Tensor, Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]
+# takes keys, maybe of a wider dtype, (B, N, T, H, d) of the blocks at hand, and what their values are made of: tokens
+# (B, N, T, D), weight and bias; gives what then gives keys and values that each attends to, of four blocks,
+# (B, N, 4, T, H, d), with what is added to the keys in each slot, (4, H, d)
+KeepNeighbours = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]
 MakeWindow = Callable[[], Tensor]  # low-resolution tokens (B, N, W, D)
 
 
@@ -132,8 +133,8 @@ class InfDiT(nn.Module):
     def unembed(self, h: Tensor, modulation: Tensor) -> Tensor:
         """Tokens (B, N, T, D) after the last layer → pixels (B, N, 3, h, w), the network's F."""
         shift, scale = modulation
-        h = _norm(_norm(h))  # published: normalised twice
-        pixels = self.head(modulate(h, shift, scale))  # (B, N, T, 4·4·3)
+        # published: normalised twice
+        pixels = self.head(_modulated_norm(_norm(h), shift, scale))  # (B, N, T, 4·4·3)
         p, side = self.config.patch_size, self.config.block_side
         return rearrange(pixels, "b n (r s) (p q c) -> b n c (r p) (s q)", r=side, p=p, q=p)
 
@@ -171,17 +172,22 @@ class Layer(nn.Module):
         h = _add(h, self.attend(h, attention_shift, attention_scale, turns, keep_neighbours))
         if self.cross is not None:
             h = _add(h, self.cross(h, window))
-        return _add(h, self.mlp(modulate(self.mlp_norm(h), mlp_shift, mlp_scale)))
+            norm = self.mlp_norm  # (x·weight + bias)·scale + shift
+            mlp_shift, mlp_scale = torch.addcmul(mlp_shift, norm.bias, mlp_scale), norm.weight * mlp_scale
+        return _add(h, self.mlp(_modulated_norm(h, mlp_shift, mlp_scale)))
 
     def attend(
         self, h: Tensor, shift: Tensor, scale: Tensor, turns: Tensor, keep_neighbours: KeepNeighbours
     ) -> Tensor:
         """Block attention of tokens (B, N, T, D): what it adds to them, (B, N, T, D)."""
-        qkv = self.qkv(modulate(_norm(h), shift, scale))
-        qkv = rearrange(qkv, "b n t (three h d) -> b n t (three h) d", three=3, h=self.heads)
-        q, k = queries_and_keys(qkv, self.heads, self.qk_norm, turns)  # (B, N, T, H, d)
-        find_neighbours = keep_neighbours(k, qkv[..., 2 * self.heads :, :])
-        del qkv, k  # what is kept of them is elsewhere: they make room for those of four blocks
+        x, parts = _modulated_norm(h, shift, scale), (2 * h.shape[-1], h.shape[-1])
+        weight, bias = self.qkv.weight.split(parts), self.qkv.bias.split(parts)  # of queries and keys; of values
+        qk = rearrange(F.linear(x, weight[0], bias[0]), "b n t (two h d) -> b n t (two h) d", two=2, h=self.heads)
+        q, k = queries_and_keys(qk, self.qk_norm, turns)  # (B, N, T, H, d)
+        find_neighbours = keep_neighbours(k, x, weight[1], bias[1])
+        if not q.requires_grad:  # x has done its work: elsewhere queries would part the room for those of four blocks
+            q = x.view(q.shape).copy_(q)
+        del x, qk, k  # what is kept of them is elsewhere
         keys, values = find_neighbours(self.slot_embed)  # (B, N, 4, T, H, d)
         del find_neighbours
         found = _attention(q, keys.flatten(2, 3), values.flatten(2, 3))
@@ -220,9 +226,11 @@ def _shifts_and_scales(made: Tensor, parts: int) -> Tensor:
     return made
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·scale + shift."""
-    return torch.addcmul(shift, x, scale)
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x)·scale + shift of x (B, N, T, D) by (B, 1, 1, D): of one picture, as a run has it, in one kernel."""
+    if len(x) == 1:
+        return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), EPS)
+    return torch.addcmul(shift, _norm(x), scale)
 
 
 def _add(h: Tensor, more: Tensor) -> Tensor:

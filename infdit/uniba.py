@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import SLOTS, BlockGrid, Geometry
+from .grid import BlockGrid, Geometry
 from .rotary import rotary_turns, rotate
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .model import InfDiT, MakeWindow
 
 LANDINGS = 3
+READ = [1, 3, 2, 0]  # slots in the order in which their blocks are read: as they came, the oldest first
 
 
 class Chunk:
@@ -39,9 +41,10 @@ class Chunk:
         blocks: indices in the order of the sweep; areas: where they lie.
         turns: (n, T, d/2) rotary positions of their tokens, on the device.
         inside: (n, 3, 3), which of the blocks around each lie in the picture, on the device.
-        neighbours: for each slot the indices of the blocks that they attend to; slices: see `KVRing`.
-        shifted: (block of the chunk, slot) of keys that lie in another frame than their reader's, and (1, d/2), on
-            the device, what moves them there.
+        neighbours: for each place in READ the indices of the blocks that they attend to; pairs: places of two blocks
+            that follow each other in a line; own, slices: see `KVRing`.
+        shifted: (block of the chunk, place in READ) of keys that lie in another frame than their reader's, and
+            (1, d/2), on the device, what moves them there.
     """
 
     def __init__(self, geometry: Geometry, blocks: range, offload: Offloader, model: InfDiT) -> None:
@@ -52,15 +55,18 @@ class Chunk:
         rows, columns = geometry.token_positions(indices)
         self.turns = rotary_turns(transfer.to_device(rows), transfer.to_device(columns), head_dim, dtype)
         self.inside = transfer.to_device(grid.around(indices))
-        self.neighbours = grid.neighbours(indices)
-        self.slices: list[tuple[int, slice, slice]] = []
+        neighbours = grid.neighbours(indices)
+        self.neighbours = [neighbours[slot] for slot in READ]
+        self.pairs = ((0, 1), (2, 3)) if grid.by_rows else ((0, 2), (1, 3))
+        self.own: list[tuple[slice, slice]] = []
+        self.slices: list[tuple[slice, slice, slice]] = []
         self.shifted: list[tuple[int, int, Tensor]] = []
-        shifts = geometry.frame_shifts(indices)
+        shifts = geometry.frame_shifts(indices)[:, READ]
         which = np.argwhere(shifts.any(-1)).tolist()
         if which:
             rows, columns = transfer.to_device(shifts[shifts.any(-1)])[..., None].unbind(1)  # (m, 1) each
             turns = rotary_turns(rows, columns, head_dim, dtype)
-            self.shifted = [(n, slot, turn) for (n, slot), turn in zip(which, turns.unbind(), strict=True)]
+            self.shifted = [(n, place, turn) for (n, place), turn in zip(which, turns.unbind(), strict=True)]
 
 
 # tokens (B, n, T, D) of a chunk, and for the first layer what makes those of the low-resolution picture
@@ -71,7 +77,8 @@ Give = Callable[[Chunk, Tensor], None]
 class KVRing:
     """Keys and values of one layer for the last C + 1 blocks and the chunk at hand: block i lies at i modulo size.
 
-    Blocks of a chunk follow each other, and so mostly do their neighbours: the ring is written and read by slices.
+    Blocks of a chunk follow each other, and so mostly do their neighbours: the ring is written and read by slices, two
+    neighbours at a time where one comes after the other.
     """
 
     def __init__(self, size: int) -> None:
@@ -84,57 +91,85 @@ class KVRing:
         if self.kept is None:
             self.kept = like.new_empty((2, shape[0], self._size, *shape[1:]))
 
-    def keep(self, chunk: Chunk, k: Tensor, v: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`."""
+    def keep(
+        self, chunk: Chunk, k: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`.
+
+        Values are computed where they are kept.
+        """
         if k.requires_grad:  # of the whole grid at once, which is differentiable
-            return partial(self._find, chunk, k, v)
-        self.take(v, (len(v), *v.shape[2:]))
+            return partial(self._find, chunk, k, F.linear(x, weight, bias).view(k.shape))
+        self.take(x, (len(k), *k.shape[2:]))
         assert self.kept is not None, "taken"
-        for slot, here, there in self._slices(chunk):
-            for ring, new in zip(self.kept, (k, v), strict=True) if slot == 0 else ():
-                ring[:, there] = new[:, here]
-        return partial(self._find, chunk, *self.kept)
+        keys, values = self.kept
+        for here, there in self._own(chunk):
+            keys[:, there] = k[:, here]
+            for tokens, room in zip(x, values, strict=True):
+                torch.addmm(bias, tokens[here].flatten(0, 1), weight.t(), out=room[there].flatten(0, 1).flatten(1))
+        return partial(self._find, chunk, keys, values)
 
     def _find(self, chunk: Chunk, k: Tensor, v: Tensor, slot_embed: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._gather(chunk, k, slot_embed), self._gather(chunk, v)
-        for block, slot, turn in chunk.shifted:
-            there = int(chunk.neighbours[slot][block]) % self._size
-            keys[:, block, slot] = rotate(k[:, there], turn).to(k.dtype).add_(slot_embed[slot])
+        added = torch.stack([slot_embed[slot] for slot in READ])
+        keys, values = self._gather(chunk, k, added), self._gather(chunk, v)
+        for block, place, turn in chunk.shifted:
+            there = int(chunk.neighbours[place][block]) % self._size
+            keys[:, block, place] = rotate(k[:, there], turn).to(k.dtype).add_(added[place])
         return keys, values
 
     def _gather(self, chunk: Chunk, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Of blocks (B, size or all, T, H, d) those in the slots of the chunk's, (B, n, 4, T, H, d), and what is added.
+        """Of blocks (B, size or all, T, H, d) those that the chunk's attend to, (B, n, 4, T, H, d), and what is added.
 
-        added: (4, H, d), to all tokens in each slot.
+        added: (4, H, d), to all tokens of each of the four.
         """
         if x.requires_grad:
             found = torch.stack([x[:, indices.tolist()] for indices in chunk.neighbours], 2)
             return found if added is None else found.add_(added[:, None])
-        found = x.new_empty((len(x), len(chunk.blocks), len(SLOTS), *x.shape[2:]))
-        for slot, here, there in self._slices(chunk):
+        found = x.new_empty((len(x), len(chunk.blocks), len(READ), *x.shape[2:]))
+        for places, here, there in self._slices(chunk):
+            width = there.stop - there.start - (here.stop - here.start) + 1  # of a window: two blocks, or one for both
+            read = x[:, there].unfold(1, width, 1).movedim(-1, 2)
             if added is None:
-                found[:, here, slot] = x[:, there]
+                found[:, here, places] = read
             else:
-                torch.add(x[:, there], added[slot], out=found[:, here, slot])
+                torch.add(read, added[places][:, None], out=found[:, here, places])
         return found
 
-    def _slices(self, chunk: Chunk) -> list[tuple[int, slice, slice]]:
-        """Slots, blocks of the chunk, and where those that they attend to in that slot are kept; the first is its own.
+    def _own(self, chunk: Chunk) -> list[tuple[slice, slice]]:
+        """Blocks of the chunk, and where they are kept: the same for all layers, whose rings are of one size."""
+        chunk.own = chunk.own or list(_runs(chunk.neighbours[-1] % self._size))
+        return chunk.own
 
-        They are the same for all layers, whose rings are of one size.
+    def _slices(self, chunk: Chunk) -> list[tuple[slice, slice, slice]]:
+        """Places in READ, one or two, blocks of the chunk, and where those are kept that they attend to there.
+
+        Those of two places are one block more, of which each block attends to two that follow each other, or as many,
+        of which it attends to one in both.
         """
-        chunk.slices = chunk.slices or [
-            (slot, *run) for slot, indices in enumerate(chunk.neighbours) for run in _runs(indices, self._size)
-        ]
+        if not chunk.slices:
+            at = [indices % self._size for indices in chunk.neighbours]
+            chunk.slices = [found for a, b in chunk.pairs for found in _in_pairs((a, b), at[a], at[b])]
         return chunk.slices
 
 
-def _runs(indices: np.ndarray, size: int) -> Iterator[tuple[slice, slice]]:
-    """Indices by runs that follow each other modulo size: where they stand, and their slice of what has that size."""
-    ends = np.flatnonzero((np.diff(indices) != 1) | (indices[1:] % size == 0)) + 1
-    for begin, end in pairwise((0, *ends.tolist(), len(indices))):
-        there = int(indices[begin]) % size
+def _runs(*numbers: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Stretches in which numbers go up by one, of several those in which all do: where they stand, and the first's."""
+    ends = np.flatnonzero(np.any([np.diff(given) != 1 for given in numbers], 0)) + 1
+    for begin, end in pairwise((0, *ends.tolist(), len(numbers[0]))):
+        there = int(numbers[0][begin])
         yield slice(begin, end), slice(there, there + end - begin)
+
+
+def _in_pairs(pair: tuple[int, int], before: np.ndarray, after: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
+    """What `KVRing` reads by slices for two places, from where the blocks are kept that each attends to there."""
+    first, second = pair
+    for here, there in _runs(before, after):
+        step = int(after[here.start]) - there.start
+        if step in (0, 1):
+            yield slice(first, second + 1, second - first), here, slice(there.start, there.stop + step)
+        else:  # one was kept at the end of the ring, the other at its beginning
+            yield slice(first, first + 1), here, there
+            yield slice(second, second + 1), here, slice(there.start + step, there.stop + step)
 
 
 class Workbench:

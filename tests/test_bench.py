@@ -28,10 +28,10 @@ def test_it_prints_constants_and_plans(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_kernels_of_a_layer_and_seconds_of_python(capsys: pytest.CaptureFixture[str]) -> None:
-    """At the published width with four blocks: 36 kernels and 0.82 GB by those that only move numbers once."""
+    """At the published width with four blocks: once 45 kernels, and 1.17 GB by those that only move numbers."""
     assert main(["--kernels", "4", "--size", "64x96"]) == 0
     *_, whole, triton, python = capsys.readouterr().out.splitlines()
-    for line, most, megabytes in ((whole, 30, 700), (triton, 26, 500)):
+    for line, most, megabytes in ((whole, 30, 585), (triton, 20, 420)):
         kernels, moved, unit, *_ = line.split()
         assert float(kernels) <= most
         assert float(moved) <= megabytes
@@ -49,13 +49,16 @@ def test_kernels_are_counted_as_an_accelerator_would_have_them() -> None:
         y[:2] = x[:2]  # 12 and 12
         torch.add(x, x, out=y)
         F.layer_norm(y[:, 3:], (3,))  # 12 numbers, copied first; two more for each of four rows
+        x.unfold(0, 2, 1).abs()  # three windows of two rows: 24 numbers are read, 36 written
         x @ y.t()
     assert kernels.names == {
         "ones": 1, "add": 2, "add_": 1, "copy_": 1, "native_layer_norm": 1, "copy for a norm": 1, "mm": 1,
+        "abs": 1,
     }  # fmt: skip
     numbers = {name: count // 4 for name, count in kernels.moved.items()}
     assert numbers == {
         "ones": 6, "add": 54 + 72, "add_": 48, "copy_": 24, "native_layer_norm": 24 + 8, "copy for a norm": 24, "mm": 0,
+        "abs": 60,
     }  # fmt: skip
 
 

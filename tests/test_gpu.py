@@ -222,13 +222,13 @@ def test_the_kernel_of_triton_computes_as_operations_do(dtype: torch.dtype, monk
     assert fuse._kernel(CUDA, dtype) is not None
     selfcheck.compare(CUDA, dtype)  # the toy network there with the kernel, on the CPU without
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn((2, 3, 64, 3 * 16, 80), generator=generator).to(CUDA, dtype)
+    qk = torch.randn((2, 3, 64, 2 * 16, 80), generator=generator).to(CUDA, dtype)
     norm, positions = torch.nn.LayerNorm(80, eps=1e-6, device=CUDA, dtype=dtype), torch.arange(24.0, device=CUDA)
     with torch.no_grad():
         turns = rotary_turns(positions.view(3, 8), positions.view(3, 8), 80, torch.float32)
-        found = fuse.queries_and_keys(qkv, 16, norm, turns)
+        found = fuse.queries_and_keys(qk, norm, turns)
         monkeypatch.delenv(fuse.SWITCH)
-        expected = fuse.queries_and_keys(qkv, 16, norm, turns)
+        expected = fuse.queries_and_keys(qk, norm, turns)
     for a, b in zip(found, expected, strict=True):
         assert (a.float() - b.float()).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()
 

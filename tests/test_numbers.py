@@ -118,7 +118,8 @@ def zeros(chunk: uniba.Chunk, x: torch.Tensor) -> torch.Tensor:
 FAULTS: dict[str, tuple[object, str, Callable]] = {
     "rings are not read": (uniba.KVRing, "_gather", lambda ring, chunk, x, *added: zeros(chunk, x)),
     "neighbours change places": (
-        uniba.KVRing, "_slices", lambda ring, chunk: ((3 - slot, *where) for slot, *where in SLICES(ring, chunk))
+        uniba.KVRing, "_slices",
+        lambda ring, chunk: ((slice(4 - at.stop, 4 - at.start, at.step), *where) for at, *where in SLICES(ring, chunk)),
     ),
     "attention is not scaled": (F, "scaled_dot_product_attention", lambda *qkv: ATTENTION(*qkv, scale=1.0)),
     "attention leaves keys out": (

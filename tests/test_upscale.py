@@ -341,9 +341,9 @@ def test_an_exception_out_of_progress_leaves_at_once_and_holds_nothing(mini: Inf
     held: list[weakref.ref] = []
     original = infdit.uniba.KVRing.keep
 
-    def keep(self: object, chunk: object, k: torch.Tensor, v: torch.Tensor) -> object:
-        held.extend((weakref.ref(k), weakref.ref(v)))
-        return original(self, chunk, k, v)
+    def keep(self: object, chunk: object, k: torch.Tensor, x: torch.Tensor, *values: torch.Tensor) -> object:
+        held.extend((weakref.ref(k), weakref.ref(x)))
+        return original(self, chunk, k, x, *values)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infdit.uniba.KVRing, "keep", keep)

@@ -147,8 +147,8 @@ def _workspace(config: InfDiTConfig, dtype: torch.dtype) -> int:
     T, D, W, e = config.block_tokens, config.hidden_size, config.window_tokens, dtype.itemsize
     unit, window = T * D * e, W * D * e
     turns = T * config.head_dim * max(FLOAT32, e)
-    # hidden state; q, k, v; the same normed; q turned, k being turned
-    rotation = (1 + 3 + 3 + 1 + max(1, FLOAT32 // e)) * unit
+    # hidden state; the same modulated; q and k; the same normed; the same turned
+    rotation = (1 + 1 + 2 + 2 + 2 * max(1, FLOAT32 // e)) * unit
     gathered = (2 + 4 + 4 + 1) * unit  # hidden state, q turned; the keys and the values of four blocks, the result
     cross = 3 * unit + 3 * window  # hidden state, q, result; the window's keys and values, its tokens or keys
     mlp = (2 + 4 + 4) * unit
