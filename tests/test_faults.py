@@ -444,8 +444,8 @@ def test_memory_that_runs_out_anywhere() -> None:
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_everywhere() -> None:
-    assert finished_when_out_at_every(1) > 0, "evaluations are repeated"
+def test_memory_that_runs_out_at_many_places() -> None:
+    assert finished_when_out_at_every(7) > 0, "evaluations are repeated"
 
 
 class Stop(BaseException):

@@ -12,7 +12,7 @@ import infdit
 
 pytestmark = pytest.mark.slow
 MOST = 1.5  # seconds until a stop is obeyed
-PRESSES, FIRST = 20, 40  # within so many seconds, in which are preparing, the first blocks and live pictures
+PRESSES, FIRST = 20, 20  # within so many seconds, in which are preparing, the first blocks and live pictures
 IMAGE = torch.rand(1, 1143, 2000, 3, generator=torch.Generator().manual_seed(0))
 
 
