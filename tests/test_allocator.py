@@ -108,7 +108,7 @@ def test_it_is_for_the_promised_sizes(side: int, gib: float, weights: WeightsKep
     plan = fastest_plan(workload, int(gib * 2**30), MUCH)
     peak = assert_foretold(workload, plan).peak
     assert peak["device"] <= gib * 2**30
-    assert_within(peak, workload.footprint(plan))
+    assert_within(peak, workload.footprint(plan), saved=2 * 12 * side**2 if plan.images == "device" else 0)
 
 
 @pytest.mark.parametrize("layers", [(2, 2), pytest.param((1, 1, 1, 1), marks=pytest.mark.slow)], ids=str)
