@@ -19,6 +19,7 @@ _MEMORY_RAN_OUT = (
     ("can't allocate memory", "host"),  # PyTorch's allocator for the CPU
     ("not enough memory", "host"),  # the same on Windows
     ("cannot allocate memory", "host"),  # the system's own words, of a file that is mapped
+    ("could not create a primitive", "host"),  # oneDNN, which makes its kernels when they are wanted
     ("bad_alloc", "host"),  # C++
     ("bad allocation", "host"),  # C++ on Windows
     ("host_allocation_failed", "host"),  # CUDNN_STATUS_INTERNAL_ERROR_…

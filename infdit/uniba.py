@@ -96,17 +96,21 @@ class KVRing:
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`.
 
-        Values are computed where they are kept.
+        Values are computed where they are kept, if that is in one piece: for each length libraries prepare a product.
         """
         if k.requires_grad:  # of the whole grid at once, which is differentiable
             return partial(self._find, chunk, k, F.linear(x, weight, bias).view(k.shape))
         self.take(x, (len(k), *k.shape[2:]))
         assert self.kept is not None, "taken"
-        keys, values = self.kept
-        for here, there in self._own(chunk):
+        (keys, values), own = self.kept, self._own(chunk)
+        v = F.linear(x, weight, bias).view(k.shape) if own[1:] else None
+        for here, there in own:
             keys[:, there] = k[:, here]
-            for tokens, room in zip(x, values, strict=True):
-                torch.addmm(bias, tokens[here].flatten(0, 1), weight.t(), out=room[there].flatten(0, 1).flatten(1))
+            if v is not None:
+                values[:, there] = v[:, here]
+                continue
+            for tokens, room in zip(x, values[:, there], strict=True):
+                torch.addmm(bias, tokens.flatten(0, 1), weight.t(), out=room.flatten(0, 1).flatten(1))
         return partial(self._find, chunk, keys, values)
 
     def _find(self, chunk: Chunk, k: Tensor, v: Tensor, slot_embed: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def test_kernels_of_a_layer_and_seconds_of_python(capsys: pytest.CaptureFixture[
     """At the published width with four blocks: once 45 kernels, and 1.17 GB by those that only move numbers."""
     assert main(["--kernels", "4", "--size", "64x96"]) == 0
     *_, whole, triton, python = capsys.readouterr().out.splitlines()
-    for line, most, megabytes in ((whole, 30, 585), (triton, 20, 420)):
+    for line, most, megabytes in ((whole, 30, 585), (triton, 21, 420)):
         kernels, moved, unit, *_ = line.split()
         assert float(kernels) <= most
         assert float(moved) <= megabytes

@@ -32,6 +32,7 @@ FULL_HOST = {
     "windows": "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to "
     "allocate 9 bytes.",
     "mapped": "unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)",
+    "onednn": "could not create a primitive",
     "c++": "std::bad_alloc",
     "c++ on windows": "bad allocation",
     "cudnn 9": "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",

@@ -130,11 +130,14 @@ def least(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
 def test_in_a_process_with_a_limit(tmp_path: Path) -> None:
-    """2048² in 160 MiB of the process's own memory beside what PyTorch takes to be there; without a disk it fails."""
+    """2048² in 200 MiB of the process's own memory beside what PyTorch takes to be there.
+
+    On some processors that is kernels too, of some megabytes, which oneDNN makes when they are wanted.
+    """
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)).save(tmp_path / "in.png")
     command = "import re, resource, sys; from infdit.__main__ import main; import infdit.cli.upscale\n"
     command += "there = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-    command += "resource.setrlimit(resource.RLIMIT_DATA, ((there << 10) + (160 << 20),) * 2)\n"
+    command += "resource.setrlimit(resource.RLIMIT_DATA, ((there << 10) + (200 << 20),) * 2)\n"
     command += "sys.exit(main(sys.argv[1:]))"
     arguments = "upscale", tmp_path / "in.png", "-o", tmp_path / "out.png", "--budget", "110MiB"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
