@@ -29,14 +29,30 @@ def draft(path: Path) -> Iterator[Path]:
     Raises:
         OSError: in the folder nothing can be written.
     """
-    folder = path.with_name(f".{secrets.token_hex(8)}.part")
-    folder.mkdir()
+    folder, file = _locked(path)
     try:
-        with (folder / _LOCK).open("xb") as file:
-            _lock(file)
+        with file:
             yield folder / path.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(path: Path) -> tuple[Path, IO[bytes]]:
+    """A folder beside a path, and the lock in it; another one where a `sweep` came before the lock."""
+    while True:
+        folder = path.with_name(f".{secrets.token_hex(8)}.part")
+        folder.mkdir()
+        try:
+            file = (folder / _LOCK).open("xb")
+        except (FileExistsError, FileNotFoundError):
+            continue
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _lock(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return folder, file
+        file.close()
 
 
 def put(part: Path, path: Path) -> None:
@@ -56,7 +72,7 @@ def sweep(folder: Path) -> None:
     """Remove the drafts that a killed process has left: those that nobody holds locked or, on Windows, open."""
     for left in folder.glob(f".{'[0-9a-f]' * 16}.part"):
         with suppress(OSError):
-            with (left / _LOCK).open("rb") as file:
+            with (left / _LOCK).open("ab") as file:  # made if it was killed before it had one
                 if not _lock(file):
                     continue
             (left / _LOCK).unlink()

@@ -13,6 +13,7 @@ from forks import fork
 from shell import make_picture, run
 
 import infdit
+from infdit import draft as draft_module
 from infdit.draft import draft, sweep
 from infdit.picture import Picture, write_picture
 from infdit.resume import SavedRun
@@ -58,6 +59,35 @@ def test_what_a_killed_writer_leaves_the_next_one_removes(
     assert written.stat().st_size > 0
     # the file, its name, and its folder; before that, what was left is removed
     assert done[done.index("synced") :] == ["synced", f"{written.suffix} replaced", "synced"]
+
+
+def test_what_was_killed_before_it_had_a_lock_is_removed_too(tmp_path: Path) -> None:
+    """And whoever has not got so far yet takes another folder."""
+    (tmp_path / f".{'0' * 16}.part").mkdir()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows deletes nothing that is open")
+@pytest.mark.parametrize("moment", ["no lock", "not locked"])
+def test_a_sweep_between_folder_and_lock(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, name = (Path, "mkdir") if moment == "no lock" else (draft_module, "_lock")
+    original, calls = getattr(place, name), []
+
+    def swept(*given: object) -> object:
+        calls.append(given)
+        done = original(*given) if moment == "no lock" else None
+        if len(calls) == 1:
+            sweep(tmp_path)
+        return done if moment == "no lock" else original(*given)
+
+    monkeypatch.setattr(place, name, swept)
+    with draft(tmp_path / "a") as part:
+        part.write_bytes(b"x")
+        sweep(tmp_path)
+        assert part.read_bytes() == b"x"
+    assert len(calls) > 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_is_on_the_disk_before_its_states_and_receipts(

@@ -128,7 +128,8 @@ def test_one_that_is_gone_ends_all_and_they_can_go_on(
 ) -> None:
     """Killed, hanging, or stopped by somebody: within 30 seconds, with a sentence, and the state is kept."""
     states, target = tmp_path / "states", tmp_path / "out.png"
-    given = ["upscale", source, "-o", target, "--model", noisy_file, *OPTIONS, "--resume", states]
+    long = [*OPTIONS, "--steps", "40"]  # or it may end before it is killed
+    given = ["upscale", source, "-o", target, "--model", noisy_file, *long, "--resume", states]
     processes = start(size, *given)
     wait_for_a_state(states, processes)
     processes[rank].send_signal(signal.Signals[f"SIG{how}"])
