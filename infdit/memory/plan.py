@@ -234,8 +234,7 @@ class Workload:
         picture = 3 * FLOAT32 * grid.height * grid.width
         streamed, hidden_away, images_away = plan.weights == "streamed", plan.hidden == "host", plan.images != "device"
         on_disk = plan.images == "disk"
-        # copies to or from the device, of states to be saved too; beside a host of its own they are never the most that
-        # the device holds
+        # copies to or from it, of states that are saved too; beside a host of its own never the most that it holds
         on_the_way = 0 if self.device.type == "cpu" or images_away else 7 * picture // 2
         one, always = self.unified_memory and plan.images != "host", 0 if self.unified_memory else on_the_way
         segments = SEGMENTS if self.device.type == "cuda" else 0
