@@ -96,20 +96,22 @@ class KVRing:
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Keep the keys and values of a chunk; what is given finds those that it attends to, see `KeepNeighbours`.
 
-        Values are computed where they are kept, if that is in one piece: for each length libraries prepare a product.
+        Values are computed where they are kept, unless that is around the end of the ring: there each chunk is parted
+        at another place, and for each length of a product a library may keep a kernel of megabytes.
         """
         if k.requires_grad:  # of the whole grid at once, which is differentiable
             return partial(self._find, chunk, k, F.linear(x, weight, bias).view(k.shape))
         self.take(x, (len(k), *k.shape[2:]))
         assert self.kept is not None, "taken"
         (keys, values), own = self.kept, self._own(chunk)
-        v = F.linear(x, weight, bias).view(k.shape) if own[1:] else None
         for here, there in own:
             keys[:, there] = k[:, here]
-            if v is not None:
+        if own[1:]:
+            v = F.linear(x, weight, bias).view(k.shape)
+            for here, there in own:
                 values[:, there] = v[:, here]
-                continue
-            for tokens, room in zip(x, values[:, there], strict=True):
+        else:
+            for tokens, room in zip(x, values[:, own[0][1]], strict=True):
                 torch.addmm(bias, tokens.flatten(0, 1), weight.t(), out=room.flatten(0, 1).flatten(1))
         return partial(self._find, chunk, keys, values)
 

@@ -75,11 +75,14 @@ def test_a_sweep_between_folder_and_lock(tmp_path: Path, moment: str, monkeypatc
     original, calls = getattr(place, name), []
 
     def swept(*given: object) -> object:
+        first = not calls
         calls.append(given)
-        done = original(*given) if moment == "no lock" else None
-        if len(calls) == 1:
+        if first and moment == "not locked":
             sweep(tmp_path)
-        return done if moment == "no lock" else original(*given)
+        done = original(*given)
+        if first and moment == "no lock":
+            sweep(tmp_path)
+        return done
 
     monkeypatch.setattr(place, name, swept)
     with draft(tmp_path / "a") as part:

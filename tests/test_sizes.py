@@ -65,7 +65,8 @@ def test_what_grows_by_less_than_it_was_taught_is_made_from_the_next_that_it_was
             found = passes_by(scales, source, target)
             assert found[-1][1] == target
             assert len(found) == len(passes(source, target))
-            for before, (computed, made, scale) in zip([source, *(made for _, made, _ in found)], found, strict=False):
+            befores = [source, *(made for _, made, _ in found[:-1])]
+            for before, (computed, made, scale) in zip(befores, found, strict=True):
                 assert scale in scales and computed in (made, (scale * before[0], scale * before[1]))
                 assert all(a <= b <= c for a, b, c in zip(before, made, computed, strict=True))
     asked = Workload(TINY, 100, 80, source=(50, 40, 3))

@@ -126,6 +126,32 @@ def test_all_is_read_and_written_by_slices(hidden: str, make_model: MakeModel) -
         x.index_select(0, torch.tensor([1]))
 
 
+class Products(TorchDispatchMode):
+    """Rows of all products of matrices: for each number a library may make a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
+            self.rows.add(args[-2].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 4])
+def test_products_are_of_whole_chunks_wherever_they_lie_in_the_ring(chunk: int, make_model: MakeModel) -> None:
+    model, _ = make_model(period=PERIOD, **SIZES)
+    x, conditioning, sigma = random_inputs(4, 5)
+    denoise = Denoiser(model, conditioning, MemoryPlan(2, chunk))
+    with Products() as seen:
+        denoise(x, sigma)
+    config, chunks = model.config, {len(blocks) for blocks in denoise.benches[0].chunks}
+    tokens = {len(x) * blocks * each for blocks in chunks for each in (config.block_tokens, config.window_tokens)}
+    values = {blocks * config.block_tokens for blocks in chunks}  # a picture at a time
+    assert values <= seen.rows <= tokens | values | {len(sigma)}
+
+
 @pytest.mark.parametrize("positions", ["wrapped", "continuous"])
 def test_origin_of_a_crop(positions: str, make_model: MakeModel) -> None:
     model, weights = make_model(period=PERIOD, **SIZES)

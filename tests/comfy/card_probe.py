@@ -1,7 +1,7 @@
 """A pack for a server on a card: a model that yields by itself (DynamicVRAM) beside ours, and what it has there.
 
-test_on_a_card.py puts it into custom_nodes, since nobody outside can load a model that ComfyUI's own nodes need files
-for. POST nothing: the node CardProbe does it when a prompt runs, and GET /card_probe says what it saw.
+test_on_a_card.py puts it into custom_nodes, since ComfyUI's own loaders need files of gigabytes. A prompt of its one
+node, CardProbe, loads the model, and GET /card_probe says what each such node saw.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from PIL import Image
 pytestmark = [pytest.mark.comfy, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 PROBE = Path(__file__).parent / "card_probe.py"
-MIB = 2**20
 LEFT = 768  # MiB free on the card, besides what the other model would yield
 
 
